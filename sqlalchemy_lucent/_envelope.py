@@ -1,0 +1,81 @@
+"""The stored bytes: pack and parse, nothing else.
+
+::
+
+    sealed  = version ":" body
+    version = 1 to 32 of A-Z a-z 0-9 . _ -          (ASCII, readable in any SQL console)
+    body    = 0x01 | key_id (4) | nonce (12) | AES-256-GCM ciphertext | tag (16)
+
+Everything before the nonce is the *header*: it names the key, it is authenticated as associated
+data, and it is the same for every value that one key seals, so it doubles as the look-up key
+when a value is opened.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+FORMAT_AES_256_GCM: Final = 0x01
+"""The only format so far. A later one gets another byte; readers refuse what they do not know."""
+
+KEY_ID_SIZE: Final = 4
+NONCE_SIZE: Final = 12  # 96 bits, the length GCM is built for (NIST SP 800-38D, 5.2.1.1)
+TAG_SIZE: Final = 16  # 128 bits, the longest (NIST SP 800-38D, 5.2.1.2)
+MAX_VERSION_LENGTH: Final = 32
+
+VERSION_PATTERN: Final = re.compile(r"[A-Za-z0-9._-]{1,32}", re.ASCII)
+
+_SEPARATOR: Final = b":"
+_HEADER_TAIL: Final = 1 + 1 + KEY_ID_SIZE  # separator, format, key id
+
+
+class Envelope(NamedTuple):
+    """One sealed value, taken apart. ``body`` is the ciphertext with its tag."""
+
+    version: str
+    format: int
+    key_id: bytes
+    nonce: bytes
+    body: bytes
+
+
+def pack_header(version: str, key_id: bytes) -> bytes:
+    """Return everything before the nonce."""
+    return b"%s:%c%s" % (version.encode("ascii"), FORMAT_AES_256_GCM, key_id)
+
+
+def header_size(sealed: bytes) -> int:
+    """Return the length of the header that `sealed` would have; cheap, and checks nothing."""
+    return sealed.find(_SEPARATOR, 0, MAX_VERSION_LENGTH + 1) + _HEADER_TAIL
+
+
+def parse(sealed: bytes) -> Envelope | None:
+    """Take `sealed` apart, or return ``None`` if it does not begin as a sealed value does.
+
+    A value with an unknown format byte, or one cut short behind its header, is still parsed:
+    the caller knows better than this module what to say about it.
+    """
+    separator = sealed.find(_SEPARATOR, 0, MAX_VERSION_LENGTH + 1)
+    if separator < 1 or len(sealed) < separator + _HEADER_TAIL:
+        return None
+    version = sealed[:separator].decode("latin-1")
+    if VERSION_PATTERN.fullmatch(version) is None:
+        return None
+    header_end = separator + _HEADER_TAIL
+    nonce_end = header_end + NONCE_SIZE
+    return Envelope(
+        version=version,
+        format=sealed[separator + 1],
+        key_id=sealed[separator + 2 : header_end],
+        nonce=sealed[header_end:nonce_end],
+        body=sealed[nonce_end:],
+    )
+
+
+def length_prefixed(*parts: bytes) -> bytes:
+    """Join `parts`, each behind its length (4 bytes, big-endian).
+
+    No two different tuples give the same bytes, which is what associated data needs.
+    """
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)

@@ -1,0 +1,58 @@
+"""Opened values that do not print themselves.
+
+``create_engine(echo="debug")`` logs result rows after they were opened, also with
+``hide_parameters=True``, and a logger or a debugger prints whatever it is handed. So an opened
+document comes back as a real ``dict``, ``list`` or ``str`` whose ``repr`` and ``str`` say only
+that it is one. Everything else (indexing, iterating, JSON, ``format``, concatenation, equality)
+works on the value itself, and the parts taken out of it are ordinary objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class RedactedDict(dict[str, Any]):
+    """A ``dict`` that does not print its contents."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "<redacted dict>"
+
+    __str__ = __repr__
+
+
+class RedactedList(list[Any]):
+    """A ``list`` that does not print its contents."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "<redacted list>"
+
+    __str__ = __repr__
+
+
+class RedactedStr(str):
+    """A ``str`` that does not print itself.
+
+    ``f"Bearer {token}"`` and ``"Bearer " + token`` give the text; ``str(token)``, ``"%s" % token``
+    and ``print(token)`` do not.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "<redacted str>"
+
+    __str__ = __repr__
+
+
+_REDACTED = {dict: RedactedDict, list: RedactedList, str: RedactedStr}
+
+
+def redact(value: Any) -> Any:
+    """Return `value` as its redacted counterpart, if it has one."""
+    wrapper = _REDACTED.get(type(value))
+    return value if wrapper is None else wrapper(value)

@@ -1,0 +1,95 @@
+"""SQL expressions over sealed bytes: what a database can say about a value without a key.
+
+One :class:`~sqlalchemy.sql.functions.FunctionElement` each, with a form per dialect, serves the
+generated ``key_version`` column, ``column.key_version`` in queries, indexes and the rotation.
+Each gives NULL for a value that is not sealed, so that none of them fails on foreign bytes: some
+databases raise an error for a substring of negative length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import String
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+from ._envelope import FORMAT_AES_256_GCM, KEY_ID_SIZE, MAX_VERSION_LENGTH
+from .exceptions import UnsupportedOperationError
+
+
+class key_version(FunctionElement[str]):  # noqa: N801  (named as it is used: a SQL function)
+    """The key version that a sealed value begins with; NULL if the value is not sealed."""
+
+    name = "lucent_key_version"
+    type = String(MAX_VERSION_LENGTH)
+    inherit_cache = True
+
+
+class key_id(FunctionElement[str]):  # noqa: N801
+    """The key id of a sealed value as 8 lower-case hex digits; NULL if it is not sealed."""
+
+    name = "lucent_key_id"
+    type = String(2 * KEY_ID_SIZE)
+    inherit_cache = True
+
+
+# {value} is the expression, {colon} the position of its first colon. A value counts as sealed when
+# a version of legal length and alphabet ends at a colon and the format byte follows, which no text
+# format has. The alphabet matters to SQLite, whose drivers fail on text that is not UTF-8.
+_GUARDED = "CASE WHEN {colon} BETWEEN 2 AND %d AND {format_byte} AND {alphabet} THEN {result} END" % (
+    MAX_VERSION_LENGTH + 1
+)
+
+_FORMS: dict[str, dict[str, str]] = {
+    "sqlite": {
+        "colon": "instr({value}, x'3A')",
+        "format_byte": "substr({value}, {colon} + 1, 1) = x'%02x'" % FORMAT_AES_256_GCM,
+        "alphabet": "{key_version} NOT GLOB '*[^A-Za-z0-9._-]*'",
+        "key_version": "CAST(substr({value}, 1, {colon} - 1) AS TEXT)",
+        "key_id": "lower(hex(substr({value}, {colon} + 2, %d)))" % KEY_ID_SIZE,
+    },
+    "postgresql": {
+        "colon": r"position('\x3a'::bytea in {value})",
+        "format_byte": r"substring({value} from {colon} + 1 for 1) = '\x%02x'::bytea"
+        % FORMAT_AES_256_GCM,
+        "alphabet": "{key_version} ~ '^[A-Za-z0-9._-]+$'",
+        "key_version": "encode(substring({value} from 1 for {colon} - 1), 'escape')",
+        "key_id": "encode(substring({value} from {colon} + 2 for %d), 'hex')" % KEY_ID_SIZE,
+    },
+    # The collation matters: by default 'V1' and 'v1' would be one version.
+    "mysql": {
+        "colon": "LOCATE(x'3A', {value})",
+        "format_byte": "SUBSTRING({value}, {colon} + 1, 1) = x'%02x'" % FORMAT_AES_256_GCM,
+        "alphabet": "{key_version} REGEXP '^[A-Za-z0-9._-]+$'",
+        "key_version": "CONVERT(SUBSTRING({value}, 1, {colon} - 1) USING ascii) COLLATE ascii_bin",
+        "key_id": "LOWER(HEX(SUBSTRING({value}, {colon} + 2, %d)))" % KEY_ID_SIZE,
+    },
+}
+_FORMS["mariadb"] = _FORMS["mysql"]
+
+
+def _render(result: str, element: FunctionElement[str], compiler: SQLCompiler, **kw: Any) -> str:
+    form = _FORMS.get(compiler.dialect.name)
+    if form is None:
+        raise UnsupportedOperationError(
+            f"{result} has no SQL form for the dialect {compiler.dialect.name!r}; "
+            f"there is one for {', '.join(_FORMS)}"
+        )
+    (argument,) = element.clauses
+    value = compiler.process(argument, **kw)
+    parts = {"value": compiler.process(argument, **kw)}
+    for name in ("colon", "format_byte", "key_version", "key_id", "alphabet"):
+        parts[name] = form[name].format(**parts)
+    return _GUARDED.format(result=parts[result], **parts)
+
+
+@compiles(key_version)
+def _compile_key_version(element: key_version, compiler: SQLCompiler, **kw: Any) -> str:
+    return _render("key_version", element, compiler, **kw)
+
+
+@compiles(key_id)
+def _compile_key_id(element: key_id, compiler: SQLCompiler, **kw: Any) -> str:
+    return _render("key_id", element, compiler, **kw)

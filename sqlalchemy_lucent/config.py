@@ -1,0 +1,150 @@
+"""``Lucent``: the configuration of the source document, ``secrets: enabled, masterKey, keyVersion``.
+
+::
+
+    lucent = Lucent(LucentConfig(secrets=SecretsConfig(enabled=True, master_key=key)))
+    secrets = lucent.secrets(session)       # None unless enabled and keyed
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Final, overload
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from .exceptions import ConfigurationError
+from .keyring import DEFAULT_KEY_VERSION, ENV_VARIABLES, Keyring
+from .repository import AsyncLucentSecrets, LucentSecrets
+
+
+class SecretsConfig:
+    """Whether secrets are on, and under which keys.
+
+    :param enabled: whether :meth:`Lucent.secrets` gives a repository.
+    :param master_key: the one master key, in any form that :class:`Keyring` takes. Empty is taken
+        for absent, as an unset variable often arrives that way.
+    :param key_version: the version of `master_key`.
+    :param keyring: the keys, when there is more than one; instead of `master_key`.
+    :raises InvalidKeyError: the key or version breaks its rule.
+    :raises ConfigurationError: both `master_key` and `keyring` are given.
+
+    The key is turned into a :class:`Keyring` at once and its text is not kept.
+    """
+
+    __slots__ = ("enabled", "keyring")
+
+    def __init__(
+        self,
+        *,
+        enabled: bool = False,
+        master_key: bytes | str | None = None,
+        key_version: str = DEFAULT_KEY_VERSION,
+        keyring: Keyring | None = None,
+    ) -> None:
+        if not isinstance(enabled, bool):
+            raise ConfigurationError("secrets: enabled is True or False")
+        if master_key and keyring is not None:
+            raise ConfigurationError("secrets: give master_key or keyring, not both")
+        self.enabled = enabled
+        self.keyring = Keyring({key_version: master_key}) if master_key else keyring
+
+    @property
+    def key_version(self) -> str | None:
+        """The version that seals; ``None`` without a key."""
+        return None if self.keyring is None else self.keyring.primary
+
+    def __repr__(self) -> str:
+        return f"SecretsConfig(enabled={self.enabled}, keyring={self.keyring!r})"
+
+
+class LucentConfig:
+    """The configuration: one section, ``secrets``."""
+
+    __slots__ = ("secrets",)
+
+    def __init__(self, *, secrets: SecretsConfig | None = None) -> None:
+        self.secrets = SecretsConfig() if secrets is None else secrets
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> LucentConfig:
+        """Read a plain dict, as any settings library gives it.
+
+        ``{"secrets": {"enabled": True, "master_key": …, "key_version": "v1"}}``; the spelling of
+        the source document (``masterKey``, ``keyVersion``) is taken too.
+
+        :raises ConfigurationError: a name is not known or stands there twice.
+        """
+        _refuse_unknown(mapping, {"secrets"}, "the configuration")
+        section = mapping.get("secrets", {})
+        if not isinstance(section, Mapping):
+            raise ConfigurationError("secrets: the section is a mapping of names to values")
+        options: dict[str, Any] = {}
+        for name, value in section.items():
+            option = _SPELLINGS.get(name, name)
+            if option in options:
+                raise ConfigurationError(f"secrets: {option} stands there twice")
+            options[option] = value
+        _refuse_unknown(options, {"enabled", "master_key", "key_version", "keyring"}, "secrets")
+        return cls(secrets=SecretsConfig(**options))
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> LucentConfig:
+        """Read the keyring from the environment; secrets are enabled if there is one.
+
+        :raises ConfigurationError: a variable is set and breaks a rule.
+        """
+        env = os.environ if environ is None else environ
+        if not any(name in env for name in ENV_VARIABLES):
+            return cls()
+        return cls(secrets=SecretsConfig(enabled=True, keyring=Keyring.from_env(env)))
+
+    def __repr__(self) -> str:
+        return f"LucentConfig(secrets={self.secrets!r})"
+
+
+_SPELLINGS: Final = {"masterKey": "master_key", "keyVersion": "key_version"}
+
+
+def _refuse_unknown(mapping: Mapping[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(map(repr, set(mapping) - known))
+    if unknown:
+        raise ConfigurationError(
+            f"{where} has unknown names: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
+
+
+class Lucent:
+    """The entry point of the source document.
+
+    :param config: a :class:`LucentConfig`, or the plain dict of one.
+    """
+
+    __slots__ = ("config",)
+
+    def __init__(self, config: LucentConfig | Mapping[str, Any]) -> None:
+        self.config = (
+            config if isinstance(config, LucentConfig) else LucentConfig.from_mapping(config)
+        )
+
+    @overload
+    def secrets(self, session: Session) -> LucentSecrets | None: ...
+
+    @overload
+    def secrets(self, session: AsyncSession) -> AsyncLucentSecrets | None: ...
+
+    def secrets(
+        self, session: Session | AsyncSession
+    ) -> LucentSecrets | AsyncLucentSecrets | None:
+        """Return the repository over `session`; ``None`` unless secrets are enabled and keyed."""
+        config = self.config.secrets
+        if not config.enabled or config.keyring is None:
+            return None
+        if isinstance(session, AsyncSession):
+            return AsyncLucentSecrets(session, keyring=config.keyring)
+        return LucentSecrets(session, keyring=config.keyring)
+
+    def __repr__(self) -> str:
+        return f"Lucent({self.config!r})"

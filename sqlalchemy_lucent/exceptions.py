@@ -1,0 +1,104 @@
+"""The errors that this package raises: one base, one tree.
+
+::
+
+    LucentError (sqlalchemy.exc.DontWrapMixin, Exception)
+      ConfigurationError            no keyring, bad environment, no context
+      InvalidKeyError (ValueError)  a master key, version or secret key that breaks a rule
+      SerializationError (TypeError, ValueError)
+                                    a value that JSON would not give back equal
+      SchemaMismatchError           a stored document that its schema refuses
+      UnsupportedOperationError (sqlalchemy.exc.InvalidRequestError)
+                                    SQL that cannot mean anything on ciphertext
+      PicklingRefusedError (TypeError)
+                                    an object that holds keys is not pickled
+      DecryptionError
+        NotSealedError              not our bytes
+        UnknownKeyVersionError      sealed under a version that the keyring lacks
+        WrongKeyError               same version name, another key (fingerprints differ)
+        TamperedError               right key, but not the bytes, column or row that were sealed
+      SecretNotFoundError (LookupError)
+      ConflictError                 compare-and-swap lost
+      RotationError
+        KeyInUseError               a key that rows still need
+
+Every class derives from :class:`sqlalchemy.exc.DontWrapMixin`: an ordinary exception raised
+while SQLAlchemy binds parameters is wrapped in a ``StatementError`` whose message prints the
+row's parameters, and those are the plaintext.
+
+No message holds a key, a plaintext or a part of one. For the same reason errors are raised
+outside the ``except`` block of what caused them: a chained ``JSONDecodeError`` or
+``UnicodeEncodeError`` carries the whole document.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import exc as sa_exc
+
+
+class LucentError(sa_exc.DontWrapMixin, Exception):
+    """Base of every error that this package raises."""
+
+
+class ConfigurationError(LucentError):
+    """The keyring, the environment or a column is not set up; the message says what to set."""
+
+
+class InvalidKeyError(LucentError, ValueError):
+    """A master key, a key version or a part of a secret key breaks a rule."""
+
+
+class SerializationError(LucentError, TypeError, ValueError):
+    """A value that JSON would not give back equal.
+
+    The message gives the path of the fault (``$.tokens[2].expiry``) and the type found there,
+    never the value.
+    """
+
+
+class SchemaMismatchError(LucentError):
+    """A stored document does not fit the type that the caller asked for."""
+
+
+class UnsupportedOperationError(LucentError, sa_exc.InvalidRequestError):
+    """A SQL operation that cannot mean anything on ciphertext, or would need the plaintext."""
+
+
+class PicklingRefusedError(LucentError, TypeError):
+    """An object that holds keys was about to be pickled."""
+
+
+class DecryptionError(LucentError):
+    """A stored value does not open. The subclass says why."""
+
+
+class NotSealedError(DecryptionError):
+    """The stored value is not one that this package sealed (plaintext or foreign bytes)."""
+
+
+class UnknownKeyVersionError(DecryptionError):
+    """The value is sealed under a key version that the keyring lacks."""
+
+
+class WrongKeyError(DecryptionError):
+    """The keyring has the version, but another key under its name (fingerprints differ)."""
+
+
+class TamperedError(DecryptionError):
+    """The key is right, but the bytes, the column or the row are not those that were sealed."""
+
+
+class SecretNotFoundError(LucentError, LookupError):
+    """No secret is stored under the key."""
+
+
+class ConflictError(LucentError):
+    """A compare-and-swap lost: somebody else changed the row first."""
+
+
+class RotationError(LucentError):
+    """A rotation could not start or did not finish; the message says what is left."""
+
+
+class KeyInUseError(RotationError):
+    """A key version is still needed by stored rows."""

@@ -1,0 +1,515 @@
+"""Master keys by version, where they come from, and the process default.
+
+The newest key seals: a :class:`Keyring` holds any number of master keys and exactly one of them,
+the *primary*, seals new values. Every other one opens what was sealed before.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final, NoReturn
+
+from . import _aead
+from ._envelope import (
+    FORMAT_AES_256_GCM,
+    MAX_VERSION_LENGTH,
+    VERSION_PATTERN,
+    header_size,
+    pack_header,
+    parse,
+)
+from .exceptions import (
+    ConfigurationError,
+    DecryptionError,
+    InvalidKeyError,
+    NotSealedError,
+    PicklingRefusedError,
+    TamperedError,
+    UnknownKeyVersionError,
+    WrongKeyError,
+)
+
+ENV_KEY: Final = "LUCENT_SECRETS_KEY"
+ENV_KEY_VERSION: Final = "LUCENT_SECRETS_KEY_VERSION"
+ENV_KEYS: Final = "LUCENT_SECRETS_KEYS"
+ENV_FILE_SUFFIX: Final = "_FILE"
+ENV_VARIABLES: Final = tuple(
+    name + suffix
+    for name in (ENV_KEY, ENV_KEY_VERSION, ENV_KEYS)
+    for suffix in ("", ENV_FILE_SUFFIX)
+)
+DEFAULT_KEY_VERSION: Final = "v1"
+
+_KEY_FORMS: Final = (
+    f"{_aead.MASTER_KEY_SIZE} bytes, or their base64, base64url (43 or 44 characters) "
+    "or hex (64 characters) text"
+)
+_BASE64: Final = re.compile(r"[A-Za-z0-9+/]{43}=?", re.ASCII)
+_BASE64URL: Final = re.compile(r"[A-Za-z0-9_-]{43}=?", re.ASCII)
+_HEX: Final = re.compile(r"[0-9A-Fa-f]{64}", re.ASCII)
+
+
+def generate_master_key() -> str:
+    """Return a new master key: 32 random bytes as unpadded base64url (43 characters).
+
+    Keep it outside the database and keep a backup: without it, nothing sealed under it opens.
+    """
+    return base64.urlsafe_b64encode(_aead.random_master_key()).rstrip(b"=").decode("ascii")
+
+
+def _decode_key(version: str, key: bytes | str) -> bytes:
+    """Return the 32 bytes of `key`, given in any of its forms."""
+    if isinstance(key, bytes):
+        if len(key) != _aead.MASTER_KEY_SIZE:
+            raise InvalidKeyError(
+                f"the master key of version {version!r} has {len(key)} bytes; "
+                f"a key is {_KEY_FORMS}"
+            )
+        return key
+    if not isinstance(key, str):
+        raise InvalidKeyError(
+            f"the master key of version {version!r} is of type {type(key).__name__}; "
+            f"a key is {_KEY_FORMS}"
+        )
+    if _HEX.fullmatch(key):
+        return bytes.fromhex(key)
+    if _BASE64.fullmatch(key) or _BASE64URL.fullmatch(key):
+        return base64.b64decode(key.rstrip("=").replace("-", "+").replace("_", "/") + "=")
+    if len(key) in (43, 44, 64):
+        fault = "has a character that its alphabet lacks, or mixes two alphabets"
+    else:
+        fault = f"has {len(key)} characters"
+    raise InvalidKeyError(f"the master key of version {version!r} {fault}; a key is {_KEY_FORMS}")
+
+
+def _check_version(version: object) -> str:
+    if not isinstance(version, str) or VERSION_PATTERN.fullmatch(version) is None:
+        # The name is not repeated: with the arguments swapped, it would be the key.
+        raise InvalidKeyError(
+            f"a key version is 1 to {MAX_VERSION_LENGTH} characters of A-Z a-z 0-9 . _ -; "
+            "one that was given breaks this rule"
+        )
+    return version
+
+
+class _MasterKey:
+    """One master key, kept where no repr, pickle or attribute listing shows it."""
+
+    __slots__ = ("_key", "key_id", "version")
+
+    def __init__(self, version: str, key: bytes) -> None:
+        self.version = version
+        self.key_id = _aead.derive_key_id(key)
+        self._key = key
+
+    def subkey(self, context: bytes) -> _aead.Subkey:
+        return _aead.Subkey(self._key, version=self.version, key_id=self.key_id, context=context)
+
+    def __repr__(self) -> str:
+        return f"<master key {self.version} {self.key_id.hex()}>"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise PicklingRefusedError("a master key is not pickled")
+
+    def __getstate__(self) -> NoReturn:
+        self.__reduce_ex__(None)
+
+
+class ContextKeys:
+    """The subkeys of one context under every key of a keyring. Internal; made by `Keyring`."""
+
+    __slots__ = ("_context", "_keyring", "_subkeys", "primary")
+
+    def __init__(self, keyring: Keyring, context: str) -> None:
+        encoded = context.encode("utf-8")
+        self._context = context
+        self._keyring = keyring
+        # By header, which holds the version, the format and the key id: one look-up finds the
+        # right key or nothing. No key is ever tried on the chance that it fits.
+        self._subkeys = {
+            subkey.header: subkey
+            for subkey in (master.subkey(encoded) for master in keyring._master_keys.values())
+        }
+        primary = keyring._master_keys[keyring.primary]
+        self.primary = self._subkeys[pack_header(primary.version, primary.key_id)]
+
+    def seal(self, plaintext: bytes, row: bytes = b"") -> bytes:
+        """Seal `plaintext` under the primary key."""
+        return self.primary.seal(plaintext, row)
+
+    def open(self, sealed: bytes, row: bytes = b"") -> bytes:
+        """Return the plaintext of `sealed`, or raise the `DecryptionError` that says why not."""
+        subkey = self._subkeys.get(sealed[: header_size(sealed)])
+        if subkey is None:
+            raise self._diagnose(sealed)
+        plaintext = subkey.open(sealed, row)
+        if plaintext is None:
+            raise TamperedError(
+                f"a value in {self._context} does not open, though the keyring has its key: "
+                "the bytes were changed, or were sealed for another row, column or table. "
+                "If the table or column was renamed, pass the old name as EncryptedJSON(context=)"
+            )
+        return plaintext
+
+    def _diagnose(self, sealed: bytes) -> DecryptionError:
+        envelope = parse(sealed)
+        where = f"a value in {self._context}"
+        if envelope is None:
+            return NotSealedError(
+                f"{where} is {len(sealed)} bytes that EncryptedJSON did not write "
+                f"({_shape(sealed)}); if the column held data before it was encrypted, "
+                "seal that data first with a migration that encrypts the column"
+            )
+        keyring, version = self._keyring, envelope.version
+        master = keyring._master_keys.get(version)
+        if master is None:
+            return UnknownKeyVersionError(
+                f"{where} is sealed under key version {version!r}; the keyring has "
+                f"{', '.join(map(repr, keyring.versions))}. Add the key of {version!r} to it"
+            )
+        if envelope.format != FORMAT_AES_256_GCM:
+            return NotSealedError(
+                f"{where} has format byte 0x{envelope.format:02x}, which this release does not "
+                "know: it was changed, or written by a later release"
+            )
+        return WrongKeyError(
+            f"{where} was sealed under another key of the name {version!r}: the value has "
+            f"fingerprint {envelope.key_id.hex()}, the keyring's key has {master.key_id.hex()}. "
+            "A new key needs a new version"
+        )
+
+
+def _shape(data: bytes) -> str:
+    """Say what `data` looks like, from its first bytes alone and without repeating any."""
+    if data.startswith(b"gAAAA"):
+        return "it has the shape of a Fernet token"
+    if data[:1] in (b"{", b"["):
+        return "it has the shape of JSON text"
+    if data.isascii():
+        return "it is ASCII text"
+    return "it is binary"
+
+
+class Keyring:
+    """An immutable set of master keys by version, one of them primary.
+
+    :param keys: master keys by version. A version is 1 to 32 characters of ``A-Z a-z 0-9 . _ -``;
+        a key is 32 bytes, or their base64, base64url (padded or not) or hex text.
+    :param primary: the version that seals. May be left out when there is one key only.
+    :raises InvalidKeyError: a version or key breaks its rule.
+    :raises ConfigurationError: no key, or a primary that is not among them.
+
+    A keyring never shows a key: ``repr`` gives versions and fingerprints, copies are the keyring
+    itself, and pickling raises :exc:`PicklingRefusedError`. Let each process build its own.
+    """
+
+    __slots__ = ("_contexts", "_master_keys", "_primary")
+
+    _contexts: dict[str, ContextKeys]
+    _master_keys: dict[str, _MasterKey]
+    _primary: str
+
+    def __init__(self, keys: Mapping[str, bytes | str], *, primary: str | None = None) -> None:
+        if not isinstance(keys, Mapping):
+            raise InvalidKeyError(
+                "a keyring is made from a mapping of versions to keys, such as "
+                f'{{"v1": key}}, not from {type(keys).__name__}'
+            )
+        self._build(
+            {
+                version: _MasterKey(version, _decode_key(version, key))
+                for version, key in ((_check_version(name), key) for name, key in keys.items())
+            },
+            primary,
+        )
+
+    def _build(self, master_keys: dict[str, _MasterKey], primary: str | None) -> None:
+        if not master_keys:
+            raise ConfigurationError("a keyring needs at least one key")
+        if primary is None:
+            if len(master_keys) > 1:
+                raise ConfigurationError(
+                    f"a keyring of {len(master_keys)} keys must be told which one seals: "
+                    f"pass primary= one of {', '.join(map(repr, master_keys))}"
+                )
+            (primary,) = master_keys
+        elif primary not in master_keys:
+            raise ConfigurationError(
+                f"the primary is not a version of the keyring; it has "
+                f"{', '.join(map(repr, master_keys))}"
+            )
+        object.__setattr__(self, "_master_keys", master_keys)
+        object.__setattr__(self, "_primary", primary)
+        # Subkeys are a function of the keys, derived on first use and kept, because a derivation
+        # costs as much as sealing several values. Bounded by the number of encrypted columns.
+        object.__setattr__(self, "_contexts", {})
+
+    @classmethod
+    def _from_parts(cls, master_keys: dict[str, _MasterKey], primary: str) -> Keyring:
+        keyring = cls.__new__(cls)
+        keyring._build(master_keys, primary)
+        return keyring
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Keyring:
+        """Read a keyring from the environment.
+
+        Either ``LUCENT_SECRETS_KEY`` with optional ``LUCENT_SECRETS_KEY_VERSION`` (``v1`` if not
+        set), or ``LUCENT_SECRETS_KEYS="v2:KEY,v1:KEY"``, whose first key is the primary. Each may
+        be given as ``…_FILE`` instead: the path of a file that holds the value. White space
+        around a value is not part of it.
+
+        :param environ: the variables; ``os.environ`` if left out.
+        :raises ConfigurationError: nothing is set, both forms are, or a value breaks a rule. The
+            message names the variable and the fault, and shows no character of a key.
+        """
+        env = os.environ if environ is None else environ
+        single = _read_variable(env, ENV_KEY)
+        version = _read_variable(env, ENV_KEY_VERSION)
+        several = _read_variable(env, ENV_KEYS)
+        if several is not None:
+            for other in (single, version):
+                if other is not None:
+                    raise ConfigurationError(
+                        f"both {several.source} and {other.source} are set; "
+                        f"{ENV_KEYS} names its versions itself, so keep only one of the forms"
+                    )
+            return cls._from_list(several)
+        if single is None:
+            raise ConfigurationError(
+                "no keyring is configured: set "
+                f"{ENV_KEY} (and {ENV_KEY_VERSION}, if it is not {DEFAULT_KEY_VERSION!r}), or "
+                f'{ENV_KEYS}="v2:KEY,v1:KEY" with the primary first, or the same names with '
+                f"{ENV_FILE_SUFFIX} and a path, or call set_default_keyring()"
+            )
+        name = DEFAULT_KEY_VERSION if version is None else version.text
+        name_source = single.source if version is None else version.source
+        return cls._from_pairs([(name, single.text)], single.source, name_source)
+
+    @classmethod
+    def _from_list(cls, variable: _Variable) -> Keyring:
+        pairs: list[tuple[str, str]] = []
+        for position, entry in enumerate(variable.text.split(","), 1):
+            version, separator, key = entry.strip().partition(":")
+            if not separator:
+                raise ConfigurationError(
+                    f"{variable.source}: entry {position} is not of the form VERSION:KEY"
+                )
+            pairs.append((version.strip(), key.strip()))
+        return cls._from_pairs(pairs, variable.source, variable.source)
+
+    @classmethod
+    def _from_pairs(
+        cls, pairs: list[tuple[str, str]], key_source: str, version_source: str
+    ) -> Keyring:
+        keys: dict[str, bytes | str] = {}
+        for version, key in pairs:
+            try:
+                _check_version(version)
+            except InvalidKeyError as error:
+                fault = f"{version_source}: {error}"
+            else:
+                if version in keys:
+                    fault = f"{version_source}: version {version!r} stands there twice"
+                elif not key:
+                    fault = f"{key_source}: the key of version {version!r} is empty"
+                else:
+                    keys[version] = key
+                    continue
+            raise ConfigurationError(fault)
+        try:
+            return cls(keys, primary=pairs[0][0])
+        except InvalidKeyError as error:
+            fault = f"{key_source}: {error}"
+        raise ConfigurationError(fault)
+
+    @property
+    def primary(self) -> str:
+        """The version that seals new values."""
+        return self._primary
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """All versions, the primary first, the others in the order given."""
+        return (self._primary, *(v for v in self._master_keys if v != self._primary))
+
+    def fingerprint(self, version: str) -> str:
+        """Return the 8 hex digits that tell the key of `version` from another key.
+
+        They are the key id that every value sealed under the key carries, and say nothing
+        about the key.
+
+        :raises ConfigurationError: the keyring lacks `version`.
+        """
+        return self._require(version).key_id.hex()
+
+    def with_primary(self, version: str) -> Keyring:
+        """Return a keyring of the same keys in which `version` seals.
+
+        :raises ConfigurationError: the keyring lacks `version`.
+        """
+        self._require(version)
+        return self._from_parts(self._master_keys, version)
+
+    def adding(self, version: str, key: bytes | str) -> Keyring:
+        """Return a keyring that has `key` too; the primary stays what it is.
+
+        :raises ConfigurationError: the keyring has `version` already. A key is never replaced
+            under its name: values sealed under the old one would be lost.
+        :raises InvalidKeyError: the version or key breaks its rule.
+        """
+        if _check_version(version) in self._master_keys:
+            raise ConfigurationError(
+                f"the keyring has a key of version {version!r} already; "
+                "give the new key a version of its own"
+            )
+        added = _MasterKey(version, _decode_key(version, key))
+        return self._from_parts({**self._master_keys, version: added}, self._primary)
+
+    def without(self, version: str) -> Keyring:
+        """Return a keyring that lacks `version`. Check first that no row needs it.
+
+        :raises ConfigurationError: the keyring lacks `version`, or it is the primary.
+        """
+        self._require(version)
+        if version == self._primary:
+            raise ConfigurationError(
+                f"version {version!r} is the primary and cannot be taken away; "
+                "make another one primary first"
+            )
+        rest = {name: key for name, key in self._master_keys.items() if name != version}
+        return self._from_parts(rest, self._primary)
+
+    def for_context(self, context: str) -> ContextKeys:
+        """Return the subkeys of `context`, derived at first use. Internal."""
+        keys = self._contexts.get(context)
+        if keys is None:
+            keys = self._contexts.setdefault(context, ContextKeys(self, context))
+        return keys
+
+    def _require(self, version: str) -> _MasterKey:
+        if version not in self._master_keys:
+            raise ConfigurationError(
+                f"the keyring has no such version; it has {', '.join(map(repr, self.versions))}"
+            )
+        return self._master_keys[version]
+
+    def __contains__(self, version: object) -> bool:
+        return version in self._master_keys
+
+    def __len__(self) -> int:
+        return len(self._master_keys)
+
+    def __repr__(self) -> str:
+        keys = ", ".join(f"{v}={self.fingerprint(v)}" for v in self.versions)
+        return f"<Keyring primary={self._primary} {keys}>"
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError("a Keyring is immutable; with_primary(), adding() and without() copy")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        self.__setattr__(name, None)
+
+    def __copy__(self) -> Keyring:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Keyring:
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise PicklingRefusedError(
+            "a Keyring is not pickled: its keys would be in the pickle. Let the other process "
+            "build its own, for instance with Keyring.from_env()"
+        )
+
+    def __getstate__(self) -> NoReturn:
+        self.__reduce_ex__(None)
+
+
+class _Variable:
+    """A value from the environment, and the name that an error message gives it."""
+
+    __slots__ = ("source", "text")
+
+    def __init__(self, source: str, text: str) -> None:
+        self.source = source
+        self.text = text
+
+
+def _read_variable(env: Mapping[str, str], name: str) -> _Variable | None:
+    file_name = name + ENV_FILE_SUFFIX
+    if name in env and file_name in env:
+        raise ConfigurationError(f"both {name} and {file_name} are set; keep only one of them")
+    if name in env:
+        variable = _Variable(name, env[name].strip())
+    elif file_name in env:
+        variable = _Variable(file_name, _read_file(file_name, env[file_name]))
+    else:
+        return None
+    if not variable.text:
+        raise ConfigurationError(f"{variable.source} is set but empty")
+    return variable
+
+
+def _read_file(variable: str, path: str) -> str:
+    # The path itself stays out of the message: a key put into the wrong variable would be there.
+    try:
+        return Path(path).read_text("utf-8").strip()
+    except OSError as error:
+        fault = error.strerror or type(error).__name__
+    except ValueError:
+        fault = "it is not a text file, or not a path"
+    raise ConfigurationError(f"{variable}: the file that it names cannot be read: {fault}")
+
+
+_default: Keyring | Callable[[], Keyring] | None = None
+_default_lock = threading.Lock()
+
+
+def set_default_keyring(keyring: Keyring | Callable[[], Keyring] | None) -> None:
+    """Set the keyring that the process uses where none is passed.
+
+    :param keyring: a keyring; or a callable that returns one, called at each use, so that keys can
+        change while the process runs (let it cache); or ``None`` to go back to the environment,
+        read again at the next use.
+    :raises ConfigurationError: it is none of these.
+    """
+    if keyring is not None and not isinstance(keyring, Keyring) and not callable(keyring):
+        raise ConfigurationError(
+            "the default keyring is a Keyring, a callable that returns one, or None"
+        )
+    global _default
+    with _default_lock:
+        _default = keyring
+
+
+def default_keyring() -> Keyring:
+    """Return the process's keyring: what was set, else :meth:`Keyring.from_env`, read once.
+
+    :raises ConfigurationError: none is configured, or the callable returned something else.
+    """
+    keyring = _default
+    if keyring is None:
+        keyring = _load_default()
+    if isinstance(keyring, Keyring):
+        return keyring
+    result = keyring()
+    if not isinstance(result, Keyring):
+        raise ConfigurationError(
+            "the callable given to set_default_keyring() returned "
+            f"{type(result).__name__} instead of a Keyring"
+        )
+    return result
+
+
+def _load_default() -> Keyring | Callable[[], Keyring]:
+    global _default
+    with _default_lock:
+        if _default is None:
+            _default = Keyring.from_env()
+        return _default

@@ -1,0 +1,131 @@
+"""``LucentSecret``: the model of table ``lucent_secrets``, and the mixin to put it elsewhere.
+
+::
+
+    class Secret(LucentSecretMixin, Base):      # in your own metadata, under your own name
+        __tablename__ = "app_secrets"
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from sqlalchemy import Computed, DateTime, MetaData, String, literal_column
+from sqlalchemy.dialects import mysql, postgresql
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+from ._envelope import MAX_VERSION_LENGTH
+from ._sql import key_version
+from .binding import row_bound
+from .secret_key import KEY_PART_NAMES, MAX_PART_LENGTH, SecretKey
+
+
+def byte_wise_string(length: int) -> String:
+    """Return a string type that every database compares and sorts byte for byte.
+
+    By default MySQL would take ``apiKey`` and ``apikey`` for one key, and PostgreSQL would sort by
+    the rules of the server's locale.
+    """
+    return (
+        String(length)
+        .with_variant(postgresql.VARCHAR(length, collation="C"), "postgresql")
+        .with_variant(
+            mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
+        )
+    )
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """Timezone-aware datetimes in UTC, in and out, to the microsecond, on every database."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        """DATETIME(6) on MySQL and MariaDB, whose DATETIME drops the fraction."""
+        if dialect.name in ("mysql", "mariadb"):
+            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
+        return dialect.type_descriptor(DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Convert to UTC; drop the zone where the database cannot keep one."""
+        if value is None:
+            return None
+        value = value.astimezone(UTC)
+        return value if dialect.name == "postgresql" else value.replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Give the value in UTC."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def key_version_type() -> String:
+    """Return the type of a generated ``key_version`` column."""
+    return String(MAX_VERSION_LENGTH).with_variant(
+        mysql.VARCHAR(MAX_VERSION_LENGTH, charset="ascii", collation="ascii_bin"),
+        "mysql",
+        "mariadb",
+    )
+
+
+def computed_key_version(column_name: str) -> Computed:
+    """Return what makes a column hold the key version of the sealed column `column_name`.
+
+    The database computes it from the stored bytes at each write, so the two cannot disagree.
+    """
+    return Computed(key_version(literal_column(column_name)), persisted=True)
+
+
+def utc_now() -> datetime:
+    """Return the time, in UTC."""
+    return datetime.now(UTC)
+
+
+class LucentSecretMixin:
+    """The columns of a table of scoped secrets.
+
+    The four parts of the :class:`SecretKey` are the primary key, and the payload is bound to them.
+    ``key_version`` is computed by the database from the payload, so that the two cannot disagree.
+    """
+
+    scope: Mapped[str] = mapped_column(byte_wise_string(MAX_PART_LENGTH), primary_key=True)
+    owner_id: Mapped[str] = mapped_column(byte_wise_string(MAX_PART_LENGTH), primary_key=True)
+    provider: Mapped[str] = mapped_column(byte_wise_string(MAX_PART_LENGTH), primary_key=True)
+    name: Mapped[str] = mapped_column(byte_wise_string(MAX_PART_LENGTH), primary_key=True)
+    payload: Mapped[Any] = row_bound(*KEY_PART_NAMES, nullable=False)
+    created_at: Mapped[datetime] = mapped_column(UTCDateTime, default=utc_now, sort_order=2)
+    updated_at: Mapped[datetime] = mapped_column(
+        UTCDateTime, default=utc_now, onupdate=utc_now, sort_order=2
+    )
+
+    @declared_attr
+    def key_version(cls) -> Mapped[str | None]:  # noqa: N805
+        """The version of the key that sealed the payload."""
+        return mapped_column(
+            key_version_type(), computed_key_version("payload"), index=True, sort_order=1
+        )
+
+    @property
+    def key(self) -> SecretKey:
+        """The scoped key of this secret."""
+        return SecretKey(self.scope, self.owner_id, self.provider, self.name)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.scope}:{self.owner_id}:{self.provider}:{self.name}>"
+
+
+class LucentBase(DeclarativeBase):
+    """The declarative base of :class:`LucentSecret`, with a MetaData of its own."""
+
+    metadata = MetaData()
+
+
+class LucentSecret(LucentSecretMixin, LucentBase):
+    """A secret in table ``lucent_secrets``."""
+
+    __tablename__: Final = "lucent_secrets"  # type: ignore[misc]

@@ -1,0 +1,31 @@
+"""Rotation: re-encrypt under the primary key, count rows per key, prove that every row opens.
+
+``targets`` finds the columns, ``_batches`` reads and writes them, ``engine`` runs a rotation,
+``census`` counts and verifies, ``report`` holds what they return.
+"""
+
+from .census import averify, retire_check, status, verify
+from .engine import arotate, rotate
+from .report import (
+    FailedRow,
+    RotationProgress,
+    RotationReport,
+    StatusReport,
+    StatusRow,
+    VerifyReport,
+)
+
+__all__ = [
+    "FailedRow",
+    "RotationProgress",
+    "RotationReport",
+    "StatusReport",
+    "StatusRow",
+    "VerifyReport",
+    "arotate",
+    "averify",
+    "retire_check",
+    "rotate",
+    "status",
+    "verify",
+]

@@ -1,0 +1,103 @@
+"""``SecretKey``: the scoped key ``scope:ownerId:provider:name`` of a secret."""
+
+from __future__ import annotations
+
+import unicodedata
+import uuid
+from typing import Final, NamedTuple
+
+from .exceptions import InvalidKeyError
+
+MAX_PART_LENGTH: Final = 128
+"""Characters of one part; four parts of utf8mb4 fit the 3,072 bytes of an InnoDB index key."""
+
+KEY_PART_NAMES: Final = ("scope", "owner_id", "provider", "name")
+
+_SEPARATOR: Final = ":"
+
+
+class _Parts(NamedTuple):
+    scope: str
+    owner_id: str
+    provider: str
+    name: str
+
+
+class SecretKey(_Parts):
+    """The key of a secret: an immutable tuple of four strings, hashable and ordered.
+
+    :param scope: what kind of owner it is, such as ``tenant``, ``user`` or ``app``.
+    :param owner_id: which owner; a UUID or int is taken by its text form.
+    :param provider: whose secret it is, such as ``stripe``.
+    :param name: which one of theirs, such as ``apiKey``.
+    :raises InvalidKeyError: a part is not 1 to 128 characters, or has a colon, a control
+        character, leading or trailing white space, or text that is not in Unicode's NFC. Nothing
+        is trimmed or normalised silently, so one secret has one key.
+
+    No character has a wildcard meaning anywhere.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls, scope: str, owner_id: str | int | uuid.UUID, provider: str, name: str
+    ) -> SecretKey:
+        if isinstance(owner_id, (int, uuid.UUID)) and not isinstance(owner_id, bool):
+            owner_id = str(owner_id)
+        parts = (scope, owner_id, provider, name)
+        for part_name, part in zip(KEY_PART_NAMES, parts, strict=True):
+            check_part(part_name, part)
+        return super().__new__(cls, scope, owner_id, provider, name)
+
+    @classmethod
+    def parse(cls, text: str) -> SecretKey:
+        """Return the key that `text` spells; the inverse of ``str(key)``.
+
+        :raises InvalidKeyError: `text` is not four valid parts joined by colons.
+        """
+        if not isinstance(text, str):
+            raise InvalidKeyError(
+                f"a secret key is a SecretKey or its text, not {type(text).__name__}"
+            )
+        parts = text.split(_SEPARATOR)
+        if len(parts) != len(KEY_PART_NAMES):
+            raise InvalidKeyError(
+                f"a secret key has the form scope:ownerId:provider:name; "
+                f"this one has {len(parts)} part{'s' * (len(parts) != 1)}"
+            )
+        return cls(*parts)
+
+    @classmethod
+    def of(cls, key: SecretKey | str) -> SecretKey:
+        """Return `key` itself, or parse it if it is text.
+
+        :raises InvalidKeyError: it is neither, or breaks a rule.
+        """
+        return key if isinstance(key, SecretKey) else cls.parse(key)
+
+    def __str__(self) -> str:
+        return _SEPARATOR.join(self)
+
+    def __repr__(self) -> str:
+        return f"SecretKey({', '.join(map(repr, self))})"
+
+
+def check_part(part_name: str, part: object) -> None:
+    """Raise `InvalidKeyError` naming the part and the rule that it breaks."""
+    if not isinstance(part, str):
+        fault = f"is of type {type(part).__name__}, not str"
+    elif not part:
+        fault = "is empty"
+    elif len(part) > MAX_PART_LENGTH:
+        fault = f"has {len(part)} characters; {MAX_PART_LENGTH} is the most"
+    elif _SEPARATOR in part:
+        fault = "has a colon, which separates the parts"
+    elif any(unicodedata.category(character) in ("Cc", "Cs") for character in part):
+        fault = "has a control character or a lone surrogate"
+    elif part != part.strip():
+        fault = "has leading or trailing white space"
+    elif not unicodedata.is_normalized("NFC", part):
+        fault = "is not in Unicode normalisation form NFC"
+    else:
+        return
+    raise InvalidKeyError(f"the {part_name} of a secret key {fault}")

@@ -1,0 +1,496 @@
+"""``EncryptedJSON``: a drop-in for :class:`sqlalchemy.JSON` whose values are sealed.
+
+::
+
+    class Integration(Base):
+        __tablename__ = "integrations"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        credentials: Mapped[dict[str, Any]] = mapped_column(EncryptedJSON)
+
+The type only adapts. It holds no key: the keyring is looked up each time a value is sealed or
+opened. It knows its *context*, ``table.column``, which every value is bound to, from the moment
+its column joins a table; until then it has none, and refuses to seal.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NoReturn
+
+from sqlalchemy import JSON, Column, LargeBinary, Table, event
+from sqlalchemy.dialects.mysql import LONGBLOB
+from sqlalchemy.engine import Dialect
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import ColumnElement, Null
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from . import _sql
+from ._envelope import Envelope, length_prefixed, parse
+from ._json import STRICT, Codec, EngineCodec
+from ._redacted import redact
+from .exceptions import (
+    ConfigurationError,
+    PicklingRefusedError,
+    SerializationError,
+    TamperedError,
+    UnsupportedOperationError,
+)
+from .keyring import Keyring, default_keyring
+
+RowPart = str | int | uuid.UUID
+"""A value of a binding column: each has one exact text form."""
+
+
+def encode_row(parts: Sequence[RowPart], names: Sequence[str] = ()) -> bytes:
+    """Return the row context: each part's text form, length-prefixed.
+
+    :raises ConfigurationError: a part is missing or of another type. Floats, decimals and dates
+        are refused, because databases give them back in forms of their own.
+    """
+    encoded = []
+    for position, part in enumerate(parts):
+        if isinstance(part, (str, int, uuid.UUID)) and not isinstance(part, bool):
+            encoded.append(str(part).encode("utf-8", "surrogatepass"))
+            continue
+        name = names[position] if position < len(names) else f"number {position + 1}"
+        fault = "has no value yet" if part is None else f"is of type {type(part).__name__}"
+        raise ConfigurationError(
+            f"binding column {name} {fault}; a row-bound value needs a str, int or UUID that is "
+            "known before the row is written (a natural key, or a UUID made in Python)"
+        )
+    return length_prefixed(*encoded)
+
+
+class ColumnCodec:
+    """Seals and opens the values of one column as one engine sees it. Internal."""
+
+    __slots__ = ("bound_to", "codec", "contexts", "redacts")
+
+    def __init__(
+        self, contexts: tuple[str, ...], codec: Codec, bound_to: tuple[str, ...], redacts: bool
+    ) -> None:
+        self.contexts = contexts
+        self.codec = codec
+        self.bound_to = bound_to
+        self.redacts = redacts
+
+    def seal(self, value: Any, row: bytes = b"", keyring: Keyring | None = None) -> bytes:
+        """Return the stored bytes of a JSON value."""
+        keys = (keyring or default_keyring()).for_context(self.contexts[0])
+        return keys.seal(self.codec.dumps(value), row)
+
+    def open(self, data: Any, row: bytes = b"", keyring: Keyring | None = None) -> Any:
+        """Return the JSON value of stored bytes."""
+        value = self.codec.loads(
+            open_in_contexts(self.contexts, data, row, keyring or default_keyring())
+        )
+        return redact(value) if self.redacts else value
+
+
+def as_bytes(value: Any) -> bytes:
+    """Return what a driver gave as bytes: some give a memoryview, and SQLite gives text for a
+    plaintext that was never sealed."""
+    return value.encode("utf-8", "replace") if isinstance(value, str) else bytes(value)
+
+
+def open_in_contexts(
+    contexts: Sequence[str], data: Any, row: bytes, keyring: Keyring
+) -> bytes:
+    """Return the plaintext of `data` under the first of `contexts` that it was sealed in."""
+    if type(data) is not bytes:
+        data = as_bytes(data)
+    first, *earlier = contexts
+    try:
+        return keyring.for_context(first).open(data, row)
+    except TamperedError as error:
+        refusal = error
+    for context in earlier:
+        try:
+            return keyring.for_context(context).open(data, row)
+        except TamperedError:
+            continue
+    raise refusal
+
+
+class Sealed:
+    """A stored value that was not opened: what lazy and row-bound columns give.
+
+    Holds ciphertext only; ``repr`` and pickles show no plaintext. Equal and hashed by its bytes.
+    """
+
+    __slots__ = ("_codec", "_data", "_opened")
+
+    def __init__(self, data: bytes, codec: ColumnCodec) -> None:
+        self._data = data
+        self._codec = codec
+
+    def open(self, *, row: Sequence[RowPart] | None = None, keyring: Keyring | None = None) -> Any:
+        """Open the value.
+
+        :param row: the values of the columns that it is bound to, in the order of ``bound_to``;
+            for a row-bound column only.
+        :param keyring: the keyring to use; the default one if left out.
+        :raises DecryptionError: it does not open; the subclass says why.
+        :raises ConfigurationError: `row` is missing, or given for a column that has none.
+        """
+        return self._codec.open(self._data, self._encode_row(row), keyring)
+
+    def _encode_row(self, row: Sequence[RowPart] | None) -> bytes:
+        names = self._codec.bound_to
+        if len(names) != (0 if row is None else len(row)):
+            raise ConfigurationError(
+                f"a value of {self._codec.contexts[0]} opens with "
+                + (f"row=({', '.join(names)})" if names else "no row=")
+            )
+        return encode_row(row or (), names)
+
+    def _open_once(self, row: Sequence[RowPart]) -> Any:
+        # Kept here so that it goes when the ORM replaces this object on refresh, and so that a
+        # pickle of the model leaves it out.
+        try:
+            return self._opened
+        except AttributeError:
+            self._opened = self.open(row=row)
+            return self._opened
+
+    def _is_open(self) -> bool:
+        return hasattr(self, "_opened")
+
+    @property
+    def _envelope(self) -> Envelope | None:
+        return parse(self._data)
+
+    @property
+    def key_version(self) -> str | None:
+        """The version of the key that sealed the value; ``None`` if the bytes are not sealed."""
+        envelope = self._envelope
+        return None if envelope is None else envelope.version
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of that key; ``None`` if the bytes are not sealed."""
+        envelope = self._envelope
+        return None if envelope is None else envelope.key_id.hex()
+
+    def __bytes__(self) -> bytes:
+        return self._data
+
+    def __eq__(self, other: object) -> bool:
+        return self._data == other._data if isinstance(other, Sealed) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._data)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Sealed {self._codec.contexts[0]} key_version={self.key_version} "
+            f"{len(self._data)} bytes>"
+        )
+
+    def __getstate__(self) -> tuple[bytes, ColumnCodec]:
+        return self._data, self._codec
+
+    def __setstate__(self, state: tuple[bytes, ColumnCodec]) -> None:
+        self._data, self._codec = state
+
+
+class Bound:
+    """A plain value on its way into a row-bound column, with the row that it belongs to.
+
+    The ORM attribute makes these itself; in Core, write
+    ``insert(table).values(payload=Bound(value, row=(tenant_id, name)), …)``.
+
+    :param value: the JSON value.
+    :param row: the values of the binding columns, or a callable that gives them when the
+        statement is executed.
+    """
+
+    __slots__ = ("_row", "value")
+
+    def __init__(
+        self, value: Any, row: Sequence[RowPart] | Callable[[], Sequence[RowPart]]
+    ) -> None:
+        self.value = value
+        self._row = row
+
+    @property
+    def row(self) -> Sequence[RowPart]:
+        """The values of the binding columns, as they are now."""
+        return self._row() if callable(self._row) else self._row
+
+    def __repr__(self) -> str:
+        return "<Bound: a value not yet sealed>"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise PicklingRefusedError(
+            "a value that was set and not yet read back from the database is not pickled: it is "
+            "plaintext. Flush and refresh the object first"
+        )
+
+
+class EncryptedComparator(TypeDecorator.Comparator[Any]):
+    """What SQL may do with a sealed column: test for NULL, and tell the key version."""
+
+    __slots__ = ()
+
+    @property
+    def key_version(self) -> ColumnElement[str]:
+        """The key version of each value as SQL, for WHERE, GROUP BY, indexes and constraints."""
+        return _sql.key_version(self.expr)
+
+    def operate(self, op: operators.OperatorType, *other: Any, **kwargs: Any) -> Any:
+        if op in _NULL_TESTS and (other[0] is None or isinstance(other[0], Null)):
+            return super().operate(op, *other, **kwargs)
+        raise self._refusal(op)
+
+    def reverse_operate(self, op: operators.OperatorType, other: Any, **kwargs: Any) -> Any:
+        raise self._refusal(op)
+
+    def _refusal(self, op: operators.OperatorType) -> UnsupportedOperationError:
+        name = getattr(op, "opstring", None) or getattr(op, "__name__", "this")
+        return UnsupportedOperationError(
+            f"the operator {name!r} has no meaning on an EncryptedJSON column: every seal of a "
+            "value is different, so the database sees nothing to compare, sort or index into. "
+            "Look rows up by a key or a column of their own; is_(None), is_not(None) and "
+            ".key_version work"
+        )
+
+
+_NULL_TESTS: Final = frozenset({operators.eq, operators.ne, operators.is_, operators.is_not})
+
+
+class EncryptedJSON(TypeDecorator[Any]):
+    """A column of JSON values, each sealed with AES-256-GCM and bound to its column.
+
+    :param none_as_null: as in :class:`sqlalchemy.JSON`: store Python ``None`` as SQL NULL rather
+        than as the (sealed) JSON value ``null``.
+    :param context: what values are bound to, if not ``table.column``. A table or column that was
+        renamed keeps opening its rows when its old name is given here.
+    :param accept_contexts: earlier contexts whose values still open. New values are sealed under
+        `context`.
+    :param lazy: give :class:`Sealed` objects, so that reading rows opens none.
+    :param redact: give ``dict``, ``list`` and ``str`` values that do not print themselves.
+    :param bound_to: names of columns whose values each value is bound to as well. Declare such a
+        column with :func:`sqlalchemy_lucent.row_bound`.
+    """
+
+    impl = LargeBinary
+    cache_ok = True
+    hashable = False
+    comparator_factory = EncryptedComparator
+    NULL = JSON.NULL
+
+    none_as_null: bool
+    context: str | None
+    accept_contexts: tuple[str, ...]
+    lazy: bool
+    redact: bool
+    bound_to: tuple[str, ...]
+
+    # The statement cache's key is made of the attributes that are named like these parameters, so
+    # everything that changes what a processor does must be one of them, and no key may be.
+    def __init__(
+        self,
+        none_as_null: bool = False,
+        *,
+        context: str | None = None,
+        accept_contexts: Iterable[str] = (),
+        lazy: bool = False,
+        redact: bool = True,
+        bound_to: Iterable[str] = (),
+    ) -> None:
+        super().__init__()
+        self.none_as_null = none_as_null
+        self.context = context
+        self.accept_contexts = _names("accept_contexts", accept_contexts)
+        self.lazy = lazy
+        self.redact = redact
+        self.bound_to = _names("bound_to", bound_to)
+        self._context_is_derived = False
+
+    @property
+    def should_evaluate_none(self) -> bool:  # type: ignore[override]
+        """Whether the ORM passes ``None`` to this type rather than leaving the column out."""
+        return not self.none_as_null
+
+    @should_evaluate_none.setter
+    def should_evaluate_none(self, value: bool) -> None:
+        self.none_as_null = not value
+
+    @property
+    def python_type(self) -> type[Any]:
+        """``dict``, as :class:`sqlalchemy.JSON` says."""
+        return dict
+
+    # -- context ---------------------------------------------------------------------------------
+
+    def _set_parent(self, parent: Any, **kw: Any) -> None:
+        super()._set_parent(parent, **kw)
+        if isinstance(parent, Column):
+            if isinstance(getattr(parent, "table", None), Table):
+                _derive_context(parent, parent.table)
+            else:
+                event.listen(parent, "after_parent_attach", _derive_context)
+
+    def _attached(self, context: str) -> EncryptedJSON:
+        """Return the type for a column of this name: a copy, so that one instance may be given
+        to any number of columns."""
+        if self.context is not None and (not self._context_is_derived or self.context == context):
+            return self
+        attached = self.copy()
+        attached.context = context
+        attached._context_is_derived = True
+        return attached
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """The context that values are sealed under, then those that are opened too.
+
+        :raises ConfigurationError: the type has no context.
+        """
+        if self.context is None:
+            raise ConfigurationError(
+                "this EncryptedJSON belongs to no column of a table, so it has no context to bind "
+                'values to; give it one: EncryptedJSON(context="table.column")'
+            )
+        return (self.context, *self.accept_contexts)
+
+    # -- values ----------------------------------------------------------------------------------
+
+    def column_codec(self, dialect: Dialect) -> ColumnCodec:
+        """Return what seals and opens this column's values on `dialect`. Internal."""
+        serializer = getattr(dialect, "_json_serializer", None)
+        deserializer = getattr(dialect, "_json_deserializer", None)
+        codec = EngineCodec(serializer, deserializer) if serializer or deserializer else STRICT
+        return ColumnCodec(self.contexts, codec, self.bound_to, self.redact)
+
+    # `process_bind_param` would run behind LargeBinary's own processor, which wraps every value in
+    # a memoryview that no supported driver needs; that costs a tenth of sealing a small value.
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], bytes | None]:
+        """Return the function that seals parameters."""
+        column = self.column_codec(dialect)
+        none_as_null = self.none_as_null
+
+        def process(value: Any) -> bytes | None:
+            row = b""
+            if isinstance(value, Bound):
+                row = _row_of(value, column)
+                value = value.value
+            elif isinstance(value, Sealed):
+                return _reuse(value, column)
+            elif column.bound_to:
+                if value is None or isinstance(value, Null):
+                    return None
+                raise _unbound(column)
+            if value is None:
+                if none_as_null:
+                    return None
+            elif value is JSON.NULL:
+                value = None
+            elif isinstance(value, Null):
+                return None
+            return column.seal(value, row)
+
+        return process
+
+    def result_processor(
+        self, dialect: Dialect, coltype: object
+    ) -> Callable[[Any], Any]:
+        """Return the function that opens results."""
+        column = self.column_codec(dialect)
+        if self.lazy or self.bound_to:
+            return lambda data: None if data is None else Sealed(as_bytes(data), column)
+        open_ = column.open
+        return lambda data: None if data is None else open_(data)
+
+    def literal_processor(self, dialect: Dialect) -> NoReturn:
+        """Refuse: a literal would put the value into SQL text, and errors about it into logs."""
+        # Raised here and not from a processor: SQLAlchemy answers an error of a processor with a
+        # CompileError that shows the value.
+        raise UnsupportedOperationError(
+            "an EncryptedJSON value is not rendered into SQL text (literal_binds, offline mode); "
+            "execute the statement with bound parameters"
+        )
+
+    def with_variant(self, type_: Any, *dialect_names: str) -> EncryptedJSON:
+        """As in SQLAlchemy, but only another EncryptedJSON is a variant of this type.
+
+        :raises UnsupportedOperationError: `type_` would store plaintext on that database.
+        """
+        variant = type_() if isinstance(type_, type) else type_
+        if not isinstance(variant, EncryptedJSON):
+            raise UnsupportedOperationError(
+                f"with_variant({type(variant).__name__}) would store plaintext on "
+                f"{', '.join(dialect_names)}; the variant of an EncryptedJSON is an EncryptedJSON"
+            )
+        return super().with_variant(variant, *dialect_names)
+
+    # -- the database's side ---------------------------------------------------------------------
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """LONGBLOB on MySQL and MariaDB, where BLOB ends at 64 KiB; LargeBinary elsewhere."""
+        if dialect.name in ("mysql", "mariadb"):
+            return dialect.type_descriptor(LONGBLOB())
+        return dialect.type_descriptor(LargeBinary())
+
+    def compare_values(self, x: Any, y: Any) -> bool:
+        """Compare two values as Python does."""
+        return bool(x == y)
+
+    def __repr__(self) -> str:
+        arguments = [
+            f"{name}={getattr(self, name)!r}"
+            for name, default in _DEFAULTS.items()
+            if getattr(self, name) != default
+            and not (name == "context" and self._context_is_derived)
+        ]
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+
+_DEFAULTS: Final[dict[str, object]] = {
+    "none_as_null": False,
+    "context": None,
+    "accept_contexts": (),
+    "lazy": False,
+    "redact": True,
+    "bound_to": (),
+}
+
+
+def _names(parameter: str, names: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ConfigurationError(f"EncryptedJSON({parameter}=) takes a list of names")
+    return tuple(names)
+
+
+def _derive_context(column: Column[Any], table: Any) -> None:
+    type_ = column.type
+    if isinstance(type_, EncryptedJSON) and isinstance(table, Table):
+        column.type = type_._attached(f"{table.name}.{column.name}")
+
+
+def _row_of(value: Bound, column: ColumnCodec) -> bytes:
+    row = value.row
+    if len(row) != len(column.bound_to):
+        raise ConfigurationError(
+            f"{column.contexts[0]} is bound to {len(column.bound_to)} columns of its row, "
+            f"and was given {len(row)} values for them"
+        )
+    return encode_row(row, column.bound_to)
+
+
+def _reuse(value: Sealed, column: ColumnCodec) -> bytes:
+    if value._codec.contexts[0] not in column.contexts:
+        raise SerializationError(
+            f"a Sealed value of {value._codec.contexts[0]} was given to {column.contexts[0]}, "
+            "where it would not open; open() it and pass what it holds"
+        )
+    return bytes(value)
+
+
+def _unbound(column: ColumnCodec) -> ConfigurationError:
+    return ConfigurationError(
+        f"{column.contexts[0]} is bound to its row; set the model's attribute, or pass "
+        f"Bound(value, row=({', '.join(column.bound_to)}))"
+    )

