@@ -1,4 +1,5 @@
-"""AES-256-GCM and HKDF-SHA256: the only module that imports ``cryptography``.
+"""
+AES-256-GCM and HKDF-SHA256: the only module that imports ``cryptography``.
 
 Nothing here is an algorithm of ours. A subkey is RFC 5869's HKDF of the master key with the
 column's context as ``info``; a value is sealed by AES-256-GCM (NIST SP 800-38D) under that subkey.
@@ -34,7 +35,8 @@ def derive_key_id(master_key: bytes) -> bytes:
 
 
 class Subkey:
-    """The AES key of one (master key, context), ready to use.
+    """
+    The AES key of one (master key, context), ready to use.
 
     Each column has its own, so that the bound of 2^32 random nonces under one key
     (NIST SP 800-38D, 8.3) holds per column and key version, not for a whole database.
@@ -57,7 +59,8 @@ class Subkey:
         return self.header + nonce + ciphertext
 
     def open(self, sealed: bytes, row: bytes = b"") -> bytes | None:
-        """Return the plaintext, or ``None`` if `sealed` is not authentic here.
+        """
+        Return the plaintext, or ``None`` if `sealed` is not authentic here.
 
         `sealed` must begin with this subkey's header.
         """

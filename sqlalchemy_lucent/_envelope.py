@@ -1,4 +1,5 @@
-"""The stored bytes: pack and parse, nothing else.
+"""
+The stored bytes: pack and parse, nothing else.
 
 ::
 
@@ -51,7 +52,8 @@ def header_size(sealed: bytes) -> int:
 
 
 def parse(sealed: bytes) -> Envelope | None:
-    """Take `sealed` apart, or return ``None`` if it does not begin as a sealed value does.
+    """
+    Take `sealed` apart, or return ``None`` if it does not begin as a sealed value does.
 
     A value with an unknown format byte, or one cut short behind its header, is still parsed:
     the caller knows better than this module what to say about it.
@@ -74,7 +76,8 @@ def parse(sealed: bytes) -> Envelope | None:
 
 
 def length_prefixed(*parts: bytes) -> bytes:
-    """Join `parts`, each behind its length (4 bytes, big-endian).
+    """
+    Join `parts`, each behind its length (4 bytes, big-endian).
 
     No two different tuples give the same bytes, which is what associated data needs.
     """

@@ -1,4 +1,5 @@
-"""The strict JSON codec: what goes in comes out equal, or is refused.
+"""
+The strict JSON codec: what goes in comes out equal, or is refused.
 
 No quick encoder is strict: orjson turns NaN into ``null``, and a tuple, a UUID or an Enum into
 something else. So a value is looked at before it is written. Writing is orjson's, the quickest;
@@ -76,7 +77,8 @@ STRICT: Final = StrictCodec()
 
 
 class EngineCodec:
-    """The codec of an engine made with ``json_serializer=`` or ``json_deserializer=``.
+    """
+    The codec of an engine made with ``json_serializer=`` or ``json_deserializer=``.
 
     What these functions make of a value is their own affair, except that it must come back equal:
     each write is read back and compared.
@@ -99,7 +101,7 @@ class EngineCodec:
         try:
             text = self._serializer(value)
             data = text if isinstance(text, bytes) else text.encode("utf-8")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (the user's function may raise anything)
             fault = f"raised {type(error).__name__} for a value of type {type(value).__name__}"
         else:
             if _same(self.loads(data), value):
@@ -113,7 +115,7 @@ class EngineCodec:
             return STRICT.loads(data)
         try:
             return self._deserializer(data.decode("utf-8"))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             fault = type(error).__name__
         raise SerializationError(
             f"a document opened, but the engine's json_deserializer raised {fault} on it"
@@ -121,7 +123,8 @@ class EngineCodec:
 
 
 def _is_plain(value: JSONValue, depth: int) -> bool:
-    """Say whether `value` is made of nothing but what orjson gives back equal.
+    """
+    Say whether `value` is made of nothing but what orjson gives back equal.
 
     Looks at the set of types in a container first, so that a flat document costs a handful of
     calls whatever its size. Integers past 64 bits and lone surrogates are left to orjson, which
@@ -207,7 +210,7 @@ def _member_path(path: str, name: str) -> str:
 
 
 def _same(left: JSONValue, right: JSONValue) -> bool:
-    """Compare with types: ``1``, ``1.0`` and ``True`` are three values, ``0.0`` and ``-0.0`` two."""
+    """Compare with types: ``1``, ``1.0`` and ``True`` differ, and so do ``0.0`` and ``-0.0``."""
     if isinstance(left, dict) and isinstance(right, dict):
         return left.keys() == right.keys() and all(_same(left[k], right[k]) for k in left)
     if isinstance(left, list) and isinstance(right, list):

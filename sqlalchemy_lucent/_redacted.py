@@ -1,4 +1,5 @@
-"""Opened values that do not print themselves.
+"""
+Opened values that do not print themselves.
 
 ``create_engine(echo="debug")`` logs result rows after they were opened, also with
 ``hide_parameters=True``, and a logger or a debugger prints whatever it is handed. So an opened
@@ -9,7 +10,7 @@ works on the value itself, and the parts taken out of it are ordinary objects.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 
 class RedactedDict(dict[str, Any]):
@@ -35,7 +36,8 @@ class RedactedList(list[Any]):
 
 
 class RedactedStr(str):
-    """A ``str`` that does not print itself.
+    """
+    A ``str`` that does not print itself.
 
     ``f"Bearer {token}"`` and ``"Bearer " + token`` give the text; ``str(token)``, ``"%s" % token``
     and ``print(token)`` do not.
@@ -49,7 +51,11 @@ class RedactedStr(str):
     __str__ = __repr__
 
 
-_REDACTED = {dict: RedactedDict, list: RedactedList, str: RedactedStr}
+_REDACTED: Final[dict[type[Any], type[Any]]] = {
+    dict: RedactedDict,
+    list: RedactedList,
+    str: RedactedStr,
+}
 
 
 def redact(value: Any) -> Any:

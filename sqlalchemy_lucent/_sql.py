@@ -1,4 +1,5 @@
-"""SQL expressions over sealed bytes: what a database can say about a value without a key.
+"""
+SQL expressions over sealed bytes: what a database can say about a value without a key.
 
 One :class:`~sqlalchemy.sql.functions.FunctionElement` each, with a form per dialect, serves the
 generated ``key_version`` column, ``column.key_version`` in queries, indexes and the rotation.
@@ -8,7 +9,7 @@ databases raise an error for a substring of negative length.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import String
 from sqlalchemy.ext.compiler import compiles
@@ -38,33 +39,36 @@ class key_id(FunctionElement[str]):  # noqa: N801
 # {value} is the expression, {colon} the position of its first colon. A value counts as sealed when
 # a version of legal length and alphabet ends at a colon and the format byte follows, which no text
 # format has. The alphabet matters to SQLite, whose drivers fail on text that is not UTF-8.
-_GUARDED = "CASE WHEN {colon} BETWEEN 2 AND %d AND {format_byte} AND {alphabet} THEN {result} END" % (
-    MAX_VERSION_LENGTH + 1
-)
+# Each part may use those above it.
+_GUARDED: Final = "CASE WHEN {legal_length} AND {format_byte} AND {alphabet} THEN {result} END"
+_LEGAL_LENGTH: Final = f"{{colon}} BETWEEN 2 AND {MAX_VERSION_LENGTH + 1}"
+_FORMAT: Final = f"{FORMAT_AES_256_GCM:02x}"
 
-_FORMS: dict[str, dict[str, str]] = {
+_FORMS: Final[dict[str, dict[str, str]]] = {
     "sqlite": {
         "colon": "instr({value}, x'3A')",
-        "format_byte": "substr({value}, {colon} + 1, 1) = x'%02x'" % FORMAT_AES_256_GCM,
-        "alphabet": "{key_version} NOT GLOB '*[^A-Za-z0-9._-]*'",
+        "legal_length": _LEGAL_LENGTH,
+        "format_byte": f"substr({{value}}, {{colon}} + 1, 1) = x'{_FORMAT}'",
         "key_version": "CAST(substr({value}, 1, {colon} - 1) AS TEXT)",
-        "key_id": "lower(hex(substr({value}, {colon} + 2, %d)))" % KEY_ID_SIZE,
+        "key_id": f"lower(hex(substr({{value}}, {{colon}} + 2, {KEY_ID_SIZE})))",
+        "alphabet": "{key_version} NOT GLOB '*[^A-Za-z0-9._-]*'",
     },
     "postgresql": {
         "colon": r"position('\x3a'::bytea in {value})",
-        "format_byte": r"substring({value} from {colon} + 1 for 1) = '\x%02x'::bytea"
-        % FORMAT_AES_256_GCM,
-        "alphabet": "{key_version} ~ '^[A-Za-z0-9._-]+$'",
+        "legal_length": _LEGAL_LENGTH,
+        "format_byte": (rf"substring({{value}} from {{colon}} + 1 for 1) = '\x{_FORMAT}'::bytea"),
         "key_version": "encode(substring({value} from 1 for {colon} - 1), 'escape')",
-        "key_id": "encode(substring({value} from {colon} + 2 for %d), 'hex')" % KEY_ID_SIZE,
+        "key_id": f"encode(substring({{value}} from {{colon}} + 2 for {KEY_ID_SIZE}), 'hex')",
+        "alphabet": "{key_version} ~ '^[A-Za-z0-9._-]+$'",
     },
     # The collation matters: by default 'V1' and 'v1' would be one version.
     "mysql": {
         "colon": "LOCATE(x'3A', {value})",
-        "format_byte": "SUBSTRING({value}, {colon} + 1, 1) = x'%02x'" % FORMAT_AES_256_GCM,
-        "alphabet": "{key_version} REGEXP '^[A-Za-z0-9._-]+$'",
+        "legal_length": _LEGAL_LENGTH,
+        "format_byte": f"SUBSTRING({{value}}, {{colon}} + 1, 1) = x'{_FORMAT}'",
         "key_version": "CONVERT(SUBSTRING({value}, 1, {colon} - 1) USING ascii) COLLATE ascii_bin",
-        "key_id": "LOWER(HEX(SUBSTRING({value}, {colon} + 2, %d)))" % KEY_ID_SIZE,
+        "key_id": f"LOWER(HEX(SUBSTRING({{value}}, {{colon}} + 2, {KEY_ID_SIZE})))",
+        "alphabet": "{key_version} REGEXP '^[A-Za-z0-9._-]+$'",
     },
 }
 _FORMS["mariadb"] = _FORMS["mysql"]
@@ -78,10 +82,9 @@ def _render(result: str, element: FunctionElement[str], compiler: SQLCompiler, *
             f"there is one for {', '.join(_FORMS)}"
         )
     (argument,) = element.clauses
-    value = compiler.process(argument, **kw)
     parts = {"value": compiler.process(argument, **kw)}
-    for name in ("colon", "format_byte", "key_version", "key_id", "alphabet"):
-        parts[name] = form[name].format(**parts)
+    for name, template in form.items():
+        parts[name] = template.format(**parts)
     return _GUARDED.format(result=parts[result], **parts)
 
 

@@ -1,4 +1,5 @@
-"""Row-bound attributes: values that open in the row they were sealed for, and nowhere else.
+"""
+Row-bound attributes: values that open in the row they were sealed for, and nowhere else.
 
 ::
 
@@ -32,7 +33,8 @@ _PREFIX: Final = "_sealed_"
 
 
 def row_bound(*bound_to: str, name: str | None = None, **options: Any) -> Mapped[Any]:
-    """Declare an encrypted attribute of a Declarative class, bound to columns of its row.
+    """
+    Declare an encrypted attribute of a Declarative class, bound to columns of its row.
 
     :param bound_to: names of the columns of the same table whose values the secret is bound to:
         str, int or UUID columns whose values are known before the row is written.
@@ -116,10 +118,9 @@ def _binding_attributes(mapper: Mapper[Any], sealed_name: str) -> list[str]:
     """Return the attributes that hold the binding columns, in order."""
     column = mapper.column_attrs[sealed_name].columns[0]
     type_ = column.type
-    assert isinstance(column, Column) and isinstance(type_, EncryptedJSON)
-    return [
-        mapper.get_property_by_column(column.table.c[bound]).key for bound in type_.bound_to
-    ]
+    assert isinstance(column, Column)
+    assert isinstance(type_, EncryptedJSON)
+    return [mapper.get_property_by_column(column.table.c[bound]).key for bound in type_.bound_to]
 
 
 def _current_row(target: Any, sealed_name: str) -> list[RowPart]:
@@ -150,8 +151,10 @@ def _before_insert(mapper: Mapper[Any], connection: object, target: Any) -> None
 
 
 def _apply_default(mapper: Mapper[Any], column: Column[Any], target: Any) -> None:
-    """Give the object its Python-side default now; SQLAlchemy would only when the row is written,
-    and by then the value is sealed."""
+    """
+    Give the object its Python-side default now; SQLAlchemy would only when the row is written,
+    and by then the value is sealed.
+    """
     key = mapper.get_property_by_column(column).key
     default: Any = column.default
     if default is None or getattr(target, key) is not None:

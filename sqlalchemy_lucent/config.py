@@ -1,4 +1,5 @@
-"""``Lucent``: the configuration of the source document, ``secrets: enabled, masterKey, keyVersion``.
+"""
+``Lucent``: the configuration of the source document, ``secrets: enabled, masterKey, keyVersion``.
 
 ::
 
@@ -21,7 +22,8 @@ from .repository import AsyncLucentSecrets, LucentSecrets
 
 
 class SecretsConfig:
-    """Whether secrets are on, and under which keys.
+    """
+    Whether secrets are on, and under which keys.
 
     :param enabled: whether :meth:`Lucent.secrets` gives a repository.
     :param master_key: the one master key, in any form that :class:`Keyring` takes. Empty is taken
@@ -70,7 +72,8 @@ class LucentConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> LucentConfig:
-        """Read a plain dict, as any settings library gives it.
+        """
+        Read a plain dict, as any settings library gives it.
 
         ``{"secrets": {"enabled": True, "master_key": …, "key_version": "v1"}}``; the spelling of
         the source document (``masterKey``, ``keyVersion``) is taken too.
@@ -83,7 +86,7 @@ class LucentConfig:
             raise ConfigurationError("secrets: the section is a mapping of names to values")
         options: dict[str, Any] = {}
         for name, value in section.items():
-            option = _SPELLINGS.get(name, name)
+            option = _SPELLINGS.get(name, str(name))
             if option in options:
                 raise ConfigurationError(f"secrets: {option} stands there twice")
             options[option] = value
@@ -92,7 +95,8 @@ class LucentConfig:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> LucentConfig:
-        """Read the keyring from the environment; secrets are enabled if there is one.
+        """
+        Read the keyring from the environment; secrets are enabled if there is one.
 
         :raises ConfigurationError: a variable is set and breaks a rule.
         """
@@ -117,7 +121,8 @@ def _refuse_unknown(mapping: Mapping[str, Any], known: set[str], where: str) -> 
 
 
 class Lucent:
-    """The entry point of the source document.
+    """
+    The entry point of the source document.
 
     :param config: a :class:`LucentConfig`, or the plain dict of one.
     """
@@ -135,9 +140,7 @@ class Lucent:
     @overload
     def secrets(self, session: AsyncSession) -> AsyncLucentSecrets | None: ...
 
-    def secrets(
-        self, session: Session | AsyncSession
-    ) -> LucentSecrets | AsyncLucentSecrets | None:
+    def secrets(self, session: Session | AsyncSession) -> LucentSecrets | AsyncLucentSecrets | None:
         """Return the repository over `session`; ``None`` unless secrets are enabled and keyed."""
         config = self.config.secrets
         if not config.enabled or config.keyring is None:

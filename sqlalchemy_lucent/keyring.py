@@ -1,4 +1,5 @@
-"""Master keys by version, where they come from, and the process default.
+"""
+Master keys by version, where they come from, and the process default.
 
 The newest key seals: a :class:`Keyring` holds any number of master keys and exactly one of them,
 the *primary*, seals new values. Every other one opens what was sealed before.
@@ -55,7 +56,8 @@ _HEX: Final = re.compile(r"[0-9A-Fa-f]{64}", re.ASCII)
 
 
 def generate_master_key() -> str:
-    """Return a new master key: 32 random bytes as unpadded base64url (43 characters).
+    """
+    Return a new master key: 32 random bytes as unpadded base64url (43 characters).
 
     Keep it outside the database and keep a backup: without it, nothing sealed under it opens.
     """
@@ -67,8 +69,7 @@ def _decode_key(version: str, key: bytes | str) -> bytes:
     if isinstance(key, bytes):
         if len(key) != _aead.MASTER_KEY_SIZE:
             raise InvalidKeyError(
-                f"the master key of version {version!r} has {len(key)} bytes; "
-                f"a key is {_KEY_FORMS}"
+                f"the master key of version {version!r} has {len(key)} bytes; a key is {_KEY_FORMS}"
             )
         return key
     if not isinstance(key, str):
@@ -196,7 +197,8 @@ def _shape(data: bytes) -> str:
 
 
 class Keyring:
-    """An immutable set of master keys by version, one of them primary.
+    """
+    An immutable set of master keys by version, one of them primary.
 
     :param keys: master keys by version. A version is 1 to 32 characters of ``A-Z a-z 0-9 . _ -``;
         a key is 32 bytes, or their base64, base64url (padded or not) or hex text.
@@ -257,7 +259,8 @@ class Keyring:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Keyring:
-        """Read a keyring from the environment.
+        """
+        Read a keyring from the environment.
 
         Either ``LUCENT_SECRETS_KEY`` with optional ``LUCENT_SECRETS_KEY_VERSION`` (``v1`` if not
         set), or ``LUCENT_SECRETS_KEYS="v2:KEY,v1:KEY"``, whose first key is the primary. Each may
@@ -339,7 +342,8 @@ class Keyring:
         return (self._primary, *(v for v in self._master_keys if v != self._primary))
 
     def fingerprint(self, version: str) -> str:
-        """Return the 8 hex digits that tell the key of `version` from another key.
+        """
+        Return the 8 hex digits that tell the key of `version` from another key.
 
         They are the key id that every value sealed under the key carries, and say nothing
         about the key.
@@ -349,7 +353,8 @@ class Keyring:
         return self._require(version).key_id.hex()
 
     def with_primary(self, version: str) -> Keyring:
-        """Return a keyring of the same keys in which `version` seals.
+        """
+        Return a keyring of the same keys in which `version` seals.
 
         :raises ConfigurationError: the keyring lacks `version`.
         """
@@ -357,7 +362,8 @@ class Keyring:
         return self._from_parts(self._master_keys, version)
 
     def adding(self, version: str, key: bytes | str) -> Keyring:
-        """Return a keyring that has `key` too; the primary stays what it is.
+        """
+        Return a keyring that has `key` too; the primary stays what it is.
 
         :raises ConfigurationError: the keyring has `version` already. A key is never replaced
             under its name: values sealed under the old one would be lost.
@@ -372,7 +378,8 @@ class Keyring:
         return self._from_parts({**self._master_keys, version: added}, self._primary)
 
     def without(self, version: str) -> Keyring:
-        """Return a keyring that lacks `version`. Check first that no row needs it.
+        """
+        Return a keyring that lacks `version`. Check first that no row needs it.
 
         :raises ConfigurationError: the keyring lacks `version`, or it is the primary.
         """
@@ -472,7 +479,8 @@ _default_lock = threading.Lock()
 
 
 def set_default_keyring(keyring: Keyring | Callable[[], Keyring] | None) -> None:
-    """Set the keyring that the process uses where none is passed.
+    """
+    Set the keyring that the process uses where none is passed.
 
     :param keyring: a keyring; or a callable that returns one, called at each use, so that keys can
         change while the process runs (let it cache); or ``None`` to go back to the environment,
@@ -489,7 +497,8 @@ def set_default_keyring(keyring: Keyring | Callable[[], Keyring] | None) -> None
 
 
 def default_keyring() -> Keyring:
-    """Return the process's keyring: what was set, else :meth:`Keyring.from_env`, read once.
+    """
+    Return the process's keyring: what was set, else :meth:`Keyring.from_env`, read once.
 
     :raises ConfigurationError: none is configured, or the callable returned something else.
     """

@@ -1,4 +1,5 @@
-"""Alembic's side: operations, their renderers, and rendering of this package's types.
+"""
+Alembic's side: operations, their renderers, and rendering of this package's types.
 
 In a migration environment's ``env.py``::
 
@@ -24,7 +25,7 @@ from sqlalchemy import Column, Connection, MetaData, Table, inspect
 
 from .exceptions import RotationError
 from .models import UTCDateTime
-from .rotation import RotationProgress, rotate
+from .rotation import DEFAULT_BATCH_SIZE, RotationProgress, rotate
 from .types import EncryptedJSON
 
 _logger = logging.getLogger("alembic.runtime.migration.lucent")
@@ -45,7 +46,7 @@ class RotateEncryptedColumnOp(MigrateOperation):
         context: str | None = None,
         accept_contexts: Sequence[str] = (),
         bound_to: Sequence[str] = (),
-        batch_size: int | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
     ) -> None:
         self.table_name = table_name
         self.column_name = column_name
@@ -59,7 +60,8 @@ class RotateEncryptedColumnOp(MigrateOperation):
     def rotate_encrypted_column(
         cls, operations: Operations, table_name: str, column_name: str, **options: Any
     ) -> None:
-        """Re-encrypt a column under the keyring's primary key, in committed batches.
+        """
+        Re-encrypt a column under the keyring's primary key, in committed batches.
 
         ::
 
@@ -98,7 +100,7 @@ class RotateEncryptedColumnOp(MigrateOperation):
             "context": self.context,
             "accept_contexts": self.accept_contexts,
             "bound_to": self.bound_to,
-            "batch_size": self.batch_size,
+            "batch_size": self.batch_size if self.batch_size != DEFAULT_BATCH_SIZE else None,
         }
         return {name: value for name, value in named.items() if value}
 
@@ -114,9 +116,11 @@ def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedC
     with context.autocommit_block():
         assert context.connection is not None
         table = _reflect(context.connection, operation)
-        options = {"batch_size": operation.batch_size} if operation.batch_size else {}
         report = rotate(
-            context.connection, table.c[operation.column_name], on_progress=_log, **options
+            context.connection,
+            table.c[operation.column_name],
+            batch_size=operation.batch_size,
+            on_progress=_log,
         )
     for failed in report.failed:
         _logger.error(
@@ -197,10 +201,9 @@ def _render_rotate(autogen_context: AutogenContext, operation: RotateEncryptedCo
     return f"op.rotate_encrypted_column({', '.join(arguments)})"
 
 
-def render_item(
-    type_: str, item: object, autogen_context: AutogenContext
-) -> str | Literal[False]:
-    """Render this package's column types with the import that they need.
+def render_item(type_: str, item: object, autogen_context: AutogenContext) -> str | Literal[False]:
+    """
+    Render this package's column types with the import that they need.
 
     Pass it to ``context.configure(render_item=…)``; a hook of your own calls it for what it does
     not render itself.

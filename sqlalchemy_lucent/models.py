@@ -1,4 +1,5 @@
-"""``LucentSecret``: the model of table ``lucent_secrets``, and the mixin to put it elsewhere.
+"""
+``LucentSecret``: the model of table ``lucent_secrets``, and the mixin to put it elsewhere.
 
 ::
 
@@ -24,7 +25,8 @@ from .secret_key import KEY_PART_NAMES, MAX_PART_LENGTH, SecretKey
 
 
 def byte_wise_string(length: int) -> String:
-    """Return a string type that every database compares and sorts byte for byte.
+    """
+    Return a string type that every database compares and sorts byte for byte.
 
     By default MySQL would take ``apiKey`` and ``apikey`` for one key, and PostgreSQL would sort by
     the rules of the server's locale.
@@ -74,7 +76,8 @@ def key_version_type() -> String:
 
 
 def computed_key_version(column_name: str) -> Computed:
-    """Return what makes a column hold the key version of the sealed column `column_name`.
+    """
+    Return what makes a column hold the key version of the sealed column `column_name`.
 
     The database computes it from the stored bytes at each write, so the two cannot disagree.
     """
@@ -87,7 +90,8 @@ def utc_now() -> datetime:
 
 
 class LucentSecretMixin:
-    """The columns of a table of scoped secrets.
+    """
+    The columns of a table of scoped secrets.
 
     The four parts of the :class:`SecretKey` are the primary key, and the payload is bound to them.
     ``key_version`` is computed by the database from the payload, so that the two cannot disagree.

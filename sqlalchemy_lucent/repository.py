@@ -1,4 +1,5 @@
-"""The repository of scoped secrets: ``LucentSecrets`` and ``AsyncLucentSecrets``.
+"""
+The repository of scoped secrets: ``LucentSecrets`` and ``AsyncLucentSecrets``.
 
 Statements are written once, in the synchronous class; the asynchronous one runs it on the
 synchronous session below its ``AsyncSession``, as SQLAlchemy does itself. Both take part in the
@@ -19,6 +20,7 @@ from sqlalchemy import (
     Executable,
     LargeBinary,
     Result,
+    Row,
     Table,
     and_,
     delete,
@@ -63,7 +65,8 @@ class SecretInfo:
 
 
 class LucentSecrets:
-    """Secrets under scoped keys, over a :class:`~sqlalchemy.orm.Session`.
+    """
+    Secrets under scoped keys, over a :class:`~sqlalchemy.orm.Session`.
 
     :param session: the caller's session; it is never committed or rolled back here.
     :param keyring: seals and opens; the default keyring, looked up at each use, if left out.
@@ -95,7 +98,8 @@ class LucentSecrets:
         return f"<{type(self).__name__} of {self._table.name}>"
 
     def set(self, key: SecretKey | str, value: Any) -> None:
-        """Store `value` under `key`, whether or not there is a secret already.
+        """
+        Store `value` under `key`, whether or not there is a secret already.
 
         One upsert statement, safe under concurrent callers: the last one to commit wins.
 
@@ -114,7 +118,8 @@ class LucentSecrets:
         )
 
     def get(self, key: SecretKey | str) -> Any:
-        """Return the value stored under `key`, or ``None``.
+        """
+        Return the value stored under `key`, or ``None``.
 
         :raises DecryptionError: the value does not open; the subclass says why.
         """
@@ -123,7 +128,8 @@ class LucentSecrets:
         return None if sealed is None else self._open(key, sealed)
 
     def require(self, key: SecretKey | str) -> Any:
-        """Return the value stored under `key`.
+        """
+        Return the value stored under `key`.
 
         :raises SecretNotFoundError: there is none.
         :raises DecryptionError: it does not open; the subclass says why.
@@ -148,7 +154,8 @@ class LucentSecrets:
         owner_id: str | None = None,
         provider: str | None = None,
     ) -> builtins.list[SecretInfo]:
-        """Return what is known of the secrets whose keys begin with the given parts, in key order.
+        """
+        Return what is known of the secrets whose keys begin with the given parts, in key order.
 
         Opens none of them.
 
@@ -160,12 +167,11 @@ class LucentSecrets:
         ).order_by(*self._key_columns)
         for column, part in self._leading(scope, owner_id, provider):
             statement = statement.where(column == part)
-        return [
-            SecretInfo(SecretKey(*row[:4]), *row[4:]) for row in self._execute(statement).all()
-        ]
+        return [_info(row) for row in self._execute(statement).all()]
 
     def rotate(self, key: SecretKey | str, to: Keyring | None = None) -> str:
-        """Seal the secret under `key` anew and return the key version that it has then.
+        """
+        Seal the secret under `key` anew and return the key version that it has then.
 
         :param to: the keyring whose primary seals; the repository's own if left out.
         :raises SecretNotFoundError: there is none.
@@ -176,8 +182,8 @@ class LucentSecrets:
         for _ in range(_ROTATE_ATTEMPTS):
             sealed = self._load_required(key, lock=True)
             renewed = self._seal(key, self._open(key, sealed), target)
-            # `updated_at` is named to switch off its `onupdate`: a rotation is no edit. The old bytes
-            # are compared, for databases that take no row lock: a concurrent writer wins.
+            # `updated_at` is named to switch off its `onupdate`: a rotation is no edit. The old
+            # bytes are compared for databases that take no row lock: a concurrent writer wins.
             changed = self._write(
                 key,
                 update(self._table)
@@ -260,7 +266,8 @@ class LucentSecrets:
 
 
 class AsyncLucentSecrets:
-    """Secrets under scoped keys, over an :class:`~sqlalchemy.ext.asyncio.AsyncSession`.
+    """
+    Secrets under scoped keys, over an :class:`~sqlalchemy.ext.asyncio.AsyncSession`.
 
     The same methods as :class:`LucentSecrets`, to be awaited.
     """
@@ -321,6 +328,11 @@ class AsyncLucentSecrets:
         return await self._run(lambda secrets: secrets.rotate(key, to))
 
 
+def _info(row: Row[Any]) -> SecretInfo:
+    key = SecretKey(row.scope, row.owner_id, row.provider, row.name)
+    return SecretInfo(key, row.key_version, row.created_at, row.updated_at)
+
+
 def _upsert(table: Table, dialect: Dialect, values: dict[str, Any]) -> Insert:
     """Return the dialect's one-statement upsert; `created_at` stays that of the first write."""
     renewed = ("payload", "updated_at")
@@ -331,11 +343,12 @@ def _upsert(table: Table, dialect: Dialect, values: dict[str, Any]) -> Insert:
         )
     if dialect.name in ("postgresql", "sqlite"):
         module = postgresql if dialect.name == "postgresql" else sqlite
-        insert = module.insert(table).values(values)
-        return insert.on_conflict_do_update(
+        insert: Any = module.insert(table).values(values)
+        upsert: Insert = insert.on_conflict_do_update(
             index_elements=KEY_PART_NAMES,
             set_={name: insert.excluded[name] for name in renewed},
         )
+        return upsert
     raise UnsupportedOperationError(
         f"LucentSecrets.set() has no upsert for the dialect {dialect.name!r}; "
         "there is one for sqlite, postgresql, mysql and mariadb"

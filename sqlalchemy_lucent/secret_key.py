@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 import uuid
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 from .exceptions import InvalidKeyError
 
@@ -24,7 +24,8 @@ class _Parts(NamedTuple):
 
 
 class SecretKey(_Parts):
-    """The key of a secret: an immutable tuple of four strings, hashable and ordered.
+    """
+    The key of a secret: an immutable tuple of four strings, hashable and ordered.
 
     :param scope: what kind of owner it is, such as ``tenant``, ``user`` or ``app``.
     :param owner_id: which owner; a UUID or int is taken by its text form.
@@ -39,19 +40,19 @@ class SecretKey(_Parts):
 
     __slots__ = ()
 
-    def __new__(
-        cls, scope: str, owner_id: str | int | uuid.UUID, provider: str, name: str
-    ) -> SecretKey:
-        if isinstance(owner_id, (int, uuid.UUID)) and not isinstance(owner_id, bool):
-            owner_id = str(owner_id)
-        parts = (scope, owner_id, provider, name)
-        for part_name, part in zip(KEY_PART_NAMES, parts, strict=True):
+    def __new__(cls, scope: str, owner_id: str | int | uuid.UUID, provider: str, name: str) -> Self:
+        """Check the parts; a named tuple has no `__init__` to do it in."""
+        owner: Any = owner_id
+        if isinstance(owner, (int, uuid.UUID)) and not isinstance(owner, bool):
+            owner = str(owner)
+        for part_name, part in zip(KEY_PART_NAMES, (scope, owner, provider, name), strict=True):
             check_part(part_name, part)
-        return super().__new__(cls, scope, owner_id, provider, name)
+        return super().__new__(cls, scope, owner, provider, name)
 
     @classmethod
     def parse(cls, text: str) -> SecretKey:
-        """Return the key that `text` spells; the inverse of ``str(key)``.
+        """
+        Return the key that `text` spells; the inverse of ``str(key)``.
 
         :raises InvalidKeyError: `text` is not four valid parts joined by colons.
         """
@@ -69,7 +70,8 @@ class SecretKey(_Parts):
 
     @classmethod
     def of(cls, key: SecretKey | str) -> SecretKey:
-        """Return `key` itself, or parse it if it is text.
+        """
+        Return `key` itself, or parse it if it is text.
 
         :raises InvalidKeyError: it is neither, or breaks a rule.
         """

@@ -1,4 +1,5 @@
-"""``EncryptedJSON``: a drop-in for :class:`sqlalchemy.JSON` whose values are sealed.
+"""
+``EncryptedJSON``: a drop-in for :class:`sqlalchemy.JSON` whose values are sealed.
 
 ::
 
@@ -22,6 +23,7 @@ from sqlalchemy import JSON, Column, LargeBinary, Table, event
 from sqlalchemy.dialects.mysql import LONGBLOB
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql import operators
+from sqlalchemy.sql.base import SchemaEventTarget
 from sqlalchemy.sql.elements import ColumnElement, Null
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
@@ -43,7 +45,8 @@ RowPart = str | int | uuid.UUID
 
 
 def encode_row(parts: Sequence[RowPart], names: Sequence[str] = ()) -> bytes:
-    """Return the row context: each part's text form, length-prefixed.
+    """
+    Return the row context: each part's text form, length-prefixed.
 
     :raises ConfigurationError: a part is missing or of another type. Floats, decimals and dates
         are refused, because databases give them back in forms of their own.
@@ -89,14 +92,14 @@ class ColumnCodec:
 
 
 def as_bytes(value: Any) -> bytes:
-    """Return what a driver gave as bytes: some give a memoryview, and SQLite gives text for a
-    plaintext that was never sealed."""
+    """
+    Return what a driver gave as bytes: some give a memoryview, and SQLite gives text for a
+    plaintext that was never sealed.
+    """
     return value.encode("utf-8", "replace") if isinstance(value, str) else bytes(value)
 
 
-def open_in_contexts(
-    contexts: Sequence[str], data: Any, row: bytes, keyring: Keyring
-) -> bytes:
+def open_in_contexts(contexts: Sequence[str], data: Any, row: bytes, keyring: Keyring) -> bytes:
     """Return the plaintext of `data` under the first of `contexts` that it was sealed in."""
     if type(data) is not bytes:
         data = as_bytes(data)
@@ -114,19 +117,23 @@ def open_in_contexts(
 
 
 class Sealed:
-    """A stored value that was not opened: what lazy and row-bound columns give.
+    """
+    A stored value that was not opened: what lazy and row-bound columns give.
 
     Holds ciphertext only; ``repr`` and pickles show no plaintext. Equal and hashed by its bytes.
     """
 
     __slots__ = ("_codec", "_data", "_opened")
 
+    _opened: Any
+
     def __init__(self, data: bytes, codec: ColumnCodec) -> None:
         self._data = data
         self._codec = codec
 
     def open(self, *, row: Sequence[RowPart] | None = None, keyring: Keyring | None = None) -> Any:
-        """Open the value.
+        """
+        Open the value.
 
         :param row: the values of the columns that it is bound to, in the order of ``bound_to``;
             for a row-bound column only.
@@ -196,7 +203,8 @@ class Sealed:
 
 
 class Bound:
-    """A plain value on its way into a row-bound column, with the row that it belongs to.
+    """
+    A plain value on its way into a row-bound column, with the row that it belongs to.
 
     The ORM attribute makes these itself; in Core, write
     ``insert(table).values(payload=Bound(value, row=(tenant_id, name)), …)``.
@@ -240,11 +248,13 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
         return _sql.key_version(self.expr)
 
     def operate(self, op: operators.OperatorType, *other: Any, **kwargs: Any) -> Any:
+        """Build a test for NULL; refuse everything else."""
         if op in _NULL_TESTS and (other[0] is None or isinstance(other[0], Null)):
             return super().operate(op, *other, **kwargs)
         raise self._refusal(op)
 
     def reverse_operate(self, op: operators.OperatorType, other: Any, **kwargs: Any) -> Any:
+        """Refuse: no test for NULL has the column on its right."""
         raise self._refusal(op)
 
     def _refusal(self, op: operators.OperatorType) -> UnsupportedOperationError:
@@ -261,7 +271,8 @@ _NULL_TESTS: Final = frozenset({operators.eq, operators.ne, operators.is_, opera
 
 
 class EncryptedJSON(TypeDecorator[Any]):
-    """A column of JSON values, each sealed with AES-256-GCM and bound to its column.
+    """
+    A column of JSON values, each sealed with AES-256-GCM and bound to its column.
 
     :param none_as_null: as in :class:`sqlalchemy.JSON`: store Python ``None`` as SQL NULL rather
         than as the (sealed) JSON value ``null``.
@@ -310,7 +321,7 @@ class EncryptedJSON(TypeDecorator[Any]):
         self._context_is_derived = False
 
     @property
-    def should_evaluate_none(self) -> bool:  # type: ignore[override]
+    def should_evaluate_none(self) -> bool:
         """Whether the ORM passes ``None`` to this type rather than leaving the column out."""
         return not self.none_as_null
 
@@ -325,8 +336,8 @@ class EncryptedJSON(TypeDecorator[Any]):
 
     # -- context ---------------------------------------------------------------------------------
 
-    def _set_parent(self, parent: Any, **kw: Any) -> None:
-        super()._set_parent(parent, **kw)
+    def _set_parent(self, parent: SchemaEventTarget, outer: bool = False, **kw: Any) -> None:
+        super()._set_parent(parent, outer=outer, **kw)
         if isinstance(parent, Column):
             if isinstance(getattr(parent, "table", None), Table):
                 _derive_context(parent, parent.table)
@@ -334,8 +345,10 @@ class EncryptedJSON(TypeDecorator[Any]):
                 event.listen(parent, "after_parent_attach", _derive_context)
 
     def _attached(self, context: str) -> EncryptedJSON:
-        """Return the type for a column of this name: a copy, so that one instance may be given
-        to any number of columns."""
+        """
+        Return the type for a column of this name: a copy, so that one instance may be given
+        to any number of columns.
+        """
         if self.context is not None and (not self._context_is_derived or self.context == context):
             return self
         attached = self.copy()
@@ -345,7 +358,8 @@ class EncryptedJSON(TypeDecorator[Any]):
 
     @property
     def contexts(self) -> tuple[str, ...]:
-        """The context that values are sealed under, then those that are opened too.
+        """
+        The context that values are sealed under, then those that are opened too.
 
         :raises ConfigurationError: the type has no context.
         """
@@ -394,9 +408,7 @@ class EncryptedJSON(TypeDecorator[Any]):
 
         return process
 
-    def result_processor(
-        self, dialect: Dialect, coltype: object
-    ) -> Callable[[Any], Any]:
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:
         """Return the function that opens results."""
         column = self.column_codec(dialect)
         if self.lazy or self.bound_to:
@@ -414,7 +426,8 @@ class EncryptedJSON(TypeDecorator[Any]):
         )
 
     def with_variant(self, type_: Any, *dialect_names: str) -> EncryptedJSON:
-        """As in SQLAlchemy, but only another EncryptedJSON is a variant of this type.
+        """
+        As in SQLAlchemy, but only another EncryptedJSON is a variant of this type.
 
         :raises UnsupportedOperationError: `type_` would store plaintext on that database.
         """

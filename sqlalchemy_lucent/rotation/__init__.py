@@ -1,11 +1,12 @@
-"""Rotation: re-encrypt under the primary key, count rows per key, prove that every row opens.
+"""
+Rotation: re-encrypt under the primary key, count rows per key, prove that every row opens.
 
 ``targets`` finds the columns, ``_batches`` reads and writes them, ``engine`` runs a rotation,
 ``census`` counts and verifies, ``report`` holds what they return.
 """
 
 from .census import averify, retire_check, status, verify
-from .engine import arotate, rotate
+from .engine import DEFAULT_BATCH_SIZE, arotate, rotate
 from .report import (
     FailedRow,
     RotationProgress,
@@ -16,6 +17,7 @@ from .report import (
 )
 
 __all__ = [
+    "DEFAULT_BATCH_SIZE",
     "FailedRow",
     "RotationProgress",
     "RotationReport",

@@ -37,7 +37,8 @@ _BEGIN: Final = {"sqlite": "BEGIN IMMEDIATE"}
 
 @contextmanager
 def autocommitting(bind: Engine | Connection) -> Iterator[Connection]:
-    """Give a connection in AUTOCOMMIT mode, on which :func:`batch` begins and commits.
+    """
+    Give a connection in AUTOCOMMIT mode, on which :func:`batch` begins and commits.
 
     :raises RotationError: `bind` is a connection inside a transaction, which is not ours to end.
     """
@@ -66,7 +67,8 @@ def autocommitting(bind: Engine | Connection) -> Iterator[Connection]:
 
 @contextmanager
 def batch(connection: Connection) -> Iterator[None]:
-    """One short transaction on an AUTOCOMMIT connection, begun and ended explicitly.
+    """
+    One short transaction on an AUTOCOMMIT connection, begun and ended explicitly.
 
     Not `connection.begin()`: the connection may be Alembic's own, inside its autocommit block,
     where SQLAlchemy's transaction is a stand-in that commits nothing.
@@ -179,7 +181,8 @@ class TableWorker:
         return FailedRow(self.target.name, name, self.primary_key_of(row), type(error).__name__)
 
     def write(self, connection: Connection, renewals: Sequence[Renewal]) -> int:
-        """Write `renewals` where the row still holds what was read; return how many values were.
+        """
+        Write `renewals` where the row still holds what was read; return how many values were.
 
         Compared are the header and the nonce, which are fresh for every seal: that decides as
         well as comparing the whole value, and sends a few bytes.
@@ -215,8 +218,7 @@ class TableWorker:
         for position, name in enumerate(names):
             size = bindparam(f"size_{position}", type_=Integer)
             statement = statement.where(
-                _prefix(clause.c[name], size)
-                == bindparam(f"old_{position}", type_=LargeBinary)
+                _prefix(clause.c[name], size) == bindparam(f"old_{position}", type_=LargeBinary)
             ).values({name: bindparam(f"new_{position}", type_=LargeBinary)})
         return statement
 
@@ -240,7 +242,8 @@ def _prefix(value: ColumnElement[Any], size: Any) -> ColumnElement[bytes]:
 
 
 def _behind(columns: Sequence[ColumnElement[Any]], values: Sequence[Any]) -> ColumnElement[bool]:
-    """Return ``(a, b) > (x, y)`` spelled out, which every database's planner can use an index for.
+    """
+    Return ``(a, b) > (x, y)`` spelled out, which every database's planner can use an index for.
 
     Row values would be shorter, but MySQL and MariaDB scan the table for them.
     """

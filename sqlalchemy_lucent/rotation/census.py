@@ -20,7 +20,8 @@ from .targets import Target, resolve_targets
 def status(
     bind: Engine | Connection, targets: Target | Iterable[Target] | None = None
 ) -> StatusReport:
-    """Count values per table, column, key version and fingerprint, by SQL alone.
+    """
+    Count values per table, column, key version and fingerprint, by SQL alone.
 
     Needs no key and opens nothing. SQL NULL is not a value and is not counted.
 
@@ -53,7 +54,8 @@ def status(
 def retire_check(
     bind: Engine | Connection, version: str, targets: Target | Iterable[Target] | None = None
 ) -> None:
-    """Raise while any value is sealed under `version`, whatever key that was.
+    """
+    Raise while any value is sealed under `version`, whatever key that was.
 
     Run it when no process seals under `version` any more: a writer that still has it as primary
     may add a row right after the count.
@@ -76,7 +78,8 @@ def verify(
     keyring: Keyring | None = None,
     sample: int | None = None,
 ) -> VerifyReport:
-    """Open every value and report what does not open; nothing is written.
+    """
+    Open every value and report what does not open; nothing is written.
 
     :param sample: look at the first so many rows of each table only.
     :raises RotationError: `targets` has no encrypted column.

@@ -41,7 +41,8 @@ def rotate(
     on_error: Literal["report", "raise"] = "report",
     on_progress: Callable[[RotationProgress], object] | None = None,
 ) -> RotationReport:
-    """Re-encrypt every value that is not under the primary key, in batches, online.
+    """
+    Re-encrypt every value that is not under the primary key, in batches, online.
 
     Each batch is a short transaction of its own, so a run may be killed at any instant and the
     next one goes on. A value is replaced only while the row still holds what was read: a
@@ -82,7 +83,10 @@ async def arotate(
     **options: Any,
 ) -> RotationReport:
     """Do what :func:`rotate` does, with the same options, over an async engine or connection."""
-    return await run_on_connection(bind, lambda sync: rotate(sync, targets, **options))
+    report: RotationReport = await run_on_connection(
+        bind, lambda sync: rotate(sync, targets, **options)
+    )
+    return report
 
 
 async def run_on_connection(
@@ -152,7 +156,7 @@ class _TableRun:
                 break
             # A whole batch may never get through under contention; half of it does sooner.
             limit = max(1, limit // 2)
-            time.sleep(_FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1))
+            time.sleep(_FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1))  # noqa: S311  (jitter)
         self.rotated += written
         self.failed += failed
         if rows and self._on_progress is not None:

@@ -23,7 +23,8 @@ Table; or one column."""
 
 @dataclass(frozen=True)
 class TargetTable:
-    """A table with the encrypted columns to work on.
+    """
+    A table with the encrypted columns to work on.
 
     `clause` is a light copy of the table, whose sealed columns are what the driver gives: it has
     no ``onupdate``, so that writing through it changes nothing but what is named.
@@ -36,7 +37,8 @@ class TargetTable:
 
 
 def resolve_targets(targets: Target | Iterable[Target] | None) -> list[TargetTable]:
-    """Return the tables to work on; the metadata of :class:`LucentBase` if `targets` is ``None``.
+    """
+    Return the tables to work on; the metadata of :class:`LucentBase` if `targets` is ``None``.
 
     :raises RotationError: there is no encrypted column among them, or a table has no primary key.
     """
@@ -87,9 +89,7 @@ def _target_table(owner: Table, columns: list[Column[Any]]) -> TargetTable:
             f"table {name} has no primary key; a rotation needs one to go through the rows in order"
         )
     types = {c.name: c.type for c in columns if isinstance(c.type, EncryptedJSON)}
-    bound = [
-        owner.c[bound_name] for type_ in types.values() for bound_name in type_.bound_to
-    ]
+    bound = [owner.c[bound_name] for type_ in types.values() for bound_name in type_.bound_to]
     plain = dict.fromkeys([*owner.primary_key.columns, *bound])
     clause = table(
         owner.name,
