@@ -14,8 +14,6 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
-# A page that the index names by a pattern may be written later.
-suppress_warnings = ["toc.empty_glob"]
 
 html_theme = "furo"
 html_title = f"sqlalchemy-lucent {version}"
