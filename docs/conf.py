@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
+from sqlalchemy.exc import SAWarning
+
 from sqlalchemy_lucent import __version__
+
+# autodoc looks at every attribute of a mixin, which SQLAlchemy warns of.
+warnings.filterwarnings("ignore", "Unmanaged access of declarative attribute", SAWarning)
 
 project = "sqlalchemy-lucent"
 author = "the sqlalchemy-lucent authors"

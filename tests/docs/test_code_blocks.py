@@ -66,9 +66,7 @@ def test_every_block_has_a_language_that_is_known(page: Path) -> None:
     unknown = [
         f"{relative(page)}:{block.line}: {block.info!r}"
         for block in blocks(page)
-        if block.info != "python"
-        and block.info not in _NOT_RUN
-        and not block.info.startswith("{")
+        if block.info != "python" and block.info not in _NOT_RUN and not block.info.startswith("{")
     ]
     assert not unknown
 

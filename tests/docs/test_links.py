@@ -71,7 +71,9 @@ def test_every_make_target_that_is_named_exists() -> None:
 def test_the_reference_names_every_public_name() -> None:
     reference = (ROOT / "docs/reference.md").read_text("utf-8")
     documented = set(
-        re.findall(r"auto(?:class|function|exception):: sqlalchemy_lucent\.(\w+)$", reference, re.MULTILINE)
+        re.findall(
+            r"auto(?:class|function|exception):: sqlalchemy_lucent\.(\w+)$", reference, re.MULTILINE
+        )
     )
     assert documented == set(sqlalchemy_lucent.__all__) - {"__version__"}
 

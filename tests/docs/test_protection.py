@@ -20,14 +20,12 @@ from alembic.migration import MigrationContext
 from sqlalchemy import (
     Dialect,
     Engine,
-    LargeBinary,
     String,
     create_engine,
     delete,
     insert,
     select,
     text,
-    type_coerce,
     update,
 )
 from sqlalchemy.exc import IntegrityError, StatementError
