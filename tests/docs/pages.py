@@ -14,7 +14,8 @@ PAGES: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 OUTPUT_MARK: Final = "<!-- output -->"
 """Stands on a line of its own before the ``text`` block that the block above it must print."""
 
-_FENCE: Final = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}|:{3,})(?P<info>.*)$")
+# Not the colons of an admonition: what is inside one is read like everything else.
+_FENCE: Final = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>.*)$")
 _LINK: Final = re.compile(r"\]\((?P<target>[^()\s]+)\)")
 _TEST: Final = re.compile(r"`(?P<path>tests/[\w/]+\.py)(?:::(?P<name>\w+))?`")
 
@@ -51,7 +52,7 @@ def blocks(page: Path) -> Iterator[Block]:
             lines[number].strip().startswith(fence) and not lines[number].strip().strip(fence[0])
         ):
             number += 1
-        assert number < len(lines), f"{relative(page)}:{start}: the block is not closed"
+        assert number < len(lines), f"{page}:{start}: the block is not closed"
         text = "".join(line.removeprefix(indent) + "\n" for line in lines[start:number])
         yield Block(opening["info"].strip(), text, start + 1, previous == OUTPUT_MARK)
         number += 1

@@ -22,6 +22,7 @@ from sqlalchemy_lucent.keyring import ENV_KEY, ENV_VARIABLES
 from .pages import PAGES, blocks, relative
 
 _NOT_RUN = frozenset({"text", "console", "ini", "toml", "sql", "bash"})
+_DIRECTIVES = frozenset({"{toctree}", "{eval-rst}", "{raw} html"})
 
 
 @pytest.fixture

@@ -49,9 +49,11 @@ from sqlalchemy_lucent import (
     WrongKeyError,
     generate_master_key,
     migrations,
+    retire_check,
     rotate,
     row_bound,
     set_default_keyring,
+    status,
     verify,
 )
 
@@ -284,6 +286,26 @@ def test_an_old_backup_opens_with_the_leaked_key(
     assert rotate(engine, keyring=promoted).ok
     overwrite(session, "lucent_secrets", "payload", backup)
     assert LucentSecrets(session, keyring=keyring).get(KEY) == VALUE
+
+
+def test_a_leaked_key_that_the_keyring_still_has_can_plant_values(
+    session: Session, keyring: Keyring, promoted: Keyring
+) -> None:
+    LucentSecrets(session, keyring=keyring).set(KEY, {"token": "planted"})
+    assert LucentSecrets(session, keyring=promoted).get(KEY) == {"token": "planted"}
+
+
+def test_tables_counts_and_lists_need_no_key(session: Session, engine: Engine) -> None:
+    session.commit()
+
+    def no_keyring() -> Keyring:
+        pytest.fail("the keyring was asked for")
+
+    set_default_keyring(no_keyring)
+    LucentBase.metadata.create_all(engine)
+    assert {row.count for row in status(engine).rows} == {2}
+    retire_check(engine, "v9")
+    assert [str(info.key) for info in LucentSecrets(session).list()] == [KEY, OTHER_KEY]
 
 
 # -- Somebody reads logs, tracebacks, pickles or migrations ----------------------------------------
