@@ -21,7 +21,7 @@ from alembic.autogenerate.api import AutogenContext
 from alembic.autogenerate.render import renderers
 from alembic.operations import MigrateOperation, Operations
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Column, Connection, MetaData, Table, inspect
+from sqlalchemy import Column, Connection, MetaData, Table, inspect, literal, select
 
 from .exceptions import RotationError
 from .models import UTCDateTime
@@ -115,12 +115,12 @@ def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedC
     _refuse_where_batches_cannot_commit(context, f"rotate_encrypted_column of {name}")
     with context.autocommit_block():
         assert context.connection is not None
-        table = _reflect(context.connection, operation)
+        column = _reflect(context.connection, operation).c[operation.column_name]
+        if _is_empty(context.connection, column):
+            _logger.info("%s holds no value; nothing to re-encrypt", name)
+            return
         report = rotate(
-            context.connection,
-            table.c[operation.column_name],
-            batch_size=operation.batch_size,
-            on_progress=_log,
+            context.connection, column, batch_size=operation.batch_size, on_progress=_log
         )
     for failed in report.failed:
         _logger.error(
@@ -141,6 +141,13 @@ def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedC
         report.rotated,
         name,
         report.key_version,
+    )
+
+
+def _is_empty(connection: Connection, column: Column[Any]) -> bool:
+    """Say whether there is nothing that a key could be needed for, as in a database made anew."""
+    return (
+        connection.execute(select(literal(1)).where(column.is_not(None)).limit(1)).first() is None
     )
 
 
