@@ -85,6 +85,8 @@ def stamped(engine: Engine) -> str | None:
         return version
 
 
+# Before 1.18, Alembic compares the text of generated columns, which databases rewrite.
+@pytest.mark.filterwarnings("ignore:Computed default on")
 def test_the_created_table_is_the_one_that_the_model_describes(
     engine: Engine, config: Config
 ) -> None:
