@@ -50,6 +50,10 @@ class RedactedStr(str):
 
     __str__ = __repr__
 
+    def __format__(self, format_spec: str) -> str:
+        # `str` itself would ask `__str__`, and an API would be sent "Bearer <redacted str>".
+        return format(str.__str__(self), format_spec)
+
 
 _REDACTED: Final[dict[type[Any], type[Any]]] = {
     dict: RedactedDict,

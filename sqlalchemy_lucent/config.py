@@ -47,7 +47,13 @@ class SecretsConfig:
         keyring: Keyring | None = None,
     ) -> None:
         if not isinstance(enabled, bool):
-            raise ConfigurationError("secrets: enabled is True or False")
+            raise ConfigurationError(
+                f"secrets: enabled is True or False, not of type {type(enabled).__name__}"
+            )
+        if keyring is not None and not isinstance(keyring, Keyring):
+            raise ConfigurationError(
+                f"secrets: keyring is a Keyring, not of type {type(keyring).__name__}"
+            )
         if master_key and keyring is not None:
             raise ConfigurationError("secrets: give master_key or keyring, not both")
         self.enabled = enabled
@@ -78,19 +84,19 @@ class LucentConfig:
         ``{"secrets": {"enabled": True, "master_key": …, "key_version": "v1"}}``; the spelling of
         the source document (``masterKey``, ``keyVersion``) is taken too.
 
-        :raises ConfigurationError: a name is not known or stands there twice.
+        :raises ConfigurationError: a name is not known or stands there twice, or `mapping` is not
+            a mapping.
+        :raises InvalidKeyError: the key or version breaks its rule.
         """
         _refuse_unknown(mapping, {"secrets"}, "the configuration")
         section = mapping.get("secrets", {})
-        if not isinstance(section, Mapping):
-            raise ConfigurationError("secrets: the section is a mapping of names to values")
+        _refuse_unknown(section, {*_OPTIONS, *_SPELLINGS}, "secrets")
         options: dict[str, Any] = {}
         for name, value in section.items():
-            option = _SPELLINGS.get(name, str(name))
+            option = _SPELLINGS.get(name, name)
             if option in options:
                 raise ConfigurationError(f"secrets: {option} stands there twice")
             options[option] = value
-        _refuse_unknown(options, {"enabled", "master_key", "key_version", "keyring"}, "secrets")
         return cls(secrets=SecretsConfig(**options))
 
     @classmethod
@@ -109,14 +115,19 @@ class LucentConfig:
         return f"LucentConfig(secrets={self.secrets!r})"
 
 
+_OPTIONS: Final = ("enabled", "key_version", "keyring", "master_key")
 _SPELLINGS: Final = {"masterKey": "master_key", "keyVersion": "key_version"}
 
 
-def _refuse_unknown(mapping: Mapping[str, Any], known: set[str], where: str) -> None:
-    unknown = sorted(map(repr, set(mapping) - known))
-    if unknown:
+def _refuse_unknown(mapping: object, known: set[str], where: str) -> None:
+    if not isinstance(mapping, Mapping):
         raise ConfigurationError(
-            f"{where} has unknown names: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            f"{where} is a mapping of names to values, not of type {type(mapping).__name__}"
+        )
+    # The unknown name is not repeated: with name and value swapped, it would be the key.
+    if not known.issuperset(mapping):
+        raise ConfigurationError(
+            f"{where} has a name that is not known; known are {', '.join(sorted(known))}"
         )
 
 
