@@ -23,8 +23,9 @@ from .exceptions import SerializationError
 MAX_DEPTH: Final = 254
 """Levels of lists and objects in a document: what orjson writes."""
 
-MAX_INTEGER_DIGITS: Final = 4300
-"""Digits of an integer: what Python converts by default (``sys.int_info``), and msgspec reads."""
+MAX_INTEGER_DIGITS: Final = 4299
+"""Digits of an integer: msgspec reads no more than Python converts to text by default, 4300
+(``sys.int_info``), and counts the sign."""
 
 JSONValue: TypeAlias = Any
 """``None``, bool, int, float, str, and lists and string-keyed dicts of them."""
