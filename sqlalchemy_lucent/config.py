@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -21,6 +22,7 @@ from .keyring import DEFAULT_KEY_VERSION, ENV_VARIABLES, Keyring
 from .repository import AsyncLucentSecrets, LucentSecrets
 
 
+@dataclass(frozen=True, init=False, slots=True)
 class SecretsConfig:
     """
     Whether secrets are on, and under which keys.
@@ -36,7 +38,8 @@ class SecretsConfig:
     The key is turned into a :class:`Keyring` at once and its text is not kept.
     """
 
-    __slots__ = ("enabled", "keyring")
+    enabled: bool
+    keyring: Keyring | None
 
     def __init__(
         self,
@@ -56,25 +59,33 @@ class SecretsConfig:
             )
         if master_key and keyring is not None:
             raise ConfigurationError("secrets: give master_key or keyring, not both")
-        self.enabled = enabled
-        self.keyring = Keyring({key_version: master_key}) if master_key else keyring
+        if master_key:
+            keyring = Keyring({key_version: master_key})
+        object.__setattr__(self, "enabled", enabled)
+        object.__setattr__(self, "keyring", keyring)
 
     @property
     def key_version(self) -> str | None:
         """The version that seals; ``None`` without a key."""
         return None if self.keyring is None else self.keyring.primary
 
-    def __repr__(self) -> str:
-        return f"SecretsConfig(enabled={self.enabled}, keyring={self.keyring!r})"
 
-
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LucentConfig:
-    """The configuration: one section, ``secrets``."""
+    """
+    The configuration: one section, ``secrets``; off if left out.
 
-    __slots__ = ("secrets",)
+    :raises ConfigurationError: the section is not a :class:`SecretsConfig`.
+    """
 
-    def __init__(self, *, secrets: SecretsConfig | None = None) -> None:
-        self.secrets = SecretsConfig() if secrets is None else secrets
+    secrets: SecretsConfig = field(default_factory=SecretsConfig)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.secrets, SecretsConfig):
+            raise ConfigurationError(
+                f"secrets is a SecretsConfig, not of type {type(self.secrets).__name__}; "
+                "LucentConfig.from_mapping() reads a plain dict"
+            )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> LucentConfig:
@@ -111,9 +122,6 @@ class LucentConfig:
             return cls()
         return cls(secrets=SecretsConfig(enabled=True, keyring=Keyring.from_env(env)))
 
-    def __repr__(self) -> str:
-        return f"LucentConfig(secrets={self.secrets!r})"
-
 
 _OPTIONS: Final = ("enabled", "key_version", "keyring", "master_key")
 _SPELLINGS: Final = {"masterKey": "master_key", "keyVersion": "key_version"}
@@ -131,6 +139,7 @@ def _refuse_unknown(mapping: object, known: set[str], where: str) -> None:
         )
 
 
+@dataclass(frozen=True, init=False, slots=True)
 class Lucent:
     """
     The entry point of the source document.
@@ -138,12 +147,12 @@ class Lucent:
     :param config: a :class:`LucentConfig`, or the plain dict of one.
     """
 
-    __slots__ = ("config",)
+    config: LucentConfig
 
     def __init__(self, config: LucentConfig | Mapping[str, Any]) -> None:
-        self.config = (
-            config if isinstance(config, LucentConfig) else LucentConfig.from_mapping(config)
-        )
+        if not isinstance(config, LucentConfig):
+            config = LucentConfig.from_mapping(config)
+        object.__setattr__(self, "config", config)
 
     @overload
     def secrets(self, session: Session) -> LucentSecrets | None: ...
@@ -159,6 +168,3 @@ class Lucent:
         if isinstance(session, AsyncSession):
             return AsyncLucentSecrets(session, keyring=config.keyring)
         return LucentSecrets(session, keyring=config.keyring)
-
-    def __repr__(self) -> str:
-        return f"Lucent({self.config!r})"
