@@ -88,9 +88,8 @@ def test_an_error_raised_while_binding_keeps_its_class_and_shows_no_parameter(
             raise class_("refused")
 
     engine = create_engine("sqlite://")
-    with engine.connect() as connection:
-        with pytest.raises(class_, match=r"^refused$") as caught:
-            connection.execute(select(bindparam("p", type_=Refusing())), {"p": "MARKER"})
+    with engine.connect() as connection, pytest.raises(class_, match=r"^refused$") as caught:
+        connection.execute(select(bindparam("p", type_=Refusing())), {"p": "MARKER"})
     engine.dispose()
     assert type(caught.value) is class_
     assert "MARKER" not in "".join(traceback.format_exception_only(caught.value))
