@@ -104,33 +104,19 @@ class EngineCodec:
 
     def dumps(self, value: JSONValue) -> bytes:
         """Return what the engine's serializer makes of `value`."""
-        data = STRICT.dumps(value) if self._serializer is None else self._serialize(value)
+        data = (
+            STRICT.dumps(value) if self._serializer is None else _serialize(self._serializer, value)
+        )
         restored = self.loads(data)
         try:
             comes_back = _same(restored, value)
-        except Exception:  # noqa: BLE001
+        except Exception:  # noqa: BLE001  (a value's own methods may raise anything)
             comes_back = False
         if comes_back:
             return data
         raise SerializationError(
             f"$: a value of type {type(value).__name__} does not come back equal through the "
             "engine's json_serializer and json_deserializer"
-        )
-
-    def _serialize(self, value: JSONValue) -> bytes:
-        assert self._serializer is not None
-        try:
-            text: object = self._serializer(value)
-            if isinstance(text, bytes):
-                return text
-            if isinstance(text, str):
-                return text.encode("utf-8")
-        except Exception as error:  # noqa: BLE001  (the user's function may raise anything)
-            fault = f"raised {type(error).__name__}"
-        else:
-            fault = f"returned {type(text).__name__} instead of str"
-        raise SerializationError(
-            f"$: the engine's json_serializer {fault} for a value of type {type(value).__name__}"
         )
 
     def loads(self, data: bytes) -> JSONValue:
@@ -145,6 +131,22 @@ class EngineCodec:
             f"the engine's json_deserializer raised {fault} on a document that was written or "
             "opened"
         )
+
+
+def _serialize(serializer: Callable[[JSONValue], str | bytes], value: JSONValue) -> bytes:
+    try:
+        text: object = serializer(value)
+        if isinstance(text, bytes):
+            return text
+        if isinstance(text, str):
+            return text.encode("utf-8")
+    except Exception as error:  # noqa: BLE001  (the user's function may raise anything)
+        fault = f"raised {type(error).__name__}"
+    else:
+        fault = f"returned {type(text).__name__} instead of str"
+    raise SerializationError(
+        f"$: the engine's json_serializer {fault} for a value of type {type(value).__name__}"
+    )
 
 
 def _unwrap(value: object) -> JSONValue:

@@ -347,22 +347,6 @@ def test_a_lower_limit_of_the_interpreter_on_digits_is_an_error_of_ours() -> Non
         sys.set_int_max_str_digits(before)
 
 
-def test_a_stack_that_is_nearly_full_is_an_error_of_ours() -> None:
-    value = nested(100)
-
-    def at_the_end_of_the_stack(left: int) -> Any:
-        if left:
-            return at_the_end_of_the_stack(left - 1)
-        try:
-            return STRICT.loads(STRICT.dumps(value))
-        except SerializationError:
-            return value
-
-    for room in range(0, 200, 10):
-        used = len(traceback.extract_stack())
-        assert at_the_end_of_the_stack(sys.getrecursionlimit() - used - 10 - room) == value
-
-
 # -- reading ---------------------------------------------------------------------------------------
 
 
