@@ -4,22 +4,22 @@ AES-256-GCM and HKDF-SHA256: the only module that imports ``cryptography``.
 Nothing here is an algorithm of ours. A subkey is RFC 5869's HKDF of the master key with the
 column's context as ``info``; a value is sealed by AES-256-GCM (NIST SP 800-38D) under that subkey.
 
-Keys are held by OpenSSL and not by Python objects: nothing that walks attributes, slots or
-references, as debuggers, error reporters and serializers do, comes upon the bytes of one.
+No attribute or slot holds the bytes of a key: a subkey is inside its AESGCM object, a master key in
+a closure. What walks attributes, as debuggers, error reporters and serializers do, meets neither.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import Final, NoReturn
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.hmac import HMAC
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from ._envelope import KEY_ID_SIZE, NONCE_SIZE, TAG_SIZE, length_prefixed, pack_header
-from .exceptions import SerializationError
+from .exceptions import PicklingRefusedError, SerializationError
 
 MASTER_KEY_SIZE: Final = 32
 """Bytes of a master key: AES-256 strength all the way down."""
@@ -35,34 +35,33 @@ def random_master_key() -> bytes:
 
 class MasterKey:
     """
-    One master key, as what is derived from it: HKDF-SHA256 (RFC 5869) after its first step.
+    One master key, as what is derived from it.
 
     ``key_id`` is the 4 bytes that tell one master key from another without showing either.
     """
 
-    __slots__ = ("_hmac", "key_id")
+    __slots__ = ("_derive", "key_id")
 
     def __init__(self, key: bytes) -> None:
-        # RFC 5869, 2.2 and 3.3: extract. No salt, which is as many zeros as SHA-256 has bytes:
-        # the key is uniformly random already.
-        extract = HMAC(bytes(SHA256.digest_size), SHA256())
-        extract.update(key)
-        self._hmac = HMAC(extract.finalize(), SHA256())
-        self.key_id = self._expand(_KEY_ID_INFO)[:KEY_ID_SIZE]
+        def derive(info: bytes) -> bytes:
+            # No salt: the key is uniformly random already (RFC 5869, 3.3).
+            hkdf = HKDF(algorithm=SHA256(), length=MASTER_KEY_SIZE, salt=None, info=info)
+            return hkdf.derive(key)
 
-    def _expand(self, info: bytes) -> bytes:
-        # RFC 5869, 2.3: expand. 32 bytes are one block of it, T(1).
-        block = self._hmac.copy()
-        block.update(info + b"\x01")
-        return block.finalize()
+        # A closure, so that no attribute or slot holds the key itself.
+        self._derive = derive
+        self.key_id = derive(_KEY_ID_INFO)[:KEY_ID_SIZE]
 
     def subkey(self, version: str, context: bytes) -> Subkey:
         """Return the AES key of `context`; `version` is the name of this master key."""
         return Subkey(
-            self._expand(_SUBKEY_INFO + context),
+            self._derive(_SUBKEY_INFO + context),
             header=pack_header(version, self.key_id),
             context=context,
         )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise PicklingRefusedError("a master key is not pickled")
 
 
 class Subkey:

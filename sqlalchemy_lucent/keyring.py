@@ -223,14 +223,6 @@ class Keyring:
 
     @classmethod
     def _of(cls, master_keys: dict[str, _aead.MasterKey], primary: str) -> Self:
-        by_id: dict[bytes, str] = {}
-        for version, key in master_keys.items():
-            other = by_id.setdefault(key.key_id, version)
-            if other != version:
-                raise InvalidKeyError(
-                    f"versions {other!r} and {version!r} have the same key, so that a rotation "
-                    "between them would change nothing"
-                )
         keyring = super().__new__(cls)
         object.__setattr__(keyring, "_master_keys", master_keys)
         object.__setattr__(keyring, "_primary", keyring._require(primary))
@@ -331,8 +323,7 @@ class Keyring:
 
         :raises ConfigurationError: the keyring has `version` already. A key is never replaced
             under its name: values sealed under the old one would be lost.
-        :raises InvalidKeyError: the version or key breaks its rule, or the keyring has the key
-            under another version.
+        :raises InvalidKeyError: the version or key breaks its rule.
         """
         name = _check_version(version)
         if name in self._master_keys:
@@ -443,10 +434,10 @@ def _read_file(variable: str, path: str) -> str:
 
 _default: Keyring | Callable[[], Keyring] | None = None
 
-# The keyring of the environment once it was read, under the one name "". There is no lock, because
-# a child that is forked while another thread holds it would wait for ever: two threads may read
-# the environment at once, and `setdefault` makes one of the two keyrings the process's.
-_from_environment: dict[str, Keyring] = {}
+# The keyring of the environment, once it was read. There is no lock, because a child that is forked
+# while another thread holds it would wait for ever: two threads may both read the environment, and
+# either result serves.
+_from_environment: Keyring | None = None
 
 
 def set_default_keyring(keyring: Keyring | Callable[[], Keyring] | None) -> None:
@@ -464,7 +455,7 @@ def set_default_keyring(keyring: Keyring | Callable[[], Keyring] | None) -> None
             "the default keyring is a Keyring, a callable that returns one, or None"
         )
     _default = keyring
-    _from_environment = {}
+    _from_environment = None
 
 
 def default_keyring() -> Keyring:
@@ -474,13 +465,16 @@ def default_keyring() -> Keyring:
     :raises ConfigurationError: none is configured, or the callable failed or returned something
         else.
     """
+    global _from_environment
     chosen = _default
     if isinstance(chosen, Keyring):
         return chosen
     if chosen is not None:
         return _call(chosen)
     known = _from_environment
-    return known.get("") or known.setdefault("", Keyring.from_env())
+    if known is None:
+        known = _from_environment = Keyring.from_env()
+    return known
 
 
 def _call(source: Callable[[], Keyring]) -> Keyring:
