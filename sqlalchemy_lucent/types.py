@@ -93,10 +93,12 @@ class ColumnCodec:
 
 def as_bytes(value: Any) -> bytes:
     """
-    Return what a driver gave as bytes: some give a memoryview, and SQLite gives text for a
-    plaintext that was never sealed.
+    Return what a driver gave as bytes: some give a memoryview, and SQLite gives text or a number
+    for a plaintext that was never sealed.
     """
-    return value.encode("utf-8", "replace") if isinstance(value, str) else bytes(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    return str(value).encode("utf-8", "replace")
 
 
 def open_in_contexts(contexts: Sequence[str], data: Any, row: bytes, keyring: Keyring) -> bytes:
