@@ -239,7 +239,7 @@ def test_bytes_copied_to_another_column_do_not_open(connection: Connection) -> N
 
 
 @pytest.mark.parametrize(
-    ("foreign", "shape"),
+    "foreign, shape",
     [
         (b'{"token": "MARKER"}', "shape of JSON text"),
         (b'[ "MARKER" ]', "shape of JSON text"),
