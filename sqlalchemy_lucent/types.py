@@ -318,6 +318,9 @@ class EncryptedJSON(TypeDecorator[Any]):
         that does not fit raises :exc:`SchemaMismatchError`. How such a value prints itself is its
         type's affair, whatever `redact` says.
 
+    In a subclass, set ``cache_ok = True``, and let an ``__init__`` take and pass on ``**options``:
+    SQLAlchemy makes the statement cache's key of the parameters that it finds there.
+
     A pickled model holds what its attributes hold, so an opened value is in it, as with
     :class:`sqlalchemy.JSON`; the pickle of one that is lazy or row-bound holds ciphertext.
     """
@@ -339,11 +342,11 @@ class EncryptedJSON(TypeDecorator[Any]):
     tracks_changes = False
 
     # The statement cache's key is made of the attributes that are named like these parameters, so
-    # everything that changes what a processor does must be one of them, and no key may be.
+    # everything that changes what a processor does must be one of them, and no key may be. They
+    # are not keyword-only because SQLAlchemy does not see such parameters.
     def __init__(
         self,
         none_as_null: bool = False,
-        *,
         context: str | None = None,
         accept_contexts: Iterable[str] = (),
         lazy: bool = False,
