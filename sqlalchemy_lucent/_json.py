@@ -196,7 +196,7 @@ def _find_fault(value: JSONValue, path: str, depth: int) -> str | None:
                     return f"{path}: an object has a key of type {type(name).__name__}, not str"
                 if not _is_unicode(name):
                     return f"{path}: an object has a key with a lone surrogate"
-            items = ((_member_path(path, name), child) for name, child in value.items())
+            items = ((member_path(path, name), child) for name, child in value.items())
         for child_path, child in items:
             fault = _find_fault(child, child_path, depth + 1)
             if fault is not None:
@@ -227,7 +227,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _member_path(path: str, name: str) -> str:
+def member_path(path: str, name: str) -> str:
     # A name that could be data rather than a field's name stays out of the message.
     return f"{path}.{name}" if _SPEAKABLE_NAME.fullmatch(name) else f"{path}[?]"
 
