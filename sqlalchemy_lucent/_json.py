@@ -153,7 +153,8 @@ def _unwrap(value: object) -> JSONValue:
     """
     Give orjson the plain value of an instance of a subclass, such as a MutableDict.
 
-    orjson would take it by itself, but an OrderedDict in the wrong order.
+    orjson would take it by itself, but an OrderedDict in the wrong order; and the careful way
+    takes ten times as long for what is written back after every edit.
     """
     if isinstance(value, dict):
         return dict(value)
