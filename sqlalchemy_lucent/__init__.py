@@ -1,6 +1,6 @@
 """Encrypted JSON for SQLAlchemy: sealed columns, scoped secrets, online key rotation."""
 
-from .binding import row_bound
+from .binding import bound_rows, row_bound
 from .config import Lucent, LucentConfig, SecretsConfig
 from .exceptions import (
     ConfigurationError,
@@ -82,6 +82,7 @@ __all__ = [
     "__version__",
     "arotate",
     "averify",
+    "bound_rows",
     "default_keyring",
     "generate_master_key",
     "retire_check",

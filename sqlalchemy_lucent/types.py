@@ -54,7 +54,9 @@ def encode_row(parts: Sequence[RowPart], names: Sequence[str] = ()) -> bytes:
     encoded = []
     for position, part in enumerate(parts):
         if isinstance(part, (str, int, uuid.UUID)) and not isinstance(part, bool):
-            encoded.append(str(part).encode("utf-8", "surrogatepass"))
+            # Not str(): a subclass may print itself as something else, as an Enum member does.
+            text = part if isinstance(part, str) else _exact_text(part)
+            encoded.append(text.encode("utf-8", "surrogatepass"))
             continue
         name = names[position] if position < len(names) else f"number {position + 1}"
         fault = "has no value yet" if part is None else f"is of type {type(part).__name__}"
@@ -63,6 +65,10 @@ def encode_row(parts: Sequence[RowPart], names: Sequence[str] = ()) -> bytes:
             "known before the row is written (a natural key, or a UUID made in Python)"
         )
     return length_prefixed(*encoded)
+
+
+def _exact_text(part: int | uuid.UUID) -> str:
+    return int.__repr__(part) if isinstance(part, int) else str(part)
 
 
 class ColumnCodec:
@@ -249,7 +255,13 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
 
     def operate(self, op: operators.OperatorType, *other: Any, **kwargs: Any) -> Any:
         """Build a test for NULL; refuse everything else."""
-        if op in _NULL_TESTS and (other[0] is None or isinstance(other[0], Null)):
+        if op in _NULL_TESTS and (
+            other[0] is None
+            or isinstance(other[0], Null)
+            # SQLAlchemy finds a column among the keys of a dict, where Python compares those of
+            # one hash: the column itself and its annotated forms.
+            or (isinstance(other[0], ColumnElement) and hash(other[0]) == hash(self.expr))
+        ):
             return super().operate(op, *other, **kwargs)
         raise self._refusal(op)
 
