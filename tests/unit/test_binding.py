@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from sqlalchemy import (
@@ -198,7 +198,7 @@ def test_version_counter_is_refused_when_mapped() -> None:
         id: Mapped[str] = mapped_column(primary_key=True)
         version: Mapped[int] = mapped_column()
         secret: Mapped[Any] = row_bound("version")
-        __mapper_args__: ClassVar = {"version_id_col": version}
+        __mapper_args__ = {"version_id_col": version}  # noqa: RUF012
 
     with pytest.raises(ConfigurationError, match="counts the versions"):
         configure_mappers()
