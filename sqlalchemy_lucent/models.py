@@ -12,7 +12,16 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from sqlalchemy import Computed, DateTime, MetaData, String, inspect, literal_column
+from sqlalchemy import (
+    Column,
+    Computed,
+    DateTime,
+    MetaData,
+    String,
+    Table,
+    inspect,
+    literal_column,
+)
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, validates
@@ -23,6 +32,7 @@ from ._sql import key_version
 from .binding import row_bound
 from .exceptions import SerializationError
 from .secret_key import KEY_PART_NAMES, MAX_PART_LENGTH, SecretKey, check_part
+from .types import EncryptedJSON
 
 
 def byte_wise_string(length: int) -> String:
@@ -90,6 +100,23 @@ def computed_key_version(column_name: str) -> Computed:
     return Computed(key_version(literal_column(column_name)), persisted=True)
 
 
+def secrets_table(metadata: MetaData, name: str, *, schema: str | None = None) -> Table:
+    """Return the table that :class:`LucentSecretMixin` maps, for migrations."""
+    return Table(
+        name,
+        metadata,
+        *(
+            Column(part, byte_wise_string(MAX_PART_LENGTH), primary_key=True)
+            for part in KEY_PART_NAMES
+        ),
+        Column("payload", EncryptedJSON(bound_to=KEY_PART_NAMES), nullable=False),
+        Column("key_version", key_version_type(), computed_key_version("payload"), index=True),
+        Column("created_at", UTCDateTime, nullable=False),
+        Column("updated_at", UTCDateTime, nullable=False),
+        schema=schema,
+    )
+
+
 def utc_now() -> datetime:
     """Return the time, in UTC."""
     return datetime.now(UTC)
@@ -121,10 +148,9 @@ class LucentSecretMixin:
         )
 
     @validates(*KEY_PART_NAMES)
-    def _check_part(self, part_name: str, part: object) -> object:
+    def _check_part(self, part_name: str, part: object) -> str:
         # A key that the repository refuses must not come in through the model.
-        check_part(part_name, part)
-        return part
+        return check_part(part_name, part)
 
     @property
     def key(self) -> SecretKey:

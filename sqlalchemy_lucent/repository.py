@@ -12,7 +12,6 @@ import builtins
 import enum
 import functools
 import inspect as python_inspect
-import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal, TypeVar, cast, overload
 
-import msgspec
 from sqlalchemy import (
     ColumnElement,
     CursorResult,
@@ -48,13 +46,13 @@ from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.sql.dml import Insert
 
 from ._envelope import MAX_VERSION_LENGTH, NONCE_SIZE, header_size, parse
+from ._schema import Schema
 from .events import AccessHandler, Action, SecretAccess
 from .exceptions import (
     ConfigurationError,
     ConflictError,
     DecryptionError,
     InvalidKeyError,
-    SchemaMismatchError,
     SecretNotFoundError,
     SerializationError,
     UnsupportedOperationError,
@@ -203,7 +201,8 @@ class LucentSecrets:
         """
         Return the value stored under `key`.
 
-        :param as_: the type to return it as: a dataclass, TypedDict, msgspec Struct …
+        :param as_: the type to return it as: a dataclass, TypedDict, msgspec Struct or pydantic
+            model.
         :raises SecretNotFoundError: there is none.
         :raises DecryptionError: it does not open; the subclass says why.
         :raises SchemaMismatchError: it does not fit `as_`; the message gives the path of the
@@ -211,7 +210,7 @@ class LucentSecrets:
         """
         key = SecretKey.of(key)
         value = self._read(key, self._load_required(key))
-        return value if as_ is None else _convert(value, as_)
+        return value if as_ is None else Schema(as_).load(value)
 
     def exists(self, key: _Key) -> bool:
         """Say whether a secret is stored under `key`, without opening it."""
@@ -383,7 +382,7 @@ class LucentSecrets:
         else:
             # By their keys, so that what is told is what is deleted.
             statement = select(*self._key_columns).where(condition).with_for_update()
-            keys = [SecretKey._make(row) for row in self._execute(statement)]
+            keys = [_stored_key(row) for row in self._execute(statement)]
             deleted = 0
             with self._undone_by_handler():
                 for chunk in _chunks(keys):
@@ -519,7 +518,7 @@ class LucentSecrets:
             statement = statement.order_by(*self._key_columns).with_for_update()
         for chunk in _chunks(sorted(keys)):
             for row in self._execute(statement.where(self._is_one_of(chunk))):
-                found[SecretKey._make(row[:-1])] = row[-1]
+                found[_stored_key(row[:-1])] = row[-1]
         return found
 
     def _read(self, key: SecretKey, sealed: Sealed) -> Any:
@@ -866,10 +865,9 @@ def _leading_parts(*given: str | int | uuid.UUID | None) -> tuple[str, ...]:
                 f"{name}= filters only together with every part before it: "
                 f"{', '.join(KEY_PART_NAMES[:position])}"
             )
-        if name == "owner_id" and not isinstance(part, (str, bool)):
-            part = str(part)
-        check_part(name, part)
-        parts.append(cast("str", part))
+        if name == "owner_id":
+            part = SecretKey("scope", part, "provider", "name").owner_id
+        parts.append(check_part(name, part))
     return tuple(parts)
 
 
@@ -891,9 +889,13 @@ def _chunks(keys: Sequence[SecretKey]) -> Iterator[Sequence[SecretKey]]:
         yield keys[start : start + _KEYS_PER_STATEMENT]
 
 
-def _info(row: Row[Any]) -> SecretInfo:
+def _stored_key(parts: Iterable[str]) -> SecretKey:
     # Not checked again: a key that breaks a rule was not written by us, and is shown as it is.
-    key = SecretKey._make((row.scope, row.owner_id, row.provider, row.name))
+    return tuple.__new__(SecretKey, parts)
+
+
+def _info(row: Row[Any]) -> SecretInfo:
+    key = _stored_key((row.scope, row.owner_id, row.provider, row.name))
     return SecretInfo(key, row.key_version, row.created_at, row.updated_at, _token(row.prefix))
 
 
@@ -933,18 +935,3 @@ def _conflict(key: SecretKey) -> ConflictError:
 def _not_found(keys: Sequence[SecretKey]) -> SecretNotFoundError:
     others = f", nor under {len(keys) - 1} more of the keys" if len(keys) > 1 else ""
     return SecretNotFoundError(f"no secret is stored under {keys[0]}{others}")
-
-
-_FAULT_PATH: Final = re.compile(r"`(\$[^`]*)`$")
-
-
-def _convert(value: Any, type_: type[_T]) -> _T:
-    try:
-        return msgspec.convert(value, type_, strict=True)
-    except msgspec.ValidationError as error:
-        # Only the path is passed on: the message may quote the value.
-        path = _FAULT_PATH.search(str(error))
-    raise SchemaMismatchError(
-        f"a document does not fit {getattr(type_, '__name__', type_)}: the fault is at "
-        f"{path[1] if path else '$'}"
-    )

@@ -5,7 +5,7 @@ Rotation: re-encrypt under the primary key, count rows per key, prove that every
 ``census`` counts and verifies, ``report`` holds what they return.
 """
 
-from .census import averify, retire_check, status, verify
+from .census import averify, needs_rotation, retire_check, status, verify
 from .engine import DEFAULT_BATCH_SIZE, arotate, rotate
 from .report import (
     FailedRow,
@@ -26,6 +26,7 @@ __all__ = [
     "VerifyReport",
     "arotate",
     "averify",
+    "needs_rotation",
     "retire_check",
     "rotate",
     "status",
