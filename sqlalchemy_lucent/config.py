@@ -12,14 +12,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, overload
+from typing import TYPE_CHECKING, Any, Final, overload
 
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session
 
 from .exceptions import ConfigurationError
 from .keyring import DEFAULT_KEY_VERSION, ENV_VARIABLES, Keyring
 from .repository import AsyncLucentSecrets, LucentSecrets
+
+if TYPE_CHECKING:  # without greenlet, which only async programs need, it does not import
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 
 @dataclass(frozen=True, init=False, slots=True)
@@ -165,6 +167,6 @@ class Lucent:
         config = self.config.secrets
         if not config.enabled or config.keyring is None:
             return None
-        if isinstance(session, AsyncSession):
-            return AsyncLucentSecrets(session, keyring=config.keyring)
-        return LucentSecrets(session, keyring=config.keyring)
+        if isinstance(session, (Session, scoped_session)):
+            return LucentSecrets(session, keyring=config.keyring)
+        return AsyncLucentSecrets(session, keyring=config.keyring)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast, overload
 
 from sqlalchemy import (
     ColumnElement,
@@ -41,7 +41,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.engine import Dialect
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.sql.dml import Insert
 
@@ -61,6 +60,9 @@ from .keyring import Keyring, generate_master_key
 from .models import LucentSecret, LucentSecretMixin, utc_now
 from .secret_key import KEY_PART_NAMES, SecretKey, check_part
 from .types import ColumnCodec, EncryptedJSON, Sealed, encode_row
+
+if TYPE_CHECKING:  # without greenlet, which only async programs need, it does not import
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 _T = TypeVar("_T")
 
