@@ -2,7 +2,7 @@
 
 from .binding import bound_rows, row_bound
 from .config import Lucent, LucentConfig, SecretsConfig
-from .events import AccessHandler, SecretAccess
+from .events import SecretAccess
 from .exceptions import (
     ConfigurationError,
     ConflictError,
@@ -44,7 +44,6 @@ from .types import Bound, EncryptedJSON, Sealed
 __version__ = "0.1.0"
 
 __all__ = [
-    "AccessHandler",
     "AsyncLucentSecrets",
     "Bound",
     "ConfigurationError",

@@ -833,6 +833,11 @@ _MYSQL: Final = frozenset({"mysql", "mariadb"})
 def _insert(table: Table, dialect: Dialect, renewed: Sequence[str]) -> Insert:
     """Return an INSERT that takes over the columns `renewed` where the key is taken already."""
     if dialect.name in _MYSQL:
+        # Callers that insert one new key at once wait for the first, and go on when it commits. If
+        # it rolls back, InnoDB leaves each of them a lock on the gap where the row was, and ends
+        # the deadlock (error 1213) by undoing one of their transactions as a whole. No form of
+        # INSERT takes other locks there, and to repeat the statement would lose the rest of that
+        # transaction; so the error goes to the caller, whose transaction it is to repeat.
         mysql_insert = mysql.insert(table)
         # Of nothing at all there is no such form: assigning a column to itself leaves the row.
         return mysql_insert.on_duplicate_key_update(
