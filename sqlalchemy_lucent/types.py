@@ -261,7 +261,20 @@ class Bound:
 
 
 class EncryptedComparator(TypeDecorator.Comparator[Any]):
-    """What SQL may do with a sealed column: test for NULL, and tell the key version."""
+    """
+    What SQL may do with a sealed column: test for NULL, and tell the key version.
+
+    Every operator is refused when the expression is built; a column compared with a column, when
+    it is compiled. What SQLAlchemy does not ask a type about is not seen here, and works on the
+    stored bytes:
+
+    - ``order_by(col)``, ``desc(col)``: an order that means nothing
+    - ``group_by(col)``, ``distinct()``, ``UNION``: no two values are ever the same
+    - ``func.max(col)``: one of the values
+    - ``cast(col, T)``: the bytes as another type, or an error of the database
+    - ``other == col``, ``other.in_(select(col))``: never true
+    - ``insert().from_select()`` and ``update()`` that copy *another* column: bytes that do not open
+    """
 
     __slots__ = ()
 
@@ -384,8 +397,8 @@ class EncryptedJSON(TypeDecorator[Any]):
 
     @property
     def python_type(self) -> type[Any]:
-        """The schema, if it is a class; else ``dict``, as :class:`sqlalchemy.JSON` says."""
-        return self.schema if isinstance(self.schema, type) else dict
+        """The schema, if it is a class; else what :class:`sqlalchemy.JSON` says."""
+        return self.schema if isinstance(self.schema, type) else JSON().python_type
 
     # -- context ---------------------------------------------------------------------------------
 
