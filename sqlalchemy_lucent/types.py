@@ -26,7 +26,7 @@ from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Mapper
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.base import SchemaEventTarget
-from sqlalchemy.sql.elements import ColumnElement, Null
+from sqlalchemy.sql.elements import ColumnClause, ColumnElement, Null
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from . import _sql
@@ -267,7 +267,20 @@ class Bound:
 
 
 class EncryptedComparator(TypeDecorator.Comparator[Any]):
-    """What SQL may do with a sealed column: test for NULL, and tell the key version."""
+    """
+    What SQL may do with a sealed column: test for NULL, and tell the key version.
+
+    Every operator is refused when the expression is built; a column compared with a column, when
+    it is compiled. What SQLAlchemy does not ask a type about is not seen here, and works on the
+    stored bytes:
+
+    - ``order_by(col)``, ``desc(col)``: an order that means nothing
+    - ``group_by(col)``, ``distinct()``, ``UNION``: no two values are ever the same
+    - ``func.max(col)``: one of the values
+    - ``cast(col, T)``: the bytes as another type, or an error of the database
+    - ``other == col``, ``other.in_(select(col))``: never true
+    - ``insert().from_select()`` and ``update()`` that copy *another* column: bytes that do not open
+    """
 
     __slots__ = ()
 
@@ -278,28 +291,16 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
 
     def operate(self, op: operators.OperatorType, *other: Any, **kwargs: Any) -> Any:
         """Build a test for NULL; refuse everything else."""
-        if op in _NULL_TESTS and (
-            other[0] is None
-            or isinstance(other[0], Null)
-            # SQLAlchemy finds a column among the keys of a dict, where Python compares those of
-            # one hash: the column itself and its annotated forms.
-            or (isinstance(other[0], ColumnElement) and hash(other[0]) == hash(self.expr))
-        ):
-            return super().operate(op, *other, **kwargs)
-        raise self._refusal(op)
+        if op in _NULL_TESTS:
+            if other[0] is None or isinstance(other[0], Null):
+                return super().operate(op, *other, **kwargs)
+            if isinstance(other[0], ColumnClause) and op in (operators.eq, operators.ne):
+                return _sql.RefusedComparison(self.expr, other[0], op)
+        raise _sql.comparison_refused(op)
 
     def reverse_operate(self, op: operators.OperatorType, other: Any, **kwargs: Any) -> Any:
         """Refuse: no test for NULL has the column on its right."""
-        raise self._refusal(op)
-
-    def _refusal(self, op: operators.OperatorType) -> UnsupportedOperationError:
-        name = getattr(op, "opstring", None) or getattr(op, "__name__", "this")
-        return UnsupportedOperationError(
-            f"the operator {name!r} has no meaning on an EncryptedJSON column: every seal of a "
-            "value is different, so the database sees nothing to compare, sort or index into. "
-            "Look rows up by a key or a column of their own; is_(None), is_not(None) and "
-            ".key_version work"
-        )
+        raise _sql.comparison_refused(op)
 
 
 _NULL_TESTS: Final = frozenset({operators.eq, operators.ne, operators.is_, operators.is_not})
@@ -402,8 +403,8 @@ class EncryptedJSON(TypeDecorator[Any]):
 
     @property
     def python_type(self) -> type[Any]:
-        """The schema, if it is a class; else ``dict``, as :class:`sqlalchemy.JSON` says."""
-        return self.schema if isinstance(self.schema, type) else dict
+        """The schema, if it is a class; else what :class:`sqlalchemy.JSON` says."""
+        return self.schema if isinstance(self.schema, type) else JSON().python_type
 
     # -- context ---------------------------------------------------------------------------------
 
