@@ -126,7 +126,7 @@ class Link:
         """Say whether the same work may succeed if it is tried again."""
         if error.connection_invalidated or self._connection is None:
             return self._engine is not None
-        return _is_transient(error)
+        return _is_transient(error, self.dialect.name)
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -162,12 +162,11 @@ def _is_in_transaction(connection: Connection) -> bool:
     return connection.dialect.name == "sqlite" and bool(getattr(driver, "in_transaction", False))
 
 
-def _is_transient(error: DBAPIError) -> bool:
+def _is_transient(error: DBAPIError, dialect_name: str) -> bool:
     original: Any = error.orig
-    sqlstate = getattr(original, "sqlstate", None)
-    if sqlstate is not None:
-        return sqlstate in _TRANSIENT_SQLSTATES
-    if getattr(original, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return True
-    code = original.args[0] if original is not None and original.args else None
-    return code in _TRANSIENT_MYSQL_CODES
+    if dialect_name == "sqlite":
+        name = getattr(original, "sqlite_errorname", "")
+        return name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+    if dialect_name == "postgresql":
+        return getattr(original, "sqlstate", None) in _TRANSIENT_SQLSTATES
+    return bool(original.args) and original.args[0] in _TRANSIENT_MYSQL_CODES

@@ -57,7 +57,6 @@ def writer_for(connection: Connection, target: TargetTable) -> Writer:
     kept = connection.scalars(_SELF_UPDATING, names).all()
     if (
         dialect.paramstyle in ("format", "pyformat")
-        and "schema_translate_map" not in connection.get_execution_options()
         and all(_compares_alike(column.type, dialect) for column in target.primary_key)
     ):
         return JoinWriter(target, dialect, kept)

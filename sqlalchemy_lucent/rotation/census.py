@@ -33,8 +33,8 @@ def status(
     :param targets: as for :func:`rotate`.
     :raises RotationError: `targets` has no encrypted column.
     """
-    tables = resolve_targets(targets)
     with _connected(bind) as connection:
+        tables = resolve_targets(targets, connection)
         return StatusReport(tuple(row for table in tables for row in _count(connection, table)))
 
 
@@ -57,6 +57,25 @@ def _count(connection: Connection, target: TargetTable) -> Iterator[StatusRow]:
         )
         for row in connection.execute(statement):
             yield StatusRow(target.name, column.name, *row)
+
+
+def needs_rotation(
+    bind: Engine | Connection,
+    targets: Target | Iterable[Target] | None = None,
+    *,
+    keyring: Keyring | None = None,
+) -> bool:
+    """
+    Say whether any value is not under the primary key; opens nothing.
+
+    :raises RotationError: `targets` has no encrypted column.
+    """
+    keyring = keyring or default_keyring()
+    with _connected(bind) as connection:
+        return any(
+            TableWorker(target, keyring, connection.dialect).count_stale(connection)
+            for target in resolve_targets(targets, connection)
+        )
 
 
 def retire_check(
@@ -130,11 +149,10 @@ def verify(
     ):
         raise RotationError("sample is a whole number of rows, 1 or more")
     keyring = keyring or default_keyring()
-    tables = resolve_targets(targets)
     failures = Failures()
     opened = 0
     with _connected(bind) as connection:
-        for table in tables:
+        for table in resolve_targets(targets, connection):
             worker = TableWorker(table, keyring, connection.dialect)
             for row in _rows(worker, connection, sample):
                 for failed in worker.open_values(row):

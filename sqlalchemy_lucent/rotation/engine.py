@@ -159,8 +159,8 @@ def _rotate(
     sleep: Callable[[float], object],
 ) -> RotationReport:
     keyring = keyring or default_keyring()
-    tables = resolve_targets(targets)
     link = Link(bind)
+    tables = resolve_targets(targets, bind)
     run = _Run(link, keyring, options, sleep)
     try:
         with link:

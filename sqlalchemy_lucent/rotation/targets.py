@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from sqlalchemy import Column, MetaData, Table, column, inspect, table
+from sqlalchemy import Column, Connection, Engine, MetaData, Table, column, inspect, table
 from sqlalchemy.orm import ColumnProperty, Mapper, QueryableAttribute, registry
 from sqlalchemy.sql.expression import ColumnClause, TableClause
 
@@ -46,10 +46,13 @@ class TargetTable:
     columns: tuple[TargetColumn, ...]
 
 
-def resolve_targets(targets: Target | Iterable[Target] | None) -> list[TargetTable]:
+def resolve_targets(
+    targets: Target | Iterable[Target] | None, bind: Engine | Connection
+) -> list[TargetTable]:
     """
     Return the tables to work on; the metadata of :class:`LucentBase` if `targets` is ``None``.
 
+    :param bind: its option ``schema_translate_map`` says which schemas are meant.
     :raises RotationError: there is no encrypted column among them, or a table has no primary key.
     """
     columns = list(_columns(LucentBase.metadata if targets is None else targets))
@@ -61,7 +64,11 @@ def resolve_targets(targets: Target | Iterable[Target] | None) -> list[TargetTab
     by_table: dict[Table, dict[str, Column[Any]]] = {}
     for found in columns:
         by_table.setdefault(found.table, {})[found.name] = found
-    return [_target_table(owner, list(named.values())) for owner, named in by_table.items()]
+    schemas = bind.get_execution_options().get("schema_translate_map") or {}
+    return [
+        _target_table(owner, list(named.values()), schemas.get(owner.schema, owner.schema))
+        for owner, named in by_table.items()
+    ]
 
 
 def _columns(target: Any) -> Iterator[Column[Any]]:
@@ -127,7 +134,7 @@ def _not_a_target(type_: type[Any]) -> RotationError:
     )
 
 
-def _target_table(owner: Table, columns: list[Column[Any]]) -> TargetTable:
+def _target_table(owner: Table, columns: list[Column[Any]], schema: str | None) -> TargetTable:
     name = owner.fullname
     if not owner.primary_key.columns:
         raise RotationError(
@@ -141,7 +148,7 @@ def _target_table(owner: Table, columns: list[Column[Any]]) -> TargetTable:
         owner.name,
         *(column(c.name, c.type) for c in plain.values()),
         *(column(c.name) for c in columns),
-        schema=owner.schema,
+        schema=schema,
     )
     primary_key = tuple(clause.c[c.name] for c in owner.primary_key.columns)
     return TargetTable(name, clause, primary_key, encrypted)
