@@ -12,7 +12,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from sqlalchemy import Computed, DateTime, MetaData, String, literal_column
+from sqlalchemy import Column, Computed, DateTime, MetaData, String, Table, literal_column
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column
@@ -22,6 +22,7 @@ from ._envelope import MAX_VERSION_LENGTH
 from ._sql import key_version
 from .binding import row_bound
 from .secret_key import KEY_PART_NAMES, MAX_PART_LENGTH, SecretKey
+from .types import EncryptedJSON
 
 
 def byte_wise_string(length: int) -> String:
@@ -82,6 +83,23 @@ def computed_key_version(column_name: str) -> Computed:
     The database computes it from the stored bytes at each write, so the two cannot disagree.
     """
     return Computed(key_version(literal_column(column_name)), persisted=True)
+
+
+def secrets_table(metadata: MetaData, name: str, *, schema: str | None = None) -> Table:
+    """Return the table that :class:`LucentSecretMixin` maps, for migrations."""
+    return Table(
+        name,
+        metadata,
+        *(
+            Column(part, byte_wise_string(MAX_PART_LENGTH), primary_key=True)
+            for part in KEY_PART_NAMES
+        ),
+        Column("payload", EncryptedJSON(bound_to=KEY_PART_NAMES), nullable=False),
+        Column("key_version", key_version_type(), computed_key_version("payload"), index=True),
+        Column("created_at", UTCDateTime, nullable=False),
+        Column("updated_at", UTCDateTime, nullable=False),
+        schema=schema,
+    )
 
 
 def utc_now() -> datetime:

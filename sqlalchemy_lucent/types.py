@@ -357,6 +357,11 @@ class EncryptedJSON(TypeDecorator[Any]):
         return attached
 
     @property
+    def explicit_context(self) -> str | None:
+        """The context that was given; ``None`` if it is that of the column."""
+        return None if self._context_is_derived else self.context
+
+    @property
     def contexts(self) -> tuple[str, ...]:
         """
         The context that values are sealed under, then those that are opened too.
