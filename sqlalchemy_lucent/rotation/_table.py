@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 
 from .._envelope import NONCE_SIZE, header_size
-from ..exceptions import ConfigurationError, DecryptionError
+from ..exceptions import ConfigurationError, DecryptionError, RotationError
 from ..keyring import Keyring
 from ..types import as_bytes, encode_row, open_in_contexts
 from ._write import Change, Writer, writer_for
@@ -99,16 +99,36 @@ class TableWorker:
 
     # -- statements ------------------------------------------------------------------------------
 
-    def prepare(self, connection: Connection) -> None:
+    def prepare(self, connection: Connection, *, lock: bool) -> None:
         """Fail now if the table or a column is missing or not ours to lock; write nothing."""
         self._writer = writer_for(connection, self.target)
-        self.read(connection, None, 0, stale_only=True)
+        self.check_keys(connection)
+        self.read(connection, None, 0, stale_only=True, lock=lock)
+
+    def check_keys(self, connection: Connection) -> None:
+        """
+        Refuse a table with rows that no primary key leads to: SQLite allows NULL in one.
+
+        :raises RotationError: there is such a row.
+        """
+        if connection.dialect.name != "sqlite":
+            return
+        lost = or_(*(part.is_(None) for part in self.primary_key))
+        statement = select(literal(1)).select_from(self.target.clause).where(lost).limit(1)
+        if connection.execute(statement).first() is not None:
+            raise RotationError(
+                f"table {self.target.name} has a row with NULL in its primary key; give such rows "
+                "a primary key, so that they can be read in order and named"
+            )
 
     def is_stale(self, sealed: SealedColumn) -> ColumnElement[bool]:
         """The condition that a value is not under the primary key."""
         value = self.target.clause.c[sealed.name]
         prefix = func.substr(value, 1, len(sealed.header), type_=LargeBinary)
-        return and_(value.is_not(None), prefix != literal(sealed.header, LargeBinary))
+        # "Distinct from", because SQLite's substr() of an empty value is NULL.
+        return and_(
+            value.is_not(None), prefix.is_distinct_from(literal(sealed.header, LargeBinary))
+        )
 
     def any_stale(self) -> ColumnElement[bool]:
         """The condition that a row has a value which is not under the primary key."""

@@ -154,6 +154,7 @@ def verify(
     with _connected(bind) as connection:
         for table in resolve_targets(targets, connection):
             worker = TableWorker(table, keyring, connection.dialect)
+            worker.check_keys(connection)
             for row in _rows(worker, connection, sample):
                 for failed in worker.open_values(row):
                     if failed is None:

@@ -236,7 +236,7 @@ class _Run:
         return self._attempt(lambda _: worker.count_stale(self._link.connection))
 
     def _prepare(self, worker: TableWorker, _: int) -> None:
-        worker.prepare(self._link.connection)
+        worker.prepare(self._link.connection, lock=not self._options.dry_run)
 
     def _until_done(self, worker: TableWorker) -> tuple[Failures, int]:
         """Pass over the table until a count finds nothing stale but what does not open."""
