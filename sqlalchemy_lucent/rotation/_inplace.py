@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, func, select, update
+from sqlalchemy import ColumnElement, Connection, and_, case, func, or_, select, update
 from sqlalchemy.exc import DBAPIError
 
 from ..exceptions import ConfigurationError, DecryptionError
@@ -50,8 +50,8 @@ class InPlaceWorker(TableWorker):
         last = tuple(keys[-1])
         statement = (
             update(self.target.clause)
-            .where(self.any_stale(), *self.key_range(after, last))
-            .values({function.name: function.value for function in self._functions})
+            .where(or_(*(f.applies for f in self._functions)), *self.key_range(after, last))
+            .values({function.name: self._renewed(function) for function in self._functions})
         )
         with self._registered(connection):
             connection.execute(statement)
@@ -62,6 +62,11 @@ class InPlaceWorker(TableWorker):
         return Batch(
             len(keys), last, written, failed, sum(function.size for function in self._functions)
         )
+
+    def _renewed(self, function: _Function) -> ColumnElement[Any]:
+        if len(self._functions) == 1:
+            return function.call
+        return case((function.applies, function.call), else_=function.column)
 
     @contextmanager
     def _registered(self, connection: Connection) -> Iterator[None]:
@@ -96,18 +101,19 @@ class _Function:
     ) -> None:
         self.function_name = function_name
         self.name = sealed.name
-        self._sealed = sealed
+        self._renew = sealed.renew
+        self._bound_to = sealed.bound_to
         clause = worker.target.clause
-        value = clause.c[sealed.name]
+        self.column = clause.c[sealed.name]
         bound = [clause.c[name] for name in sealed.bound_columns]
         # Columns come as SQLite stores them; their types know what the application sees.
         dialect = connection.dialect
         self._processors: list[Callable[[Any], Any] | None] = [
             column.type.dialect_impl(dialect).result_processor(dialect, None) for column in bound
         ]
-        call = getattr(func, function_name)(value, *bound)
-        stale = and_(worker.is_stale(sealed), func.typeof(value) == "blob")
-        self.value = case((stale, call), else_=value)
+        self.call: ColumnElement[Any] = getattr(func, function_name)(self.column, *bound)
+        # Text was never sealed, and the driver would fail to decode it if it is not UTF-8.
+        self.applies = and_(worker.is_stale(sealed), func.typeof(self.column) == "blob")
         self.begin()
 
     def begin(self) -> None:
@@ -118,11 +124,7 @@ class _Function:
 
     def __call__(self, value: bytes, *bound: Any) -> bytes:
         try:
-            parts = [
-                part if process is None else process(part)
-                for process, part in zip(self._processors, bound, strict=True)
-            ]
-            renewed = self._sealed.renew(value, encode_row(parts, self._sealed.bound_to))
+            renewed = self._renew(value, self._row_context(bound) if bound else b"")
         except (DecryptionError, ConfigurationError):
             return value
         except BaseException as error:
@@ -131,3 +133,10 @@ class _Function:
         self.written += 1
         self.size += len(value)
         return renewed
+
+    def _row_context(self, bound: tuple[Any, ...]) -> bytes:
+        parts = [
+            part if process is None else process(part)
+            for process, part in zip(self._processors, bound, strict=True)
+        ]
+        return encode_row(parts, self._bound_to)

@@ -24,7 +24,7 @@ from .._envelope import NONCE_SIZE, header_size
 from ..exceptions import ConfigurationError, DecryptionError, RotationError
 from ..keyring import Keyring
 from ..types import as_bytes, encode_row, open_in_contexts
-from ._write import Change, Writer, writer_for
+from ._write import Changes, Writer, writer_for
 from .report import FailedRow
 from .targets import TargetColumn, TargetTable
 
@@ -45,6 +45,15 @@ class Batch(NamedTuple):
     failed: Sequence[FailedRow]
     size: int
     """Bytes of the values that were read."""
+
+
+class Resealed(NamedTuple):
+    """What became of some rows in memory."""
+
+    changes: list[Changes]
+    failed: list[FailedRow]
+    size: int
+    """Bytes of the values that were stale."""
 
 
 class SealedColumn:
@@ -69,6 +78,8 @@ class SealedColumn:
 
     def open(self, sealed: bytes, row: bytes) -> bytes:
         """Return the plaintext, or raise a `DecryptionError`."""
+        if len(self.contexts) == 1:
+            return self.keys.open(sealed, row)
         return open_in_contexts(self.contexts, sealed, row, self._keyring)
 
     def renew(self, sealed: bytes, row: bytes) -> bytes:
@@ -206,9 +217,11 @@ class TableWorker:
             else:
                 yield None
 
-    def reseal(self, rows: Sequence[Row[Any]]) -> tuple[list[Change], list[FailedRow], int]:
-        """Seal the stale values of `rows` anew; return that, the failures and the bytes read."""
-        changes, failed, size = [], [], 0
+    def reseal(self, rows: Sequence[Row[Any]]) -> Resealed:
+        """Seal the stale values of `rows` anew."""
+        changes: dict[tuple[str, ...], Changes] = {}
+        failed: list[FailedRow] = []
+        size = 0
         for row in rows:
             names: tuple[str, ...] = ()
             old: tuple[bytes, ...] = ()
@@ -232,8 +245,10 @@ class TableWorker:
                 old += (value[: header_size(value) + NONCE_SIZE],)
                 new += (renewed,)
             if names:
-                changes.append(Change(self.primary_key_of(row), names, old, new))
-        return changes, failed, size
+                if names not in changes:
+                    changes[names] = Changes(names, self._key_size)
+                changes[names].add(row, old, new)
+        return Resealed(list(changes.values()), failed, size)
 
     def _failure(self, row: Sequence[Any], sealed: SealedColumn, error: Exception) -> FailedRow:
         return FailedRow(
@@ -247,7 +262,7 @@ class TableWorker:
         rows = self.read(connection, after, limit, stale_only=True)
         changes, failed, size = self.reseal(rows)
         assert self._writer is not None
-        written = self._writer.write(connection, changes) if changes else 0
+        written = sum(self._writer.write(connection, change) for change in changes)
         last = self.primary_key_of(rows[-1]) if rows else None
         return Batch(len(rows), last, written, failed, size)
 
@@ -256,7 +271,7 @@ class TableWorker:
         rows = self.read(connection, after, limit, stale_only=True, lock=False)
         changes, failed, size = self.reseal(rows)
         last = self.primary_key_of(rows[-1]) if rows else None
-        return Batch(len(rows), last, sum(len(c.names) for c in changes), failed, size)
+        return Batch(len(rows), last, sum(len(c) * len(c.names) for c in changes), failed, size)
 
 
 def _compared(

@@ -33,7 +33,7 @@ from sqlalchemy_lucent import (
     verify,
 )
 from sqlalchemy_lucent.rotation._table import TableWorker
-from sqlalchemy_lucent.rotation._write import ArrayWriter, JoinWriter, RowWriter, writer_for
+from sqlalchemy_lucent.rotation._write import BinaryArrayWriter, JoinWriter, RowWriter, writer_for
 from sqlalchemy_lucent.rotation.targets import resolve_targets
 from tests.integration.workers import contents, fill, finish, ledger, reap, start
 
@@ -161,7 +161,7 @@ def test_a_value_changed_since_it_was_read_is_not_overwritten(
         worker = TableWorker(target, promoted, engine.dialect)
         writer = RowWriter(target) if form == "row" else writer_for(connection, target)
         rows = worker.read(connection, None, 10, stale_only=True, lock=False)
-    changes, _, _ = worker.reseal(rows)
+    (changes,), _, _ = worker.reseal(rows)
     with engine.begin() as connection:
         connection.execute(update(table).where(table.c.id == identities[1]).values(payload="new"))
         connection.execute(table.delete().where(table.c.id == identities[2]))
@@ -177,11 +177,11 @@ def test_a_value_changed_since_it_was_read_is_not_overwritten(
 @pytest.mark.parametrize(
     "type_, expected",
     [
-        (Integer(), {"sqlite": RowWriter, "postgresql": ArrayWriter, "mysql": JoinWriter}),
-        (String(20), {"sqlite": RowWriter, "postgresql": ArrayWriter, "mysql": RowWriter}),
+        (Integer(), {"sqlite": RowWriter, "postgresql": BinaryArrayWriter, "mysql": JoinWriter}),
+        (String(20), {"sqlite": RowWriter, "postgresql": BinaryArrayWriter, "mysql": RowWriter}),
         (
             String(20).with_variant(String(20, collation="utf8mb4_bin"), "mysql", "mariadb"),
-            {"sqlite": RowWriter, "postgresql": ArrayWriter, "mysql": JoinWriter},
+            {"sqlite": RowWriter, "postgresql": BinaryArrayWriter, "mysql": JoinWriter},
         ),
     ],
 )

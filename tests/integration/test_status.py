@@ -8,7 +8,17 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import Column, Engine, Integer, MetaData, Table, create_engine, event, insert, update
+from sqlalchemy import (
+    Column,
+    Engine,
+    Integer,
+    MetaData,
+    Table,
+    create_engine,
+    event,
+    insert,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sqlalchemy_lucent import (
@@ -24,9 +34,7 @@ from sqlalchemy_lucent import (
 from sqlalchemy_lucent.rotation import needs_rotation
 from tests.integration.workers import fill, ledger, metadata
 
-raw_ledger = Table(
-    "ledger", MetaData(), *(Column(name) for name in ("id", "free", "bound"))
-)
+raw_ledger = Table("ledger", MetaData(), *(Column(name) for name in ("id", "free", "bound")))
 
 
 def rows_of(engine: Engine) -> list[tuple[str, str | None, str | None, int]]:
