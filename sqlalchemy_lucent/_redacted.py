@@ -5,7 +5,8 @@ Opened values that do not print themselves.
 ``hide_parameters=True``, and a logger or a debugger prints whatever it is handed. So an opened
 document comes back as a real ``dict``, ``list`` or ``str`` whose ``repr`` and ``str`` say only
 that it is one. Everything else (indexing, iterating, JSON, ``format``, concatenation, equality)
-works on the value itself, and the parts taken out of it are ordinary objects.
+works on the value itself, and the parts taken out of it are ordinary objects. A document that is
+nothing but a number prints itself: put a secret number into a string, a list or a dict.
 """
 
 from __future__ import annotations
