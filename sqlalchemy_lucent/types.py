@@ -387,8 +387,9 @@ class EncryptedJSON(TypeDecorator[Any]):
             raise ConfigurationError("a lazy or row-bound EncryptedJSON does not track changes")
         type_.tracks_changes = True
         # Whether a mapped column asks for tracking is known when its mapper is configured. One
-        # listener serves them all; SQLAlchemy keeps it once, however often it is given.
-        event.listen(Mapper, "mapper_configured", track_mapped_columns)
+        # listener serves them all.
+        if not event.contains(Mapper, "mapper_configured", track_mapped_columns):
+            event.listen(Mapper, "mapper_configured", track_mapped_columns)
         return type_
 
     @property
