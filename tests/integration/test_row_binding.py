@@ -220,6 +220,9 @@ def test_value_survives_refresh_and_expire(session: Session) -> None:
     session.refresh(vault)
     assert vault.secret == {"n": 1}
     vault.secret = {"n": 3}
+    session.refresh(vault, ["_sealed_secret"])
+    assert vault.secret == {"n": 1}
+    vault.secret = {"n": 3}
     session.expire(vault)
     assert vault.secret == {"n": 1}
 
@@ -562,13 +565,17 @@ def test_update_statement_takes_a_bound_value_and_nothing_else(session: Session)
         session.execute(statement.values(secret={"n": 5}))
 
 
-def test_attribute_works_in_aliases_loader_options_and_conditions(session: Session) -> None:
+def test_attribute_works_in_aliases_and_its_column_in_loader_options(
+    session: Session,
+) -> None:
     session.add_all([Left(owner="a", number=1, secret=1), Vault(id="x", secret=None)])
     session.commit()
     other = aliased(Left)
     sealed = session.scalars(select(other.secret).where(other.secret.key_version == "v1")).one()
     assert sealed.open(row=("a", 1)) == 1
-    found = session.scalars(select(Left).options(undefer(Left.secret))).one()
+    session.expunge_all()
+    column = Left.__mapper__.column_attrs["_sealed_secret"].class_attribute
+    found = session.scalars(select(Left).options(undefer(column))).one()
     session.expunge(found)
     assert found.secret == 1
     with pytest.raises(UnsupportedOperationError):
