@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -11,6 +12,7 @@ from sqlalchemy import (
     Dialect,
     LargeBinary,
     Row,
+    Select,
     and_,
     bindparam,
     cast,
@@ -64,7 +66,10 @@ class SealedColumn:
         self.contexts = target.type.contexts
         self.keys = keyring.for_context(self.contexts[0])
         self.header = self.keys.primary.header
-        self._keyring = keyring
+        self.open: Callable[[bytes, bytes], bytes] = self.keys.open
+        """Returns the plaintext of (sealed bytes, row context), or raises a `DecryptionError`."""
+        if len(self.contexts) > 1:
+            self.open = partial(_open_in_contexts, self.contexts, keyring)
         self.bound_to = target.type.bound_to
         self.bound_columns = target.bound_to
         self._positions = [names.index(name) for name in target.bound_to]
@@ -75,12 +80,6 @@ class SealedColumn:
         if not self._positions:
             return b""
         return encode_row([row[position] for position in self._positions], self.bound_to)
-
-    def open(self, sealed: bytes, row: bytes) -> bytes:
-        """Return the plaintext, or raise a `DecryptionError`."""
-        if len(self.contexts) == 1:
-            return self.keys.open(sealed, row)
-        return open_in_contexts(self.contexts, sealed, row, self._keyring)
 
     def renew(self, sealed: bytes, row: bytes) -> bytes:
         """Return the same plaintext sealed under the primary key, or raise `DecryptionError`."""
@@ -107,6 +106,8 @@ class TableWorker:
         self.columns = [SealedColumn(found, keyring, names) for found in target.columns]
         self._key_size = len(target.primary_key)
         self._writer: Writer | None = None
+        # Kept, because building a statement costs SQLAlchemy as much as running it.
+        self._statements: dict[tuple[object, ...], Select[Any]] = {}
 
     # -- statements ------------------------------------------------------------------------------
 
@@ -166,22 +167,32 @@ class TableWorker:
         lock: bool = True,
     ) -> Sequence[Row[Any]]:
         """Return rows behind the primary key `after`, in order; stale ones are locked."""
-        if stale_only:
-            condition = self.any_stale()
-        else:
-            clause = self.target.clause
-            condition = or_(*(clause.c[sealed.name].is_not(None) for sealed in self.columns))
-        statement = (
-            select(*self.selected)
-            .where(condition, *self.key_range(after, upto))
-            .order_by(*self.primary_key)
-            .limit(limit)
-        )
-        if stale_only and lock and self._locking:
-            # Rows that another rotator has in hand are left to it. `key_share` is PostgreSQL's lock
-            # that leaves alone those who insert rows with a foreign key to this one.
-            statement = statement.with_for_update(skip_locked=True, key_share=True)
-        return connection.execute(statement).all()
+        kind = (after is None, upto is None, limit is None, stale_only, lock)
+        if kind not in self._statements:
+            if stale_only:
+                condition = self.any_stale()
+            else:
+                clause = self.target.clause
+                condition = or_(*(clause.c[sealed.name].is_not(None) for sealed in self.columns))
+            statement = self.in_order(select(*self.selected).where(condition), after, upto, limit)
+            if stale_only and lock and self._locking:
+                # Rows that another rotator has in hand are left to it. `key_share` is PostgreSQL's
+                # lock that leaves alone those who insert rows with a foreign key to this one.
+                statement = statement.with_for_update(skip_locked=True, key_share=True)
+            self._statements[kind] = statement
+        parameters = self.parameters(after, upto, limit)
+        return connection.execute(self._statements[kind], parameters).all()
+
+    def in_order(
+        self,
+        statement: Select[Any],
+        after: PrimaryKey | None,
+        upto: PrimaryKey | None,
+        limit: int | None,
+    ) -> Select[Any]:
+        """Order `statement` by primary key, within what :meth:`parameters` will give."""
+        statement = statement.where(*self.key_range(after, upto)).order_by(*self.primary_key)
+        return statement if limit is None else statement.limit(bindparam("lucent_limit"))
 
     def key_range(
         self, after: PrimaryKey | None, upto: PrimaryKey | None
@@ -189,10 +200,21 @@ class TableWorker:
         """The conditions that a row is behind `after`, and not behind `upto`."""
         conditions = []
         if after is not None:
-            conditions.append(_compared(self.primary_key, after, "after", behind=True))
+            conditions.append(_compared(self.primary_key, "after", behind=True))
         if upto is not None:
-            conditions.append(_compared(self.primary_key, upto, "upto", behind=False))
+            conditions.append(_compared(self.primary_key, "upto", behind=False))
         return conditions
+
+    def parameters(
+        self, after: PrimaryKey | None, upto: PrimaryKey | None, limit: int | None = None
+    ) -> dict[str, Any]:
+        """Return the parameters of a statement within these bounds."""
+        parameters = {
+            f"lucent_{name}_{position}": value
+            for name, key in (("after", after), ("upto", upto))
+            for position, value in enumerate(key or ())
+        }
+        return parameters if limit is None else {**parameters, "lucent_limit": limit}
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -274,8 +296,14 @@ class TableWorker:
         return Batch(len(rows), last, sum(len(c) * len(c.names) for c in changes), failed, size)
 
 
+def _open_in_contexts(
+    contexts: Sequence[str], keyring: Keyring, sealed: bytes, row: bytes
+) -> bytes:
+    return open_in_contexts(contexts, sealed, row, keyring)
+
+
 def _compared(
-    columns: Sequence[ColumnElement[Any]], values: PrimaryKey, name: str, *, behind: bool
+    columns: Sequence[ColumnElement[Any]], name: str, *, behind: bool
 ) -> ColumnElement[bool]:
     """
     Return ``(a, b) > (x, y)``, or ``<=``, spelled out: each database's planner can use an index.
@@ -283,8 +311,8 @@ def _compared(
     Row values would be shorter, but MySQL and MariaDB scan the table for them.
     """
     parameters = [
-        bindparam(f"lucent_{name}_{position}", value, type_=column.type)
-        for position, (column, value) in enumerate(zip(columns, values, strict=True))
+        bindparam(f"lucent_{name}_{position}", type_=column.type)
+        for position, column in enumerate(columns)
     ]
     *rest, (last_column, last) = zip(columns, parameters, strict=True)
     condition = last_column > last if behind else last_column <= last

@@ -83,7 +83,7 @@ def test_two_rotators_share_the_work(engine: Engine, promoted: Keyring) -> None:
     def run() -> None:
         own = create_engine(engine.url)
         barrier.wait()
-        report = rotate(own, ledger, keyring=promoted, batch_size=10, pause=0.001)
+        report = rotate(own, ledger, keyring=promoted, batch_size=10, pause=0.005)
         assert report.ok
         rotated.append(report.rotated)
         own.dispose()
@@ -94,7 +94,8 @@ def test_two_rotators_share_the_work(engine: Engine, promoted: Keyring) -> None:
     for thread in threads:
         thread.join()
     assert sum(rotated) == 2 * ROWS  # each value once: nothing was done twice
-    assert min(rotated) > 0
+    if engine.dialect.name != "sqlite":  # there, who gets the only lock is left to chance
+        assert min(rotated) > 0
     assert verify(engine, ledger, keyring=promoted.without("v1")).opened == 2 * ROWS
 
 
