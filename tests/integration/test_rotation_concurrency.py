@@ -108,11 +108,52 @@ def other(engine: Engine) -> Iterator[Connection]:
     own.dispose()
 
 
+def impatient(engine: Engine) -> None:
+    """Make the engine's connections give up on a lock after a second, so that no test hangs."""
+    setting = {
+        "postgresql": "SET lock_timeout = '1s'",
+        "mysql": "SET SESSION innodb_lock_wait_timeout = 1",
+    }[engine.dialect.name]
+
+    @event.listens_for(engine, "connect")
+    def give_up_soon(driver: Any, _record: Any) -> None:
+        cursor = driver.cursor()
+        cursor.execute(setting)
+        driver.commit()
+        cursor.close()
+
+    engine.dispose()
+
+
+@pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+def test_rows_can_be_inserted_between_those_of_a_batch_in_hand(
+    engine: Engine, promoted: Keyring
+) -> None:
+    fill(engine, 10)
+    other = create_engine(engine.url)
+    impatient(other)
+    with engine.begin() as connection:
+        connection.execute(update(ledger).values(id=ledger.c.id * 10 + 1000, bound=None))
+    inserted: list[int] = []
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def insert_meanwhile(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        if statement.startswith("UPDATE"):
+            with other.begin() as connection:
+                connection.execute(insert(ledger).values(id=1005 + len(inserted), free=1))
+            inserted.append(1)
+
+    assert rotate(engine, ledger.c.free, keyring=promoted, batch_size=5, retries=0).ok
+    assert len(inserted) > 1
+    other.dispose()
+
+
 @pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
 def test_a_row_that_somebody_holds_is_not_waited_for_but_come_back_to(
     engine: Engine, promoted: Keyring, other: Connection
 ) -> None:
     fill(engine, 30)
+    impatient(engine)
     set_default_keyring(promoted)
     held = ledger.c.id == 7
     other.execute(update(ledger).where(held).values(free={"seq": 99}))
@@ -123,7 +164,7 @@ def test_a_row_that_somebody_holds_is_not_waited_for_but_come_back_to(
         if progress.rotated == 58:  # all the others
             other.commit()
 
-    report = rotate(engine, ledger, keyring=promoted, batch_size=10, on_progress=release)
+    report = rotate(engine, ledger, keyring=promoted, batch_size=10, retries=0, on_progress=release)
     assert (report.ok, report.remaining) == (True, 0)
     # `bound` of the row that was held is what remained.
     assert rotated[-2:] == [58, 59]
