@@ -8,7 +8,7 @@ demo: .venv/.demo
 	$(BIN)/python docs/examples/demo.py
 
 test: .venv/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

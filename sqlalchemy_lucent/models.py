@@ -12,16 +12,27 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from sqlalchemy import Computed, DateTime, MetaData, String, literal_column
+from sqlalchemy import (
+    Column,
+    Computed,
+    DateTime,
+    MetaData,
+    String,
+    Table,
+    inspect,
+    literal_column,
+)
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.engine import Dialect
-from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, validates
 from sqlalchemy.types import TypeDecorator
 
 from ._envelope import MAX_VERSION_LENGTH
 from ._sql import key_version
 from .binding import row_bound
-from .secret_key import KEY_PART_NAMES, MAX_PART_LENGTH, SecretKey
+from .exceptions import SerializationError
+from .secret_key import KEY_PART_NAMES, MAX_PART_LENGTH, SecretKey, check_part
+from .types import EncryptedJSON
 
 
 def byte_wise_string(length: int) -> String:
@@ -56,6 +67,11 @@ class UTCDateTime(TypeDecorator[datetime]):
         """Convert to UTC; drop the zone where the database cannot keep one."""
         if value is None:
             return None
+        if value.tzinfo is None:
+            raise SerializationError(
+                "a datetime without a time zone says no moment; use datetime.now(UTC) or "
+                "datetime(…, tzinfo=UTC)"
+            )
         value = value.astimezone(UTC)
         return value if dialect.name == "postgresql" else value.replace(tzinfo=None)
 
@@ -82,6 +98,23 @@ def computed_key_version(column_name: str) -> Computed:
     The database computes it from the stored bytes at each write, so the two cannot disagree.
     """
     return Computed(key_version(literal_column(column_name)), persisted=True)
+
+
+def secrets_table(metadata: MetaData, name: str, *, schema: str | None = None) -> Table:
+    """Return the table that :class:`LucentSecretMixin` maps, for migrations."""
+    return Table(
+        name,
+        metadata,
+        *(
+            Column(part, byte_wise_string(MAX_PART_LENGTH), primary_key=True)
+            for part in KEY_PART_NAMES
+        ),
+        Column("payload", EncryptedJSON(bound_to=KEY_PART_NAMES), nullable=False),
+        Column("key_version", key_version_type(), computed_key_version("payload"), index=True),
+        Column("created_at", UTCDateTime, nullable=False),
+        Column("updated_at", UTCDateTime, nullable=False),
+        schema=schema,
+    )
 
 
 def utc_now() -> datetime:
@@ -114,13 +147,21 @@ class LucentSecretMixin:
             key_version_type(), computed_key_version("payload"), index=True, sort_order=1
         )
 
+    @validates(*KEY_PART_NAMES)
+    def _check_part(self, part_name: str, part: object) -> str:
+        # A key that the repository refuses must not come in through the model.
+        return check_part(part_name, part)
+
     @property
     def key(self) -> SecretKey:
         """The scoped key of this secret."""
         return SecretKey(self.scope, self.owner_id, self.provider, self.name)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.scope}:{self.owner_id}:{self.provider}:{self.name}>"
+        # From what is at hand: printing an expired object must not go to the database.
+        identity = inspect(self).identity or (None,) * len(KEY_PART_NAMES)
+        parts = map(vars(self).get, KEY_PART_NAMES, identity)
+        return f"<{type(self).__name__} {':'.join(map(str, parts))}>"
 
 
 class LucentBase(DeclarativeBase):

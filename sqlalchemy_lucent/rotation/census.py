@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, func, select
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from .. import _sql
-from ..exceptions import DecryptionError, KeyInUseError
+from ..exceptions import KeyInUseError, RotationError
 from ..keyring import Keyring, default_keyring
-from ._batches import TableWorker, autocommitting
-from .engine import DEFAULT_BATCH_SIZE, run_on_connection
-from .report import FailedRow, StatusReport, StatusRow, VerifyReport
-from .targets import Target, resolve_targets
+from ._async import run_sync
+from ._pace import Pace
+from ._table import PrimaryKey, TableWorker
+from .engine import DEFAULT_BATCH_SIZE
+from .report import Failures, StatusReport, StatusRow, VerifyReport
+from .targets import Target, TargetTable, resolve_targets
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 
 def status(
@@ -25,43 +31,96 @@ def status(
 
     Needs no key and opens nothing. SQL NULL is not a value and is not counted.
 
+    :param bind: an engine or a connection.
+    :param targets: as for :func:`rotate`.
     :raises RotationError: `targets` has no encrypted column.
     """
-    rows = []
-    if isinstance(bind, Engine):
-        with bind.connect() as connection:
-            return status(connection, targets)
-    for target in resolve_targets(targets):
-        for name in target.types:
-            value = target.clause.c[name]
-            version = _sql.key_version(value).label("version")
-            fingerprint = _sql.key_id(value).label("fingerprint")
-            counted = (
-                select(version, fingerprint)
-                .select_from(target.clause)
-                .where(value.is_not(None))
-                .subquery()
+    with _connected(bind) as connection:
+        tables = resolve_targets(targets, connection)
+        return StatusReport(tuple(row for table in tables for row in _count(connection, table)))
+
+
+def _count(connection: Connection, target: TargetTable) -> Iterator[StatusRow]:
+    for column in target.columns:
+        value = target.clause.c[column.name]
+        counted = (
+            select(
+                _sql.key_version(value).label("version"),
+                _sql.key_id(value).label("fingerprint"),
             )
-            statement = (
-                select(counted.c.version, counted.c.fingerprint, func.count())
-                .group_by(counted.c.version, counted.c.fingerprint)
-                .order_by(counted.c.version, counted.c.fingerprint)
-            )
-            rows += [StatusRow(target.name, name, *row) for row in bind.execute(statement)]
-    return StatusReport(tuple(rows))
+            .select_from(target.clause)
+            .where(value.is_not(None))
+            .subquery()
+        )
+        statement = (
+            select(counted.c.version, counted.c.fingerprint, func.count())
+            .group_by(counted.c.version, counted.c.fingerprint)
+            .order_by(counted.c.version, counted.c.fingerprint)
+        )
+        for row in connection.execute(statement):
+            yield StatusRow(target.name, column.name, *row)
+
+
+def needs_rotation(
+    bind: Engine | Connection,
+    targets: Target | Iterable[Target] | None = None,
+    *,
+    keyring: Keyring | None = None,
+) -> bool:
+    """
+    Say whether any value is not under the primary key; opens nothing.
+
+    :raises RotationError: `targets` has no encrypted column.
+    """
+    keyring = keyring or default_keyring()
+    with _connected(bind) as connection:
+        return any(
+            TableWorker(target, keyring, connection.dialect).count_stale(connection)
+            for target in resolve_targets(targets, connection)
+        )
 
 
 def retire_check(
-    bind: Engine | Connection, version: str, targets: Target | Iterable[Target] | None = None
+    bind: Engine | Connection,
+    version: str,
+    targets: Target | Iterable[Target] | None = None,
+    *,
+    settle: float = 0.0,
 ) -> None:
     """
     Raise while any value is sealed under `version`, whatever key that was.
 
-    Run it when no process seals under `version` any more: a writer that still has it as primary
-    may add a row right after the count.
+    A count sees what is committed. A transaction that is open meanwhile may have sealed a value
+    under `version` and commit it right afterwards: with `settle`, it counts, waits, and counts
+    again. Choose it longer than the longest transaction of a process that had `version` as its
+    primary, and run the check when no process has.
 
+    :param bind: an engine, or a connection that is in no transaction.
+    :param version: the key version that is to go.
+    :param targets: as for :func:`rotate`. A column that is not among them is not looked at: name
+        every MetaData that the key was used for.
+    :param settle: seconds between the two counts; 0 counts once.
     :raises KeyInUseError: how many values need the version, per column.
+    :raises RotationError: `targets` has no encrypted column.
     """
+    if isinstance(settle, bool) or not isinstance(settle, (int, float)) or settle < 0:
+        raise RotationError("settle is a number of seconds, 0 or more")
+    if settle and isinstance(bind, Connection) and bind.in_transaction():
+        raise RotationError(
+            "the connection is inside a transaction, which may not see what others commit while "
+            "retire_check() waits. End it first, or pass the engine"
+        )
+    _raise_if_needed(bind, version, targets)
+    if settle:
+        if isinstance(bind, Connection):
+            bind.rollback()  # the count began a transaction
+        time.sleep(settle)
+        _raise_if_needed(bind, version, targets)
+
+
+def _raise_if_needed(
+    bind: Engine | Connection, version: str, targets: Target | Iterable[Target] | None
+) -> None:
     needing = [row for row in status(bind, targets).rows if row.key_version == version]
     if needing:
         counts = ", ".join(f"{row.count} in {row.table}.{row.column}" for row in needing)
@@ -81,32 +140,30 @@ def verify(
     """
     Open every value and report what does not open; nothing is written.
 
-    :param sample: look at the first so many rows of each table only.
-    :raises RotationError: `targets` has no encrypted column.
+    :param bind: an engine or a connection.
+    :param targets: as for :func:`rotate`.
+    :param keyring: the keyring to open with; the default one if left out.
+    :param sample: look at the first so many rows of each table only, in primary-key order.
+    :raises RotationError: `targets` has no encrypted column, or `sample` is below 1.
     """
+    if sample is not None and (
+        isinstance(sample, bool) or not isinstance(sample, int) or sample < 1
+    ):
+        raise RotationError("sample is a whole number of rows, 1 or more")
     keyring = keyring or default_keyring()
+    failures = Failures()
     opened = 0
-    failed: list[FailedRow] = []
-    workers = [TableWorker(target, keyring) for target in resolve_targets(targets)]
-    with autocommitting(bind) as connection:
-        for worker in workers:
-            after: tuple[Any, ...] | None = None
-            left = sample
-            while left is None or left > 0:
-                limit = DEFAULT_BATCH_SIZE if left is None else min(left, DEFAULT_BATCH_SIZE)
-                rows = worker.read(connection, after, limit, stale_only=False)
-                for row in rows:
-                    for name in worker.values_in(row):
-                        try:
-                            worker.open(row, name)
-                            opened += 1
-                        except DecryptionError as error:
-                            failed.append(worker.failure(row, name, error))
-                if len(rows) < limit:
-                    break
-                after = worker.primary_key_of(rows[-1])
-                left = None if left is None else left - len(rows)
-    return VerifyReport(opened, tuple(failed))
+    with _connected(bind) as connection:
+        for table in resolve_targets(targets, connection):
+            worker = TableWorker(table, keyring, connection.dialect)
+            worker.check_keys(connection)
+            for row in _rows(worker, connection, sample):
+                for failed in worker.open_values(row):
+                    if failed is None:
+                        opened += 1
+                    else:
+                        failures.add([failed])
+    return VerifyReport(opened, tuple(failures.named), failures.count)
 
 
 async def averify(
@@ -117,7 +174,32 @@ async def averify(
     sample: int | None = None,
 ) -> VerifyReport:
     """Do what :func:`verify` does, over an async engine or connection."""
-    report: VerifyReport = await run_on_connection(
-        bind, lambda sync: verify(sync, targets, keyring=keyring, sample=sample)
-    )
-    return report
+    return await run_sync(bind, lambda sync: verify(sync, targets, keyring=keyring, sample=sample))
+
+
+def _rows(worker: TableWorker, connection: Connection, sample: int | None) -> Iterator[Any]:
+    """Give the rows of a table in constant memory."""
+    pace = Pace(DEFAULT_BATCH_SIZE, None, None, 0, time.sleep)
+    after: PrimaryKey | None = None
+    left = sample
+    while left is None or left > 0:
+        limit = pace.limit if left is None else min(left, pace.limit)
+        rows = worker.read(connection, after, limit)
+        yield from rows
+        if len(rows) < limit:
+            return
+        after = worker.primary_key_of(rows[-1])
+        left = None if left is None else left - len(rows)
+        pace.after(len(rows), sum(map(worker.size_of, rows)), 0)
+
+
+@contextmanager
+def _connected(bind: Engine | Connection) -> Iterator[Connection]:
+    if isinstance(bind, Connection):
+        yield bind
+    elif isinstance(bind, Engine):
+        # AUTOCOMMIT: a transaction as long as the reading would keep the database from cleaning up.
+        with bind.connect() as connection:
+            yield connection.execution_options(isolation_level="AUTOCOMMIT")
+    else:
+        raise RotationError(f"the bind is an Engine or a Connection, not {type(bind).__name__}")

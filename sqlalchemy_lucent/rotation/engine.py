@@ -5,31 +5,73 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Literal
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from ..exceptions import RotationError
 from ..keyring import Keyring, default_keyring
-from ._batches import TableWorker, autocommitting, batch
-from .report import FailedRow, RotationProgress, RotationReport
-from .targets import Target, resolve_targets
+from ._async import run_sync, sleep_in_async
+from ._inplace import InPlaceWorker, can_work_in_place
+from ._link import Link
+from ._pace import Pace
+from ._table import Batch, PrimaryKey, TableWorker
+from .report import FailedRow, Failures, RotationProgress, RotationReport
+from .targets import Target, TargetTable, resolve_targets
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 DEFAULT_BATCH_SIZE: Final = 1000
 """Rows per transaction: small enough to hold locks for milliseconds, large enough that the
 commits do not dominate."""
 
+DEFAULT_RETRIES: Final = 12
+"""Further attempts at a batch, with half the rows each: about half a minute in all."""
+
 MAX_PASSES: Final = 20
 """Passes over a table. One finds everything, unless rows change meanwhile: a compare-and-swap that
-was lost, or a process whose primary is still the old key, leaves stale rows behind the cursor."""
+was lost, a row that somebody holds locked, or a process whose primary is still the old key, leaves
+stale rows behind the cursor."""
 
-_MAX_RETRIES: Final = 8
-_FIRST_PAUSE: Final = 0.05  # seconds; doubled at each retry of a batch, with jitter
+_FIRST_PAUSE: Final = 0.05  # seconds; doubled at each attempt, with jitter
+_LONGEST_PAUSE: Final = 4.0  # seconds between the attempts at a batch, or between passes
 
-_TRANSIENT_SQLSTATES: Final = frozenset({"40001", "40P01", "55P03"})  # PostgreSQL: appendix A
-_TRANSIENT_MYSQL_CODES: Final = frozenset({1205, 1213})  # lock wait timeout, deadlock
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class RotationOptions:
+    """The options of :func:`rotate`, checked."""
+
+    batch_size: int = DEFAULT_BATCH_SIZE
+    batch_time: float | None = None
+    max_rate: float | None = None
+    pause: float = 0.0
+    retries: int = DEFAULT_RETRIES
+    on_error: Literal["report", "raise"] = "report"
+    on_progress: Callable[[RotationProgress], object] | None = None
+    stop_when: Callable[[RotationProgress], object] | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.batch_size, int) or self.batch_size < 1:
+            raise RotationError("batch_size is a whole number of rows, 1 or more")
+        if not _is_number(self.retries, int) or self.retries < 0:
+            raise RotationError("retries is a whole number, 0 or more")
+        if self.batch_time is not None and not (
+            _is_number(self.batch_time) and self.batch_time > 0
+        ):
+            raise RotationError("batch_time is a number of seconds above 0")
+        if self.max_rate is not None and not (_is_number(self.max_rate) and self.max_rate >= 1):
+            raise RotationError("max_rate is a number of rows per second, 1 or more")
+        if not (_is_number(self.pause) and self.pause >= 0):
+            raise RotationError("pause is a number of seconds, 0 or more")
+        if self.on_error not in ("report", "raise"):
+            raise RotationError('on_error is "report" or "raise"')
 
 
 def rotate(
@@ -38,8 +80,14 @@ def rotate(
     *,
     keyring: Keyring | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_time: float | None = None,
+    max_rate: float | None = None,
+    pause: float = 0.0,
+    retries: int = DEFAULT_RETRIES,
     on_error: Literal["report", "raise"] = "report",
     on_progress: Callable[[RotationProgress], object] | None = None,
+    stop_when: Callable[[RotationProgress], object] | None = None,
+    dry_run: bool = False,
 ) -> RotationReport:
     """
     Re-encrypt every value that is not under the primary key, in batches, online.
@@ -48,124 +96,239 @@ def rotate(
     next one goes on. A value is replaced only while the row still holds what was read: a
     concurrent writer always wins. A value that does not open is left as it is.
 
-    :param bind: an engine, or a connection that is in no transaction.
+    :param bind: an engine, or a connection that is in no transaction. A run on an engine goes on
+        with another connection when its own is lost.
     :param targets: what to rotate: a MetaData, registry, Declarative base, mapped class, Table,
         Column or an iterable of them; the metadata of :class:`LucentBase` if left out.
     :param keyring: opens with all its keys, seals with its primary; the default keyring if left
         out. One keyring serves the whole run.
-    :param batch_size: rows per transaction, 1 or more.
+    :param batch_size: rows per transaction at most, 1 or more. A table begins with 100, and
+        large values make batches smaller: one aims at 16 MiB.
+    :param batch_time: seconds that a transaction should take; the number of rows then follows,
+        from `batch_size` on.
+    :param max_rate: rows per second at most, 1 or more.
+    :param pause: seconds to wait after each batch.
+    :param retries: further attempts at a batch that failed for a passing reason (a deadlock, a
+        lock or statement timeout, a lost connection), each with half the rows.
     :param on_error: ``"report"`` goes on when a value does not open; ``"raise"`` ends the run
         with a :exc:`RotationError`, the batch in hand rolled back.
     :param on_progress: called after each batch.
+    :param stop_when: called after each batch; something true ends the run there, and the report
+        says what remains.
+    :param dry_run: open and seal everything in memory, and write nothing.
     :raises RotationError: nothing to rotate was found, an argument is wrong, the connection is in
-        a transaction, or (``"raise"``) a value does not open.
+        a transaction, the database refuses (the message says what was done until then), or
+        (``"raise"``) a value does not open.
     """
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise RotationError("batch_size is a whole number of rows, 1 or more")
-    if on_error not in ("report", "raise"):
-        raise RotationError('on_error is "report" or "raise"')
-    keyring = keyring or default_keyring()
-    workers = [TableWorker(target, keyring) for target in resolve_targets(targets)]
-    rotated, remaining, failed = 0, 0, []
-    with autocommitting(bind) as connection:
-        for worker in workers:
-            run = _TableRun(connection, worker, batch_size, on_error, on_progress, rotated)
-            run.until_done()
-            rotated = run.rotated
-            remaining += run.remaining
-            failed += run.failed
-    return RotationReport(keyring.primary, rotated, tuple(failed), remaining)
+    options = RotationOptions(
+        batch_size=batch_size,
+        batch_time=batch_time,
+        max_rate=max_rate,
+        pause=pause,
+        retries=retries,
+        on_error=on_error,
+        on_progress=on_progress,
+        stop_when=stop_when,
+        dry_run=dry_run,
+    )
+    return _rotate(bind, targets, keyring, options, time.sleep)
 
 
 async def arotate(
     bind: AsyncEngine | AsyncConnection,
     targets: Target | Iterable[Target] | None = None,
+    *,
+    keyring: Keyring | None = None,
     **options: Any,
 ) -> RotationReport:
-    """Do what :func:`rotate` does, with the same options, over an async engine or connection."""
-    report: RotationReport = await run_on_connection(
-        bind, lambda sync: rotate(sync, targets, **options)
+    """
+    Do what :func:`rotate` does, with the same options, over an async engine or connection.
+
+    Between batches, and while the database works, the event loop runs. `on_progress` and
+    `stop_when` are ordinary functions.
+    """
+    checked = RotationOptions(**options)
+    return await run_sync(
+        bind, lambda sync: _rotate(sync, targets, keyring, checked, sleep_in_async)
     )
-    return report
 
 
-async def run_on_connection(
-    bind: AsyncEngine | AsyncConnection, work: Callable[[Connection], Any]
-) -> Any:
-    """Run `work` on the synchronous connection below `bind`."""
-    if isinstance(bind, AsyncEngine):
-        async with bind.connect() as connection:
-            return await connection.run_sync(work)
-    if not isinstance(bind, AsyncConnection):
-        raise RotationError(
-            f"the bind is an AsyncEngine or AsyncConnection, not {type(bind).__name__}"
-        )
-    return await bind.run_sync(work)
+def _rotate(
+    bind: Engine | Connection,
+    targets: Target | Iterable[Target] | None,
+    keyring: Keyring | None,
+    options: RotationOptions,
+    sleep: Callable[[float], object],
+) -> RotationReport:
+    keyring = keyring or default_keyring()
+    link = Link(bind)
+    tables = resolve_targets(targets, bind)
+    run = _Run(link, keyring, options, sleep)
+    try:
+        with link:
+            return run.over(tables)
+    except DBAPIError as error:
+        fault = run.where_it_stands(error)
+    raise RotationError(fault)
 
 
-class _TableRun:
-    """The rotation of one table."""
+class _Run:
+    """One rotation: its connection, its options, and what it has done so far."""
 
     def __init__(
         self,
-        connection: Connection,
-        worker: TableWorker,
-        batch_size: int,
-        on_error: str,
-        on_progress: Callable[[RotationProgress], object] | None,
-        rotated: int,
+        link: Link,
+        keyring: Keyring,
+        options: RotationOptions,
+        sleep: Callable[[float], object],
     ) -> None:
-        self._connection = connection
-        self._worker = worker
-        self._batch_size = batch_size
-        self._on_error = on_error
-        self._on_progress = on_progress
-        self.rotated = rotated
-        self.remaining = 0
-        self.failed: list[FailedRow] = []
+        self._link = link
+        self._keyring = keyring
+        self._options = options
+        self._sleep = sleep
+        self._pace = Pace(
+            options.batch_size, options.batch_time, options.max_rate, options.pause, sleep
+        )
+        self._began = time.monotonic()
+        self._total = 0
+        self._rotated = 0
+        self._stopped = False
 
-    def until_done(self) -> None:
+    def over(self, tables: list[TargetTable]) -> RotationReport:
+        """Rotate `tables`."""
+        workers = [self._worker(table) for table in tables]
+        # Whatever is missing in any of them shows before the first write.
+        for worker in workers:
+            self._attempt(partial(self._prepare, worker))
+        if self._options.on_progress is not None or self._options.stop_when is not None:
+            self._total = sum(map(self._count, workers))
+        failures = Failures()
+        remaining = 0
+        for worker in workers:
+            failed, left = self._until_done(worker)
+            failures.merge(failed)
+            remaining += left
+        return RotationReport(
+            self._keyring.primary,
+            self._rotated,
+            tuple(failures.named),
+            failures.count,
+            remaining,
+            self._stopped,
+            self._options.dry_run,
+        )
+
+    def where_it_stands(self, error: DBAPIError) -> str:
+        """Say what the database refused, and what was done until then."""
+        # Only the first line: what follows it may repeat the row.
+        reason = (str(error.orig).splitlines() or [""])[0]
+        return (
+            f"the database ended the rotation: {type(error.orig).__name__}: {reason}. "
+            f"{self._rotated} values were re-encrypted before, and are committed; "
+            "the batch in hand was rolled back. Run it again to go on"
+        )
+
+    def _worker(self, table: TargetTable) -> TableWorker:
+        connection = self._link.connection
+        if can_work_in_place(connection) and not self._options.dry_run:
+            return InPlaceWorker(table, self._keyring, connection)
+        return TableWorker(table, self._keyring, connection.dialect)
+
+    def _count(self, worker: TableWorker) -> int:
+        return self._attempt(lambda _: worker.count_stale(self._link.connection))
+
+    def _prepare(self, worker: TableWorker, _: int) -> None:
+        worker.prepare(self._link.connection, lock=not self._options.dry_run)
+
+    def _until_done(self, worker: TableWorker) -> tuple[Failures, int]:
         """Pass over the table until a count finds nothing stale but what does not open."""
-        for _ in range(MAX_PASSES):
-            self.failed = []
-            self._one_pass()
-            self.remaining = self._worker.count_stale(self._connection)
-            if self.remaining <= len(self.failed):
-                return
-
-    def _one_pass(self) -> None:
-        after: tuple[Any, ...] | None = None
-        more = True
-        while more:
-            after, more = self._next_batch(after)
-
-    def _next_batch(self, after: tuple[Any, ...] | None) -> tuple[tuple[Any, ...] | None, bool]:
-        limit = self._batch_size
-        for attempt in range(_MAX_RETRIES + 1):
-            try:
-                with batch(self._connection):
-                    rows = self._worker.read(self._connection, after, limit, stale_only=True)
-                    renewals, failed = self._worker.reseal(rows)
-                    if failed and self._on_error == "raise":
-                        raise RotationError(_does_not_open(failed[0]))
-                    written = self._worker.write(self._connection, renewals)
-            except DBAPIError as error:
-                if attempt == _MAX_RETRIES or not _is_transient(error):
-                    raise
-            else:
+        failures = Failures()
+        remaining = 0
+        for number in range(1 if self._options.dry_run else MAX_PASSES):
+            if number:
+                # What is left changes at the pace of those who write it, or hold it locked.
+                self._sleep(min(_FIRST_PAUSE * 2**number, _LONGEST_PAUSE))
+            before = self._rotated
+            failures = self._one_pass(worker)
+            remaining = self._count(worker)
+            if self._options.dry_run:
+                remaining = max(remaining - (self._rotated - before), failures.count)
+            if self._stopped or remaining <= failures.count:
                 break
+        return failures, remaining
+
+    def _one_pass(self, worker: TableWorker) -> Failures:
+        failures = Failures()
+        self._pace.begin_table()
+        after: PrimaryKey | None = None
+        more = not self._stopped
+        while more:
+            started = time.monotonic()
+            batch, limit = self._attempt(partial(self._batch, worker, after))
+            after = batch.last
+            self._rotated += batch.written
+            failures.add(batch.failed)
+            more = batch.rows >= limit
+            if batch.rows:
+                self._tell(worker, failures)
+                self._pace.after(batch.rows, batch.size, time.monotonic() - started)
+            more = more and not self._stopped
+        return failures
+
+    def _batch(
+        self, worker: TableWorker, after: PrimaryKey | None, limit: int
+    ) -> tuple[Batch, int]:
+        if self._options.dry_run:
+            batch = worker.rehearse(self._link.connection, after, limit)
+            self._raise_if_wanted(batch)
+        else:
+            with self._link.transaction() as connection:
+                batch = worker.batch(connection, after, limit)
+                self._raise_if_wanted(batch)
+        return batch, limit
+
+    def _raise_if_wanted(self, batch: Batch) -> None:
+        if batch.failed and self._options.on_error == "raise":
+            raise RotationError(_does_not_open(batch.failed[0]))
+
+    def _attempt(self, work: Callable[[int], _T]) -> _T:
+        """Do `work` with the batch size to use; again while the fault is a passing one."""
+        limit = self._pace.limit
+        for attempt in range(self._options.retries + 1):
+            try:
+                self._link.renew()
+                return work(limit)
+            except DBAPIError as error:
+                if attempt == self._options.retries or not self._link.recovers_from(error):
+                    raise
             # A whole batch may never get through under contention; half of it does sooner.
             limit = max(1, limit // 2)
-            time.sleep(_FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1))  # noqa: S311  (jitter)
-        self.rotated += written
-        self.failed += failed
-        if rows and self._on_progress is not None:
-            self._on_progress(
-                RotationProgress(self._worker.target.name, self.rotated, len(self.failed))
-            )
-        if len(rows) < limit:
-            return after, False
-        return self._worker.primary_key_of(rows[-1]), True
+            pause = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE)
+            self._sleep(pause * random.uniform(0.5, 1))  # noqa: S311  (jitter)
+        raise AssertionError("unreachable")
+
+    def _tell(self, worker: TableWorker, failures: Failures) -> None:
+        options = self._options
+        if options.on_progress is None and options.stop_when is None:
+            return
+        rate = self._rotated / max(time.monotonic() - self._began, 1e-6)
+        left = max(self._total - self._rotated - failures.count, 0)
+        progress = RotationProgress(
+            table=worker.target.name,
+            rotated=self._rotated,
+            failed=failures.count,
+            total=self._total,
+            rate=rate,
+            seconds_left=left / rate if rate else None,
+        )
+        if options.on_progress is not None:
+            options.on_progress(progress)
+        self._stopped = options.stop_when is not None and bool(options.stop_when(progress))
+
+
+def _is_number(value: object, kind: type[int | float] | None = None) -> bool:
+    kinds = (int, float) if kind is None else kind
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def _does_not_open(failed: FailedRow) -> str:
@@ -173,17 +336,3 @@ def _does_not_open(failed: FailedRow) -> str:
         f"the value of {failed.table}.{failed.column} in the row with primary key "
         f"{failed.primary_key!r} does not open ({failed.error}); it was left as it is"
     )
-
-
-def _is_transient(error: DBAPIError) -> bool:
-    """Say whether the same batch may succeed if it is tried again."""
-    if error.connection_invalidated:
-        return True
-    original = error.orig
-    sqlstate = getattr(original, "sqlstate", None)
-    if sqlstate is not None:
-        return sqlstate in _TRANSIENT_SQLSTATES
-    if getattr(original, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return True
-    code = original.args[0] if original is not None and original.args else None
-    return code in _TRANSIENT_MYSQL_CODES

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
+
+MAX_FAILED: Final = 1000
+"""Failures that a report names one by one. All of them are counted: memory stays constant."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,26 @@ class FailedRow:
     """Name of the error's class, such as ``TamperedError``."""
 
 
+class Failures:
+    """Failures in order: the first ones by name, all by number."""
+
+    def __init__(self) -> None:
+        self.named: list[FailedRow] = []
+        self.count = 0
+
+    def add(self, failed: Iterable[FailedRow]) -> None:
+        """Count `failed`, and keep as many as there is room for."""
+        for row in failed:
+            self.count += 1
+            if len(self.named) < MAX_FAILED:
+                self.named.append(row)
+
+    def merge(self, other: Failures) -> None:
+        """Add those of `other`."""
+        self.named += other.named[: MAX_FAILED - len(self.named)]
+        self.count += other.count
+
+
 @dataclass(frozen=True)
 class RotationProgress:
     """Where a rotation stands after a batch."""
@@ -27,6 +51,13 @@ class RotationProgress:
     """Values re-encrypted so far, over all tables."""
     failed: int
     """Values in this table that did not open, in the current pass."""
+    total: int
+    """Values that were to be re-encrypted when the run began, over all tables: an estimate, as
+    writers go on meanwhile."""
+    rate: float
+    """Values re-encrypted per second, since the run began."""
+    seconds_left: float | None
+    """What `total` and `rate` make of the rest; ``None`` as long as nothing was re-encrypted."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +67,17 @@ class RotationReport:
     key_version: str
     """The version that everything is sealed under now, but for what failed or remains."""
     rotated: int
-    """Values re-encrypted by this run."""
+    """Values re-encrypted by this run; in a dry run, those that would be."""
     failed: tuple[FailedRow, ...]
-    """Values that did not open."""
+    """Values that did not open: the first 1,000 of them."""
+    failed_count: int
+    """How many values did not open."""
     remaining: int
-    """Values that are still not under the primary key, those in `failed` included."""
+    """Values that are still not under the primary key, those that failed included; in a dry run,
+    those that a rotation would leave so."""
+    stopped: bool = False
+    """Whether ``stop_when`` ended the run."""
+    dry_run: bool = False
 
     @property
     def ok(self) -> bool:
@@ -48,8 +85,8 @@ class RotationReport:
         return self.remaining == 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON-ready data (primary keys as the driver gave them)."""
-        return {**dataclasses.asdict(self), "ok": self.ok}
+        """Return the report as data that :func:`json.dumps` takes."""
+        return {**_as_dict(self), "ok": self.ok}
 
 
 @dataclass(frozen=True)
@@ -57,7 +94,8 @@ class StatusRow:
     """
     How many values of a column are sealed under one key.
 
-    ``key_version`` and ``fingerprint`` are ``None`` for values that are not sealed.
+    ``key_version`` and ``fingerprint`` are ``None`` for values that are not sealed: plaintext, or
+    what another library wrote.
     """
 
     table: str
@@ -74,8 +112,8 @@ class StatusReport:
     rows: tuple[StatusRow, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON-ready data."""
-        return dataclasses.asdict(self)
+        """Return the report as data that :func:`json.dumps` takes."""
+        return _as_dict(self)
 
 
 @dataclass(frozen=True)
@@ -85,13 +123,32 @@ class VerifyReport:
     opened: int
     """Values that opened."""
     failed: tuple[FailedRow, ...]
-    """Values that did not."""
+    """Values that did not: the first 1,000 of them."""
+    failed_count: int
+    """How many values did not open."""
 
     @property
     def ok(self) -> bool:
         """Whether every value opened."""
-        return not self.failed
+        return self.failed_count == 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as JSON-ready data (primary keys as the driver gave them)."""
-        return {**dataclasses.asdict(self), "ok": self.ok}
+        """Return the report as data that :func:`json.dumps` takes."""
+        return {**_as_dict(self), "ok": self.ok}
+
+
+def _as_dict(report: Any) -> dict[str, Any]:
+    return {
+        field.name: _json_ready(getattr(report, field.name)) for field in dataclasses.fields(report)
+    }
+
+
+def _json_ready(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _as_dict(value)
+    if isinstance(value, (tuple, list)):
+        return [_json_ready(member) for member in value]
+    if isinstance(value, (bytes, memoryview)):
+        return bytes(value).hex()
+    # A primary key may be a UUID, a date, a decimal … : its text says which row it is.
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from sqlalchemy import Column, MetaData, Table, column, table
-from sqlalchemy.orm import QueryableAttribute, registry
+from sqlalchemy import Column, Connection, Engine, MetaData, Table, column, inspect, table
+from sqlalchemy.orm import ColumnProperty, Mapper, QueryableAttribute, registry
 from sqlalchemy.sql.expression import ColumnClause, TableClause
 
 from ..exceptions import RotationError
@@ -22,6 +22,16 @@ Table; or one column."""
 
 
 @dataclass(frozen=True)
+class TargetColumn:
+    """An encrypted column to work on."""
+
+    name: str
+    type: EncryptedJSON
+    bound_to: tuple[str, ...]
+    """Names in the database of the columns that its values are bound to."""
+
+
+@dataclass(frozen=True)
 class TargetTable:
     """
     A table with the encrypted columns to work on.
@@ -33,13 +43,16 @@ class TargetTable:
     name: str
     clause: TableClause
     primary_key: tuple[ColumnClause[Any], ...]
-    types: dict[str, EncryptedJSON]
+    columns: tuple[TargetColumn, ...]
 
 
-def resolve_targets(targets: Target | Iterable[Target] | None) -> list[TargetTable]:
+def resolve_targets(
+    targets: Target | Iterable[Target] | None, bind: Engine | Connection
+) -> list[TargetTable]:
     """
     Return the tables to work on; the metadata of :class:`LucentBase` if `targets` is ``None``.
 
+    :param bind: its option ``schema_translate_map`` says which schemas are meant.
     :raises RotationError: there is no encrypted column among them, or a table has no primary key.
     """
     columns = list(_columns(LucentBase.metadata if targets is None else targets))
@@ -51,51 +64,102 @@ def resolve_targets(targets: Target | Iterable[Target] | None) -> list[TargetTab
     by_table: dict[Table, dict[str, Column[Any]]] = {}
     for found in columns:
         by_table.setdefault(found.table, {})[found.name] = found
-    return [_target_table(owner, list(named.values())) for owner, named in by_table.items()]
+    schemas = bind.get_execution_options().get("schema_translate_map") or {}
+    return [
+        _target_table(owner, list(named.values()), schemas.get(owner.schema, owner.schema))
+        for owner, named in by_table.items()
+    ]
 
 
 def _columns(target: Any) -> Iterator[Column[Any]]:
+    """Give the encrypted columns of `target`; a table that is named and has none is an error."""
     if isinstance(target, QueryableAttribute):
-        target = target.property.columns[0]
+        target = _column_of(target)
     if isinstance(target, Column):
         if not isinstance(target.type, EncryptedJSON):
             raise RotationError(f"column {target} is not an EncryptedJSON column")
+        if not isinstance(target.table, Table):
+            raise RotationError(f"column {target} is not a column of a table, but of an expression")
         yield target
     elif isinstance(target, Table):
-        yield from (c for c in target.columns if isinstance(c.type, EncryptedJSON))
+        yield from _columns_of([target], f"table {target.fullname}")
     elif isinstance(target, MetaData):
         for owner in target.sorted_tables:
-            yield from _columns(owner)
+            yield from _encrypted(owner)
     elif isinstance(target, registry):
         yield from _columns(target.metadata)
-    elif isinstance(target, type) and isinstance(getattr(target, "__table__", None), Table):
-        yield from _columns(target.__table__)  # type: ignore[attr-defined]
-    elif isinstance(target, type) and isinstance(getattr(target, "metadata", None), MetaData):
-        yield from _columns(target.metadata)  # type: ignore[attr-defined]
+    elif isinstance(target, type):
+        yield from _columns_of_class(target)
     elif isinstance(target, Iterable) and not isinstance(target, (str, bytes)):
         for member in target:
             yield from _columns(member)
     else:
-        raise RotationError(
-            "a rotation's target is a MetaData, registry, Declarative base, mapped class, Table, "
-            f"Column or an iterable of them, not {type(target).__name__}"
-        )
+        raise _not_a_target(type(target))
 
 
-def _target_table(owner: Table, columns: list[Column[Any]]) -> TargetTable:
+def _column_of(attribute: QueryableAttribute[Any]) -> object:
+    property_ = attribute.property
+    if not isinstance(property_, ColumnProperty):
+        raise RotationError(f"{attribute} is not a column attribute")
+    return property_.columns[0]
+
+
+def _columns_of_class(class_: type[Any]) -> Iterator[Column[Any]]:
+    mapper = inspect(class_, raiseerr=False)
+    if isinstance(mapper, Mapper):
+        # With joined inheritance, a class has columns in the tables of its parents too.
+        tables = [owner for owner in mapper.tables if isinstance(owner, Table)]
+        yield from _columns_of(tables, f"class {class_.__name__}")
+    elif isinstance(getattr(class_, "metadata", None), MetaData):
+        yield from _columns(class_.metadata)
+    else:
+        raise _not_a_target(class_)
+
+
+def _columns_of(tables: list[Table], named: str) -> Iterator[Column[Any]]:
+    found = [column for owner in tables for column in _encrypted(owner)]
+    if not found:
+        raise RotationError(f"{named} has no EncryptedJSON column")
+    yield from found
+
+
+def _encrypted(owner: Table) -> list[Column[Any]]:
+    return [column for column in owner.columns if isinstance(column.type, EncryptedJSON)]
+
+
+def _not_a_target(type_: type[Any]) -> RotationError:
+    return RotationError(
+        "a rotation's target is a MetaData, registry, Declarative base, mapped class, Table, "
+        f"Column or an iterable of them, not {type_.__name__}"
+    )
+
+
+def _target_table(owner: Table, columns: list[Column[Any]], schema: str | None) -> TargetTable:
     name = owner.fullname
     if not owner.primary_key.columns:
         raise RotationError(
             f"table {name} has no primary key; a rotation needs one to go through the rows in order"
         )
-    types = {c.name: c.type for c in columns if isinstance(c.type, EncryptedJSON)}
-    bound = [owner.c[bound_name] for type_ in types.values() for bound_name in type_.bound_to]
-    plain = dict.fromkeys([*owner.primary_key.columns, *bound])
+    encrypted = tuple(_target_column(owner, column) for column in columns)
+    plain = {c.name: c for c in owner.primary_key.columns}
+    for target in encrypted:
+        plain.update((c.name, c) for c in owner.columns if c.name in target.bound_to)
     clause = table(
         owner.name,
-        *(column(c.name, c.type) for c in plain),
+        *(column(c.name, c.type) for c in plain.values()),
         *(column(c.name) for c in columns),
-        schema=owner.schema,
+        schema=schema,
     )
     primary_key = tuple(clause.c[c.name] for c in owner.primary_key.columns)
-    return TargetTable(name, clause, primary_key, types)
+    return TargetTable(name, clause, primary_key, encrypted)
+
+
+def _target_column(owner: Table, column: Column[Any]) -> TargetColumn:
+    assert isinstance(column.type, EncryptedJSON)
+    missing = [key for key in column.type.bound_to if key not in owner.columns]
+    if missing:
+        raise RotationError(
+            f"{column} is bound to {', '.join(missing)}, which its table does not have"
+        )
+    bound_to = tuple(owner.columns[key].name for key in column.type.bound_to)
+    return TargetColumn(column.name, column.type, bound_to)

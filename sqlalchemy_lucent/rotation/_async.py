@@ -1,0 +1,45 @@
+"""
+Run the synchronous engine over an async engine or connection.
+
+SQLAlchemy's asyncio extension is imported when it is used: it needs greenlet, which programs
+without asyncio may not have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from sqlalchemy import Connection, Engine
+
+from ..exceptions import RotationError
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+_T = TypeVar("_T")
+
+
+async def run_sync(
+    bind: AsyncEngine | AsyncConnection, work: Callable[[Engine | Connection], _T]
+) -> _T:
+    """Run `work` on the synchronous engine or connection below `bind`."""
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+
+    if isinstance(bind, AsyncConnection):
+        return await bind.run_sync(work)
+    if not isinstance(bind, AsyncEngine):
+        raise RotationError(
+            f"the bind is an AsyncEngine or AsyncConnection, not {type(bind).__name__}"
+        )
+    # A session is what SQLAlchemy has for running code without a connection to begin with.
+    async with AsyncSession(bind) as session:
+        return await session.run_sync(lambda _: work(bind.sync_engine))
+
+
+def sleep_in_async(seconds: float) -> None:
+    """Wait, inside :func:`run_sync`, while the event loop goes on."""
+    from sqlalchemy.util import await_only
+
+    await_only(asyncio.sleep(seconds))

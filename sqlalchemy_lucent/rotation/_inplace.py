@@ -1,0 +1,142 @@
+"""
+SQLite: let the UPDATE itself open and seal, with functions registered on the driver's connection.
+
+The values never leave the database's process, and the statement is atomic by itself: there is no
+read to compare with, and no concurrent writer.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, and_, case, func, or_, select, update
+from sqlalchemy.exc import DBAPIError
+
+from ..exceptions import ConfigurationError, DecryptionError
+from ..keyring import Keyring
+from ..types import encode_row
+from ._table import Batch, PrimaryKey, SealedColumn, TableWorker
+from .targets import TargetTable
+
+
+def can_work_in_place(connection: Connection) -> bool:
+    """Say whether functions can be registered: on Python's own SQLite driver."""
+    return isinstance(connection.connection.driver_connection, sqlite3.Connection)
+
+
+class InPlaceWorker(TableWorker):
+    """A :class:`TableWorker` whose batches are one UPDATE each."""
+
+    def __init__(self, target: TargetTable, keyring: Keyring, connection: Connection) -> None:
+        super().__init__(target, keyring, connection.dialect)
+        self._functions = [
+            _Function(f"lucent_reseal_{position}", self, sealed, connection)
+            for position, sealed in enumerate(self.columns)
+        ]
+
+    def batch(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Batch:
+        """Re-seal the next `limit` stale rows behind `after`."""
+        keys = connection.execute(
+            select(*self.primary_key)
+            .where(self.any_stale(), *self.key_range(after, None))
+            .order_by(*self.primary_key)
+            .limit(limit)
+        ).all()
+        if not keys:
+            return Batch(0, None, 0, (), 0)
+        last = tuple(keys[-1])
+        statement = (
+            update(self.target.clause)
+            .where(or_(*(f.applies for f in self._functions)), *self.key_range(after, last))
+            .values({function.name: self._renewed(function) for function in self._functions})
+        )
+        with self._registered(connection):
+            connection.execute(statement)
+        # What is stale now is what does not open.
+        left = self.read(connection, after, None, upto=last, stale_only=True)
+        _, failed, _ = self.reseal(left)
+        written = sum(function.written for function in self._functions)
+        return Batch(
+            len(keys), last, written, failed, sum(function.size for function in self._functions)
+        )
+
+    def _renewed(self, function: _Function) -> ColumnElement[Any]:
+        if len(self._functions) == 1:
+            return function.call
+        return case((function.applies, function.call), else_=function.column)
+
+    @contextmanager
+    def _registered(self, connection: Connection) -> Iterator[None]:
+        """Have the functions on the connection for one statement: they hold keys."""
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, sqlite3.Connection)
+        for function in self._functions:
+            function.begin()
+            driver.create_function(function.function_name, -1, function)
+        refused: DBAPIError | None = None
+        try:
+            yield
+        except DBAPIError as error:
+            refused = error
+        finally:
+            for function in self._functions:
+                driver.create_function(function.function_name, -1, None)
+        if refused is None:
+            return
+        # SQLite reports every exception of a function in the same few words.
+        for function in self._functions:
+            if function.raised is not None:
+                raise function.raised
+        raise refused
+
+
+class _Function:
+    """``reseal(value, binding columns…)`` as SQLite calls it."""
+
+    def __init__(
+        self, function_name: str, worker: TableWorker, sealed: SealedColumn, connection: Connection
+    ) -> None:
+        self.function_name = function_name
+        self.name = sealed.name
+        self._renew = sealed.renew
+        self._bound_to = sealed.bound_to
+        clause = worker.target.clause
+        self.column = clause.c[sealed.name]
+        bound = [clause.c[name] for name in sealed.bound_columns]
+        # Columns come as SQLite stores them; their types know what the application sees.
+        dialect = connection.dialect
+        self._processors: list[Callable[[Any], Any] | None] = [
+            column.type.dialect_impl(dialect).result_processor(dialect, None) for column in bound
+        ]
+        self.call: ColumnElement[Any] = getattr(func, function_name)(self.column, *bound)
+        # Text was never sealed, and the driver would fail to decode it if it is not UTF-8.
+        self.applies = and_(worker.is_stale(sealed), func.typeof(self.column) == "blob")
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a statement."""
+        self.written = 0
+        self.size = 0
+        self.raised: BaseException | None = None
+
+    def __call__(self, value: bytes, *bound: Any) -> bytes:
+        try:
+            renewed = self._renew(value, self._row_context(bound) if bound else b"")
+        except (DecryptionError, ConfigurationError):
+            return value
+        except BaseException as error:
+            self.raised = error  # an interrupt too: SQLite would make a common error of it
+            raise
+        self.written += 1
+        self.size += len(value)
+        return renewed
+
+    def _row_context(self, bound: tuple[Any, ...]) -> bytes:
+        parts = [
+            part if process is None else process(part)
+            for process, part in zip(self._processors, bound, strict=True)
+        ]
+        return encode_row(parts, self._bound_to)

@@ -1,0 +1,66 @@
+"""How large a batch is, and how long to wait after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+_FIRST_BATCH: Final = 100
+"""Rows of a table's first batch at most: nothing is known yet of how large its values are."""
+
+_BATCH_BYTES: Final = 16 << 20
+"""Bytes of values that a batch aims at, so that large documents do not fill the memory."""
+
+_LARGEST_BATCH: Final = 50_000
+"""Rows up to which a batch time may let batches grow."""
+
+
+class Pace:
+    """
+    The throttle of a rotation.
+
+    :param batch_size: rows per batch; where it begins, if there is a batch time.
+    :param batch_time: seconds that a batch should take; its size follows.
+    :param max_rate: rows per second at most.
+    :param pause: seconds to wait after each batch.
+    :param sleep: waits so many seconds.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        batch_time: float | None,
+        max_rate: float | None,
+        pause: float,
+        sleep: Callable[[float], object],
+    ) -> None:
+        self._batch_time = batch_time
+        self._max_rate = max_rate
+        self._pause = pause
+        self._sleep = sleep
+        self._rows: float = batch_size
+        self._most = _FIRST_BATCH
+
+    def begin_table(self) -> None:
+        """Forget how large the values are."""
+        self._most = _FIRST_BATCH
+
+    @property
+    def limit(self) -> int:
+        """Rows of the next batch."""
+        rows = min(self._rows, self._most)
+        if self._max_rate is not None:
+            rows = min(rows, self._max_rate)  # not more than a second's worth at once
+        return max(1, int(rows))
+
+    def after(self, rows: int, size: int, seconds: float) -> None:
+        """Adapt to a batch of `rows` rows and `size` bytes that took `seconds`, and wait."""
+        if self._batch_time is not None and rows >= self.limit:
+            factor = self._batch_time / max(seconds, 1e-6)
+            self._rows = min(max(rows * min(max(factor, 0.5), 2.0), 1), _LARGEST_BATCH)
+        self._most = max(1, _BATCH_BYTES * rows // max(size, 1))
+        wait = self._pause
+        if self._max_rate is not None:
+            wait = max(wait, rows / self._max_rate - seconds)
+        if wait > 0:
+            self._sleep(wait)

@@ -1,0 +1,230 @@
+"""The environments that ``alembic init`` makes, with the three lines that a user adds.
+
+Each is taken through creation, autogenerate, a rotation, a second one, and back down, by the
+``alembic`` command as a process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import alembic
+import pytest
+from sqlalchemy import (
+    URL,
+    Column,
+    Engine,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    insert,
+    make_url,
+)
+
+from sqlalchemy_lucent import (
+    Bound,
+    EncryptedJSON,
+    Keyring,
+    set_default_keyring,
+    status,
+    verify,
+)
+from sqlalchemy_lucent.types import RowPart
+from tests.conftest import KEY_1, KEY_2
+from tests.databases import SYNC_DRIVERS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        tuple(map(int, alembic.__version__.split(".")[:2])) < (1, 18),
+        reason="Alembic takes comparators of others from 1.18 on",
+    ),
+]
+
+KEYS = {"v1": KEY_1, "v2": KEY_2, "v3": bytes(range(64, 96))}
+
+MODELS = """
+from sqlalchemy import String
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from sqlalchemy_lucent import EncryptedJSON, LucentSecretMixin, row_bound
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class User(Base):
+    __tablename__ = "users"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    token: Mapped[dict] = mapped_column(EncryptedJSON)
+
+
+class Account(Base):
+    __tablename__ = "accounts"
+    email: Mapped[str] = mapped_column(String(50), primary_key=True)
+    token: Mapped[dict] = row_bound("email")
+
+
+class Secret(LucentSecretMixin, Base):
+    __tablename__ = "app_secrets"
+"""
+
+IMPORTS = """from alembic import context
+import sqlalchemy_lucent.migrations as lucent_migrations
+from models import Base
+"""
+
+OPTIONS = """
+            render_item=lucent_migrations.render_item,
+            autogenerate_plugins=["alembic.autogenerate.*", "sqlalchemy_lucent.*"],
+            transaction_per_migration=True,
+"""
+
+
+class Project:
+    """A user's project in a folder of its own."""
+
+    def __init__(self, folder: Path, template: str, url: URL) -> None:
+        self.folder = folder
+        self.url = url
+        self.primary = "v1"
+        """The newest key version that the project has; older ones stay at hand."""
+        self.alembic("init", "--template", template, "migrations")
+        (folder / "models.py").write_text(MODELS)
+        env = folder / "migrations" / "env.py"
+        text = env.read_text()
+        text = text.replace("from alembic import context\n", IMPORTS)
+        text = text.replace("target_metadata = None", "target_metadata = Base.metadata")
+        text = re.sub(
+            r"target_metadata=target_metadata(\.get\(name\))?",
+            lambda found: found.group() + "," + OPTIONS,
+            text,
+        )
+        # The template has a comma of its own in some places.
+        env.write_text(re.sub(r",(\s*),", r",\1", text))
+        ini = folder / "alembic.ini"
+        rendered = url.render_as_string(hide_password=False).replace("%", "%%")
+        ini.write_text(
+            re.sub(r"(?m)^sqlalchemy\.url = .*$", f"sqlalchemy.url = {rendered}", ini.read_text())
+        )
+
+    def alembic(self, *arguments: str, fails: bool = False) -> str:
+        names = list(KEYS)[: list(KEYS).index(self.primary) + 1]
+        environ = {
+            **os.environ,
+            "LUCENT_SECRETS_KEYS": ",".join(f"{n}:{KEYS[n].hex()}" for n in reversed(names)),
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "alembic", *arguments],
+            cwd=self.folder,
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode != 0) == fails, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def newest_revision(self) -> str:
+        versions = (self.folder / "migrations" / "versions").glob("*.py")
+        return max(versions, key=lambda path: path.stat().st_mtime_ns).read_text()
+
+
+def sync_engine(url: URL) -> Engine:
+    return create_engine(url.set(drivername=SYNC_DRIVERS[url.get_backend_name()]))
+
+
+def take_through_its_life(project: Project) -> None:
+    metadata = MetaData()
+    users = Table(
+        "users", metadata, Column("id", Integer, primary_key=True), Column("token", EncryptedJSON)
+    )
+    accounts = Table(
+        "accounts",
+        metadata,
+        Column("email", String(50), primary_key=True),
+        Column("token", EncryptedJSON(bound_to=["email"])),
+    )
+
+    project.alembic("revision", "--autogenerate", "-m", "create")
+    project.alembic("upgrade", "head")
+    project.alembic("check")
+
+    set_default_keyring(Keyring({"v1": KEY_1}))
+    engine = sync_engine(project.url)
+    row: tuple[RowPart, ...] = ("a@example.com",)
+    with engine.begin() as connection:
+        connection.execute(insert(users), [{"id": n, "token": {"n": n}} for n in range(1, 1_500)])
+        connection.execute(
+            insert(accounts).values(email=row[0], token=Bound({"account": True}, row=row))
+        )
+
+    for version in ("v2", "v3"):
+        project.primary = version
+        assert "rotate_encrypted_column" in project.alembic("check", fails=True)
+        project.alembic("revision", "--autogenerate", "-m", f"rotate to {version}")
+        code = project.newest_revision()
+        assert "op.rotate_encrypted_column('users', 'token')" in code
+        assert "op.rotate_encrypted_column('accounts', 'token', bound_to=('email',))" in code
+        assert "app_secrets" not in code
+        assert not any(key.hex() in code for key in KEYS.values())
+        output = project.alembic("upgrade", "head")
+        assert "re-encrypted 1499 values of users.token" in output
+        project.alembic("check")
+
+        assert {row.key_version for row in status(engine, metadata).rows} == {version}
+        report = verify(engine, metadata, keyring=Keyring({version: KEYS[version]}))
+        assert report.ok
+        assert report.opened == 1_500
+
+    project.alembic("downgrade", "-1")
+    project.alembic("upgrade", "head")
+    project.alembic("downgrade", "base")
+    engine.dispose()
+
+
+@pytest.mark.parametrize("template", ["generic", "pyproject"])
+def test_synchronous_templates(tmp_path: Path, template: str) -> None:
+    take_through_its_life(Project(tmp_path, template, make_url(f"sqlite:///{tmp_path}/app.db")))
+
+
+@pytest.mark.parametrize("template", ["async", "pyproject_async"])
+def test_asynchronous_templates(tmp_path: Path, template: str) -> None:
+    url = make_url(f"sqlite+aiosqlite:///{tmp_path}/app.db")
+    take_through_its_life(Project(tmp_path, template, url))
+
+
+def test_the_generic_template_on_each_database(tmp_path: Path, engine: Engine) -> None:
+    take_through_its_life(Project(tmp_path, "generic", engine.url))
+
+
+def test_the_async_template_on_each_driver(tmp_path: Path, async_url: URL) -> None:
+    take_through_its_life(Project(tmp_path, "async", async_url))
+
+
+def test_the_multidb_template_is_told_why_it_is_refused(tmp_path: Path) -> None:
+    project = Project(tmp_path, "multidb", make_url("sqlite://"))
+    ini = tmp_path / "alembic.ini"
+    ini.write_text(
+        ini.read_text()
+        .replace("driver://user:pass@localhost/dbname2", f"sqlite:///{tmp_path}/2.db")
+        .replace("driver://user:pass@localhost/dbname", f"sqlite:///{tmp_path}/1.db")
+        .replace("databases = engine1, engine2", "databases = engine1")
+    )
+    (tmp_path / "migrations" / "versions" / "1.py").write_text(
+        "from alembic import op\n"
+        "revision, down_revision = '1', None\n"
+        "def upgrade(engine_name):\n"
+        "    op.rotate_encrypted_column('users', 'token')\n"
+    )
+
+    output = project.alembic("upgrade", "head", fails=True)
+
+    assert "begun outside of Alembic" in output

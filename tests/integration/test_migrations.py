@@ -1,0 +1,302 @@
+"""Operations, renderers and comparators, on a migration context over each database."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import alembic
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata, produce_migrations, render_python_code
+from alembic.operations import Operations
+from alembic.operations.ops import UpgradeOps
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Column, Connection, Engine, Integer, MetaData, String, Table
+
+import sqlalchemy_lucent.migrations as lucent_migrations
+from sqlalchemy_lucent import (
+    Bound,
+    EncryptedJSON,
+    Keyring,
+    RotationError,
+    set_default_keyring,
+    status,
+)
+from sqlalchemy_lucent.models import secrets_table
+
+ALEMBIC = tuple(int(part) for part in alembic.__version__.split(".")[:2])
+comparators = pytest.mark.skipif(
+    ALEMBIC < (1, 18), reason="Alembic takes comparators of others from 1.18 on"
+)
+
+
+def users() -> Table:
+    return Table(
+        "users",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("email", String(50)),
+        Column("credentials", EncryptedJSON),
+    )
+
+
+@pytest.fixture
+def table(engine: Engine) -> Table:
+    """Table ``users`` with three rows under ``v1``."""
+    table = users()
+    table.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(
+            table.insert(),
+            [{"id": n, "email": "a@example.com", "credentials": {"n": n}} for n in (1, 2, 3)],
+        )
+    return table
+
+
+def migration_context(connection: Connection, **options: Any) -> MigrationContext:
+    options = {
+        "render_item": lucent_migrations.render_item,
+        "autogenerate_plugins": ["alembic.autogenerate.*", "sqlalchemy_lucent.*"],
+        **options,
+    }
+    return MigrationContext.configure(connection, opts=options)
+
+
+def versions(engine: Engine, table: Table) -> dict[str | None, int]:
+    return {row.key_version: row.count for row in status(engine, table).rows}
+
+
+def read(engine: Engine, table: Table) -> dict[int, Any]:
+    with engine.connect() as connection:
+        rows = connection.execute(sa.select(table.c.id, table.c.credentials))
+        return {row.id: row.credentials for row in rows}
+
+
+def test_rotate_as_a_typed_function(engine: Engine, table: Table, promoted: Keyring) -> None:
+    set_default_keyring(promoted)
+
+    with engine.connect() as connection:
+        operations = Operations(migration_context(connection))
+        lucent_migrations.rotate_encrypted_column("users", "credentials", operations=operations)
+
+    assert versions(engine, table) == {"v2": 3}
+    assert read(engine, table) == {n: {"n": n} for n in (1, 2, 3)}
+
+
+def test_rotate_inside_batch_alter_table(engine: Engine, table: Table, promoted: Keyring) -> None:
+    set_default_keyring(promoted)
+
+    with engine.connect() as connection:
+        operations = Operations(migration_context(connection))
+        with operations.batch_alter_table("users") as batch:
+            batch.rotate_encrypted_column("credentials")  # type: ignore[attr-defined]
+
+    assert versions(engine, table) == {"v2": 3}
+
+
+@pytest.mark.parametrize(
+    ("table_name", "column_name", "options", "message"),
+    [
+        ("nowhere", "credentials", {}, "there is no table nowhere"),
+        ("users", "nothing", {}, "table users has no column nothing"),
+        ("users", "credentials", {"bound_to": ["owner"]}, "table users has no column owner"),
+        ("keyless", "credentials", {}, "table keyless has no primary key"),
+        ("users", "credentials", {"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_write(
+    engine: Engine,
+    table: Table,
+    promoted: Keyring,
+    table_name: str,
+    column_name: str,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    keyless = Table("keyless", MetaData(), Column("credentials", EncryptedJSON))
+    keyless.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(keyless.insert().values(credentials=[1]))
+    set_default_keyring(promoted)
+
+    with engine.connect() as connection, pytest.raises(RotationError, match=message):
+        Operations(migration_context(connection)).invoke(
+            lucent_migrations.RotateEncryptedColumnOp(table_name, column_name, **options)
+        )
+
+    assert versions(engine, table) == {"v1": 3}
+
+
+def test_assert_only_fails_while_something_is_left_and_changes_nothing(
+    engine: Engine, table: Table, promoted: Keyring
+) -> None:
+    set_default_keyring(promoted)
+    checked = lucent_migrations.RotateEncryptedColumnOp("users", "credentials", assert_only=True)
+    with engine.connect() as connection, pytest.raises(RotationError, match="only checks"):
+        Operations(migration_context(connection)).invoke(checked)
+    assert versions(engine, table) == {"v1": 3}
+
+    with engine.connect() as connection:
+        operations = Operations(migration_context(connection))
+        lucent_migrations.rotate_encrypted_column("users", "credentials", operations=operations)
+        operations.invoke(checked)
+
+
+def test_create_and_drop_lucent_secrets_under_another_name(engine: Engine) -> None:
+    with engine.begin() as connection:
+        operations = Operations(migration_context(connection))
+        lucent_migrations.create_lucent_secrets("app_secrets", operations=operations)
+    assert sa.inspect(engine).has_table("app_secrets")
+
+    with engine.begin() as connection:
+        operations = Operations(migration_context(connection))
+        lucent_migrations.drop_lucent_secrets("app_secrets", operations=operations)
+    assert not sa.inspect(engine).has_table("app_secrets")
+
+
+# -- autogenerate ----------------------------------------------------------------------------------
+
+
+def upgrade_code(connection: Connection, metadata: MetaData, **options: Any) -> str:
+    context = migration_context(connection, **options)
+    migration = produce_migrations(context, metadata)
+    assert migration.upgrade_ops is not None
+    return render_python_code(
+        migration.upgrade_ops,
+        render_item=lucent_migrations.render_item,
+        migration_context=context,
+    )
+
+
+@comparators
+def test_values_under_a_key_that_is_not_primary_give_a_rotation(
+    engine: Engine, table: Table, promoted: Keyring
+) -> None:
+    set_default_keyring(promoted)
+
+    with engine.connect() as connection:
+        code = upgrade_code(connection, table.metadata)
+        diffs = compare_metadata(migration_context(connection), table.metadata)
+
+    assert "op.rotate_encrypted_column('users', 'credentials')" in code
+    assert diffs == [("rotate_encrypted_column", None, "users", "credentials")]
+
+
+@comparators
+def test_the_rotation_names_what_the_column_is_bound_to(engine: Engine, promoted: Keyring) -> None:
+    metadata = MetaData()
+    secrets_table(metadata, "app_secrets")
+    metadata.create_all(engine)
+    key = ("tenant", "1", "stripe", "apiKey")
+    with engine.begin() as connection:
+        connection.execute(
+            metadata.tables["app_secrets"].insert(),
+            {
+                **dict(zip(("scope", "owner_id", "provider", "name"), key, strict=True)),
+                "payload": Bound({"a": 1}, row=key),
+                "created_at": datetime.now(UTC),
+                "updated_at": datetime.now(UTC),
+            },
+        )
+    set_default_keyring(promoted)
+
+    with engine.connect() as connection:
+        code = upgrade_code(connection, metadata)
+
+    assert "bound_to=('scope', 'owner_id', 'provider', 'name')" in code
+
+
+@comparators
+@pytest.mark.parametrize("rotated", [True, False])
+def test_nothing_is_suggested_where_nothing_is_to_be_done(
+    engine: Engine, table: Table, keyring: Keyring, rotated: bool
+) -> None:
+    if not rotated:
+        with engine.begin() as connection:
+            connection.execute(table.delete())
+        set_default_keyring(None)  # an empty table needs no key
+
+    with engine.connect() as connection:
+        assert compare_metadata(migration_context(connection), table.metadata) == []
+
+
+@comparators
+def test_a_rotation_waits_until_the_schema_is_up_to_date(
+    engine: Engine, table: Table, promoted: Keyring
+) -> None:
+    table.append_column(Column("phone", String(20)))
+    set_default_keyring(promoted)
+
+    with engine.connect() as connection:
+        code = upgrade_code(connection, table.metadata)
+
+    assert "add_column" in code
+    assert "rotate" not in code
+
+
+def test_comparators_are_opt_in(engine: Engine, table: Table, promoted: Keyring) -> None:
+    set_default_keyring(promoted)
+
+    with engine.connect() as connection:
+        context = migration_context(connection, autogenerate_plugins=["alembic.autogenerate.*"])
+        assert compare_metadata(context, table.metadata) == []
+
+
+def test_a_generated_migration_imports_the_type_and_carries_no_key(
+    engine: Engine, keyring: Keyring
+) -> None:
+    metadata = MetaData()
+    Table(
+        "accounts",
+        metadata,
+        Column("id", Integer, primary_key=True),
+        Column("token", EncryptedJSON(lazy=True, none_as_null=True)),
+        Column("renamed", EncryptedJSON(context="users.credentials")),
+    )
+    secrets_table(metadata, "app_secrets")
+
+    with engine.connect() as connection:
+        context = migration_context(connection)
+        migration = produce_migrations(context, metadata)
+        assert migration.upgrade_ops is not None
+        code = render_python_code(
+            migration.upgrade_ops,
+            render_item=lucent_migrations.render_item,
+            migration_context=context,
+        )
+
+    assert "EncryptedJSON(none_as_null=True, lazy=True)" in code
+    assert "EncryptedJSON(context='users.credentials')" in code
+    assert "sqlalchemy_lucent.types" not in code
+    for secret in (bytes(range(32)).hex(), keyring.fingerprint("v1")):
+        assert secret not in code
+
+
+@pytest.mark.parametrize(
+    ("operation", "code"),
+    [
+        (lucent_migrations.CreateLucentSecretsOp(), "op.create_lucent_secrets()"),
+        (
+            lucent_migrations.CreateLucentSecretsOp("app_secrets", schema="vault"),
+            "op.create_lucent_secrets('app_secrets', schema='vault')",
+        ),
+        (lucent_migrations.DropLucentSecretsOp(), "op.drop_lucent_secrets()"),
+        (
+            lucent_migrations.RotateEncryptedColumnOp("users", "token", batch_size=50),
+            "op.rotate_encrypted_column('users', 'token', batch_size=50)",
+        ),
+    ],
+)
+def test_an_operation_renders_as_it_is_called(operation: Any, code: str) -> None:
+    rendered = render_python_code(UpgradeOps([operation]))
+
+    assert code in rendered
+
+
+def test_reverses() -> None:
+    create = lucent_migrations.CreateLucentSecretsOp("app_secrets", schema="vault")
+    assert isinstance(create.reverse(), lucent_migrations.DropLucentSecretsOp)
+    assert create.reverse().reverse().to_diff_tuple() == create.to_diff_tuple()
+    rotate = lucent_migrations.RotateEncryptedColumnOp("users", "token")
+    assert rotate.reverse().to_diff_tuple() == rotate.to_diff_tuple()

@@ -1,0 +1,34 @@
+"""Rotate the ledger; print the peak of this process's memory after a quarter and at the end."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+
+from sqlalchemy import create_engine
+
+from sqlalchemy_lucent import RotationProgress, rotate
+from tests.integration.workers import ledger
+
+peaks: dict[str, int] = {}
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # Linux counts in KiB
+
+
+def watch(progress: RotationProgress) -> None:
+    if progress.rotated >= progress.total / 4:
+        peaks.setdefault("quarter", peak())
+
+
+def main(url: str) -> None:
+    engine = create_engine(url)
+    report = rotate(engine, ledger, on_progress=watch)
+    peaks.update(end=peak(), rotated=report.rotated)
+    engine.dispose()
+    print(json.dumps(peaks))
+
+
+main(*sys.argv[1:])
