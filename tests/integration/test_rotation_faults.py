@@ -7,8 +7,8 @@ import os
 import random
 import signal
 import sqlite3
-import threading
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
