@@ -37,7 +37,6 @@ from sqlalchemy import (
     literal,
     or_,
     select,
-    tuple_,
     update,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
@@ -46,6 +45,7 @@ from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.sql.dml import Insert
 
 from ._envelope import MAX_VERSION_LENGTH, NONCE_SIZE, header_size, parse
+from ._keyset import is_behind
 from ._schema import Schema
 from .events import AccessHandler, Action, SecretAccess
 from .exceptions import (
@@ -469,19 +469,7 @@ class LucentSecrets:
         columns, parts = self._key_columns[fixed:], key[fixed:]
         if not columns:
             return false()
-        if self._dialect.name not in _MYSQL:
-            return tuple_(*columns) > tuple_(*map(literal, parts))
-        # MySQL and MariaDB find no place in the index for a row value, only for each of its cases;
-        # SQLite and PostgreSQL do not for the cases.
-        return or_(
-            *(
-                and_(
-                    *(c == part for c, part in zip(columns[:last], parts[:last], strict=True)),
-                    columns[last] > parts[last],
-                )
-                for last in range(len(columns))
-            )
-        )
+        return is_behind(columns, [literal(part) for part in parts], self._dialect)
 
     def _has_token(self, token: ColumnElement[bytes]) -> ColumnElement[bool]:
         size = func.length(token)
