@@ -6,6 +6,10 @@ Opened values that do not print themselves.
 document comes back as a real ``dict``, ``list`` or ``str`` whose ``repr`` and ``str`` say only
 that it is one. Everything else (indexing, iterating, JSON, formatting a ``str``, concatenation,
 equality, pickle) works on the value itself, and the parts taken out of it are ordinary objects.
+
+A document that is nothing but a number prints itself: put a secret number into a string, a list or
+a dict. msgspec's encoders, alone of the JSON libraries, refuse every subclass of ``str``: pass them
+``format(value)``, or declare the column with ``redact=False``.
 """
 
 from __future__ import annotations

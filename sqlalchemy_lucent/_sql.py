@@ -68,8 +68,8 @@ def comparison_refused(op: Callable[..., Any]) -> UnsupportedOperationError:
 # {value} is the expression, {colon} the position of its first colon. A value counts as sealed when
 # a version of legal length and alphabet ends at a colon and the format byte follows, which no text
 # format has. The alphabet matters to SQLite, whose drivers fail on text that is not UTF-8.
-# Each part may use those above it.
-_GUARDED: Final = "CASE WHEN {legal_length} AND {format_byte} AND {alphabet} THEN {result} END"
+# Each part may use those above it. The parentheses are for CREATE INDEX on PostgreSQL.
+_GUARDED: Final = "(CASE WHEN {legal_length} AND {format_byte} AND {alphabet} THEN {result} END)"
 _LEGAL_LENGTH: Final = f"{{colon}} BETWEEN 2 AND {MAX_VERSION_LENGTH + 1}"
 _FORMAT: Final = f"{FORMAT_AES_256_GCM:02x}"
 

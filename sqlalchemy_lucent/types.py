@@ -11,6 +11,11 @@
 The type only adapts. It holds no key: the keyring is looked up each time a value is sealed or
 opened. It knows its *context*, ``table.column``, which every value is bound to, from the moment
 its column joins a table; until then it has none, and refuses to seal.
+
+A value that is *written into* a statement (``insert(table).values(data=value)``, ``literal()``) is
+in the memory of that statement, and of the engine's statement cache, where SQLAlchemy keeps the
+first statement of each form; ``statement.compile().params`` and ``repr(literal(value, type))`` show
+it. The ORM's own writes, and parameters passed to ``execute()``, are in none of these.
 """
 
 from __future__ import annotations
@@ -388,8 +393,9 @@ class EncryptedJSON(TypeDecorator[Any]):
             raise ConfigurationError("a lazy or row-bound EncryptedJSON does not track changes")
         type_.tracks_changes = True
         # Whether a mapped column asks for tracking is known when its mapper is configured. One
-        # listener serves them all; SQLAlchemy keeps it once, however often it is given.
-        event.listen(Mapper, "mapper_configured", track_mapped_columns)
+        # listener serves them all.
+        if not event.contains(Mapper, "mapper_configured", track_mapped_columns):
+            event.listen(Mapper, "mapper_configured", track_mapped_columns)
         return type_
 
     @property

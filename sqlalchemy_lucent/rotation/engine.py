@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from ..exceptions import RotationError
 from ..keyring import Keyring, default_keyring
@@ -22,6 +21,9 @@ from ._pace import Pace
 from ._table import Batch, PrimaryKey, TableWorker
 from .report import FailedRow, Failures, RotationProgress, RotationReport
 from .targets import Target, TargetTable, resolve_targets
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 DEFAULT_BATCH_SIZE: Final = 1000
 """Rows per transaction: small enough to hold locks for milliseconds, large enough that the

@@ -309,7 +309,7 @@ def make_models(json_type: Make) -> Any:
         __mapper_args__ = {"polymorphic_identity": "leaf"}  # noqa: RUF012
 
     inner = aliased(Node)
-    Node.first = column_property(
+    Leaf.first = column_property(
         select(inner.data).where(inner.id == 1).correlate_except(inner).scalar_subquery()
     )
     return dataclasses.make_dataclass("Models", ["Base", "Node", "Leaf"])(Base, Node, Leaf)

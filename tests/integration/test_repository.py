@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypedDict
@@ -369,7 +370,7 @@ def test_a_thousand_secrets_take_a_bounded_number_of_statements(
     assert len(statements) == 1
     with counted(engine) as statements:
         assert secrets.get_many(THOUSAND) == values
-    assert len(statements) == 4
+    assert len(statements) == 8
     with counted(engine) as statements:
         versions = secrets.rotate_many(THOUSAND, promoted)
     assert len(statements) <= 9
@@ -508,6 +509,43 @@ def test_pages_put_together_are_the_whole_list(
     ):
         paged.extend(page)
     assert paged == secrets.list(**filters)
+
+
+@contextmanager
+def explained(engine: Engine) -> Iterator[list[str]]:
+    """The plans of the queries for secrets that an engine executes."""
+    plans: list[str] = []
+    command = "EXPLAIN QUERY PLAN " if engine.dialect.name == "sqlite" else "EXPLAIN "
+
+    def explain(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.startswith("SELECT lucent_secrets"):
+            with closing(connection.connection.cursor()) as other:
+                other.execute(command + statement, parameters)
+                plans.append("\n".join(str(row) for row in other.fetchall()))
+
+    event.listen(engine, "before_cursor_execute", explain)
+    yield plans
+    event.remove(engine, "before_cursor_execute", explain)
+
+
+def test_pages_and_looked_up_keys_are_found_in_the_index(
+    engine: Engine, session: Session, secrets: LucentSecrets
+) -> None:
+    secrets.set_many(dict.fromkeys(THOUSAND, 1))
+    session.commit()
+    analyze = {"sqlite": "ANALYZE", "postgresql": "ANALYZE lucent_secrets"}
+    session.execute(text(analyze.get(engine.dialect.name, "ANALYZE TABLE lucent_secrets")))
+    found_by_the_whole_key = {
+        "sqlite": r"SEARCH lucent_secrets USING INDEX \w+ \(.*(name=\?|name\)>\(\?,\?,\?,\?\))",
+        "postgresql": r"Index Cond: .*(ROW\(|name)",
+        "mysql": r"'range', 'PRIMARY', 'PRIMARY', '2056'",
+    }[engine.dialect.name]
+    with explained(engine) as plans:
+        secrets.list(limit=10, after=THOUSAND[990])
+        secrets.get_many(THOUSAND[500:503])
+    assert len(plans) == 2
+    for plan in plans:
+        assert re.search(found_by_the_whole_key, plan), plan
 
 
 def test_page_behind_a_key_of_another_listing_is_refused(

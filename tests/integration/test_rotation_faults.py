@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -751,6 +752,7 @@ def test_another_dialect_is_refused_by_name(promoted: Keyring) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_memory_does_not_grow_with_the_table(engine: Engine) -> None:
     rows = {"sqlite": 1_000_000, "postgresql": 200_000, "mysql": 200_000} if LONG else {}
     count = rows.get(engine.dialect.name, 20_000)

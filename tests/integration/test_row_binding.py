@@ -6,6 +6,7 @@ import itertools
 import pickle
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -19,9 +20,11 @@ from sqlalchemy.orm import (
     Mapped,
     MappedAsDataclass,
     Session,
+    aliased,
     make_transient,
     mapped_column,
     relationship,
+    undefer,
 )
 
 from sqlalchemy_lucent import (
@@ -215,6 +218,9 @@ def test_value_survives_refresh_and_expire(session: Session) -> None:
     assert vault.secret == {"n": 1}
     vault.secret = {"n": 2}
     session.refresh(vault)
+    assert vault.secret == {"n": 1}
+    vault.secret = {"n": 3}
+    session.refresh(vault, ["_sealed_secret"])
     assert vault.secret == {"n": 1}
     vault.secret = {"n": 3}
     session.expire(vault)
@@ -557,6 +563,49 @@ def test_update_statement_takes_a_bound_value_and_nothing_else(session: Session)
     assert session.get_one(Vault, "x").secret == {"n": 4}
     with pytest.raises(ConfigurationError, match="bound to its row"):
         session.execute(statement.values(secret={"n": 5}))
+
+
+def test_attribute_works_in_aliases_and_its_column_in_loader_options(
+    session: Session,
+) -> None:
+    session.add_all([Left(owner="a", number=1, secret=1), Vault(id="x", secret=None)])
+    session.commit()
+    other = aliased(Left)
+    sealed = session.scalars(select(other.secret).where(other.secret.key_version == "v1")).one()
+    assert sealed.open(row=("a", 1)) == 1
+    session.expunge_all()
+    column = Left.__mapper__.column_attrs["_sealed_secret"].class_attribute
+    found = session.scalars(select(Left).options(undefer(column))).one()
+    session.expunge(found)
+    assert found.secret == 1
+    with pytest.raises(UnsupportedOperationError):
+        select(Vault).where(Vault.secret == {"n": 1})
+
+
+@dataclass
+class Credentials:
+    token: str
+
+
+class Typed(Base):
+    __tablename__ = "typed"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    secret: Mapped[Credentials] = row_bound("id", schema=Credentials)
+
+
+def test_typed_values(session: Session) -> None:
+    session.add(Typed(id="x", secret=Credentials("t")))
+    session.commit()
+    session.expunge_all()
+    typed = session.get_one(Typed, "x")
+    assert typed.secret == Credentials("t")
+    typed.id = "y"
+    session.commit()
+    assert typed.secret == Credentials("t")
+    session.add(Typed(id="z", secret={"token": 1}))
+    with pytest.raises(SerializationError):
+        session.flush()
 
 
 def test_core_insert_takes_a_bound_value(session: Session) -> None:

@@ -151,6 +151,20 @@ def test_no_method_that_edits_is_left_untracked() -> None:
             assert name in vars(tracked), name
 
 
+def test_one_listener_serves_every_mutable_column() -> None:
+    for _ in range(3):
+        EncryptedJSON.mutable()
+
+    class Later(Base):
+        __tablename__ = "later"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        data: Mapped[Any] = mapped_column(EncryptedJSON.mutable())
+
+    Base.registry.configure()
+    # A second listener would copy each document that is set again.
+    assert len(list(Later.data.dispatch.set)) == 1
+
+
 def test_a_container_made_by_hand_belongs_to_nothing() -> None:
     made = TrackedDict({"a": [1]}, b={})
     made["a"].append(2)

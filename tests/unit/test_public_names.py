@@ -83,3 +83,10 @@ def test_importing_loads_nothing_that_only_some_users_need() -> None:
     assert "sqlalchemy_lucent" in loaded
     optional = {"alembic", "rich", "typer", "pydantic", "hypothesis", "pytest", "psycopg", "mako"}
     assert not optional & set(loaded)
+
+
+def test_importing_does_not_need_greenlet() -> None:
+    loaded = fresh(
+        "import sys; sys.modules['greenlet'] = None; import sqlalchemy_lucent; print(*sys.modules)"
+    )
+    assert "sqlalchemy.ext.asyncio" not in loaded
