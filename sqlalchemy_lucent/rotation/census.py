@@ -78,19 +78,6 @@ def needs_rotation(
         )
 
 
-def needs_rotation(
-    bind: Connection,
-    targets: Target | Iterable[Target] | None = None,
-    *,
-    keyring: Keyring | None = None,
-) -> bool:
-    """Say whether any value is not under the primary key; opens nothing."""
-    keyring = keyring or default_keyring()
-    return any(
-        TableWorker(target, keyring).count_stale(bind) for target in resolve_targets(targets)
-    )
-
-
 def retire_check(
     bind: Engine | Connection,
     version: str,
