@@ -55,9 +55,8 @@ def writer_for(connection: Connection, target: TargetTable) -> Writer:
         return RowWriter(target)
     names = {"name": str(target.clause.name), "schema": target.clause.schema}
     kept = connection.scalars(_SELF_UPDATING, names).all()
-    if (
-        dialect.paramstyle in ("format", "pyformat")
-        and all(_compares_alike(column.type, dialect) for column in target.primary_key)
+    if dialect.paramstyle in ("format", "pyformat") and all(
+        _compares_alike(column.type, dialect) for column in target.primary_key
     ):
         return JoinWriter(target, dialect, kept)
     return RowWriter(target, kept)
@@ -261,4 +260,4 @@ class JoinWriter:
         # Every part is a placeholder, or quoted by the dialect.
         source = f"({first}{others * (rows - 1)}) AS v ON {joined}"
         changed = f"SET {', '.join(assigned)} WHERE {compared}"
-        return f"UPDATE {self._table} AS t JOIN {source} {changed}"  # noqa: S608
+        return f"UPDATE {self._table} AS t JOIN {source} {changed}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
+import asyncio
+import datetime as dt
 import enum
 import json
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from sqlalchemy import (
@@ -57,8 +59,6 @@ from sqlalchemy_lucent import (
     status,
     verify,
 )
-
-T = TypeVar("T")
 
 
 def documents_table(*columns: Column[Any], name: str = "documents", **options: Any) -> Table:
@@ -127,9 +127,7 @@ def test_each_batch_is_committed_by_itself(
         seen.append(counts(engine, table).get(("payload", "v2"), 0))
         assert seen[-1] == progress.rotated
 
-    rotate(
-        engine, table, keyring=promoted, batch_size=batch_size, on_progress=count_from_elsewhere
-    )
+    rotate(engine, table, keyring=promoted, batch_size=batch_size, on_progress=count_from_elsewhere)
     assert seen == [min(n, 25) for n in range(batch_size, 25 + batch_size, batch_size)]
 
 
@@ -199,8 +197,6 @@ def test_an_async_engine_is_rotated(
 def test_the_event_loop_runs_while_an_async_rotation_waits(
     run_async: Callable[[Callable[[AsyncEngine], Awaitable[Any]]], Any], promoted: Keyring
 ) -> None:
-    import asyncio
-
     table = documents_table()
     ticks = 0
 
@@ -225,8 +221,6 @@ def test_the_event_loop_runs_while_an_async_rotation_waits(
 
 
 def test_a_synchronous_engine_is_refused_by_arotate_and_the_reverse() -> None:
-    import asyncio
-
     engine = create_engine("sqlite://")
     with pytest.raises(RotationError, match="AsyncEngine"):
         asyncio.run(arotate(engine))  # type: ignore[arg-type]
@@ -244,7 +238,7 @@ class Colour(enum.Enum):
     BLUE = "b"
 
 
-MOMENT = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC).replace(tzinfo=None)
+MOMENT = dt.datetime(2026, 1, 1, tzinfo=dt.UTC).replace(tzinfo=None)
 
 KEYS: dict[str, tuple[list[TypeEngine[Any]], list[tuple[Any, ...]]]] = {
     "integer": ([Integer()], [(n,) for n in (-3, 0, 5, 2**31 - 1)]),
@@ -252,7 +246,7 @@ KEYS: dict[str, tuple[list[TypeEngine[Any]], list[tuple[Any, ...]]]] = {
     "uuid": ([Uuid()], [(uuid.UUID(int=n),) for n in (0, 7, 2**127)]),
     "bytes": ([LargeBinary(20)], [(b"\x00",), (b"a'\\",), (b"\xff" * 9,)]),
     "decimal": ([Numeric(10, 3)], [(Decimal("-1.500"),), (Decimal("2.250"),)]),
-    "moment": ([DateTime()], [(MOMENT + datetime.timedelta(days=n),) for n in range(3)]),
+    "moment": ([DateTime()], [(MOMENT + dt.timedelta(days=n),) for n in range(3)]),
     "enum": ([Enum(Colour, name="colour")], [(c,) for c in Colour]),
     "composite": (
         [String(20), Integer(), Uuid()],
@@ -273,7 +267,10 @@ def test_any_primary_key_serves(
 
         types = [VARBINARY(20)]
     table = documents_table(
-        *(Column(f"k{n}", type_, primary_key=True, autoincrement=False) for n, type_ in enumerate(types))
+        *(
+            Column(f"k{n}", type_, primary_key=True, autoincrement=False)
+            for n, type_ in enumerate(types)
+        )
     )
     table.metadata.create_all(engine)
     with engine.begin() as connection:
@@ -436,7 +433,7 @@ def test_columns_with_onupdate_are_untouched(engine: Engine, promoted: Keyring) 
         assert set(connection.scalars(select(table.c.note))) == {"as it was"}
         if engine.dialect.name == "mysql":
             touched = connection.scalars(text("SELECT DISTINCT touched FROM documents")).all()
-            assert touched == [datetime.datetime(2020, 1, 1)]  # noqa: DTZ001
+            assert touched == [dt.datetime(2020, 1, 1)]  # noqa: DTZ001
 
 
 def test_columns_that_mysql_renews_stay_with_text_keys_too(
@@ -456,7 +453,7 @@ def test_columns_that_mysql_renews_stay_with_text_keys_too(
     assert rotate(engine, table, keyring=promoted).rotated == 5
     with engine.connect() as connection:
         touched = connection.scalars(text("SELECT DISTINCT `touched at` FROM documents")).all()
-    assert touched == [datetime.datetime(2020, 1, 1)]  # noqa: DTZ001
+    assert touched == [dt.datetime(2020, 1, 1)]  # noqa: DTZ001
 
 
 def test_joined_inheritance_reaches_the_tables_of_the_parents(
@@ -470,13 +467,13 @@ def test_joined_inheritance_reaches_the_tables_of_the_parents(
         id: Mapped[int] = mapped_column(primary_key=True)
         kind: Mapped[str] = mapped_column(String(20))
         login: Mapped[Any] = mapped_column(EncryptedJSON)
-        __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "account"}
+        __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "account"}  # noqa: RUF012
 
     class Admin(Account):
         __tablename__ = "admins"
         id: Mapped[int] = mapped_column(ForeignKey("accounts.id"), primary_key=True)
         token: Mapped[Any] = mapped_column(EncryptedJSON)
-        __mapper_args__ = {"polymorphic_identity": "admin"}
+        __mapper_args__ = {"polymorphic_identity": "admin"}  # noqa: RUF012
 
     Base.metadata.create_all(engine)
     with Session(engine) as session:
@@ -584,12 +581,14 @@ def test_what_may_be_named(engine: Engine, promoted: Keyring) -> None:
     class Document:
         __table__ = table
 
-    fill(engine, table, 2)
+    mapping.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(table), [{"id": n, "payload": n, "other": [n]} for n in range(2)])
     old, new = promoted.with_primary("v1"), promoted
-    for number, target in enumerate(
-        (mapping, mapping.metadata, table, Document, table.c.payload, [table, table.c.payload])
-    ):
-        assert rotate(engine, target, keyring=old if number % 2 else new).rotated == 2
+    targets: list[Any] = [mapping, mapping.metadata, table, Document, [table, table.c.payload]]
+    for number, target in enumerate(targets):
+        assert rotate(engine, target, keyring=old if number % 2 else new).rotated == 4
+    assert rotate(engine, table.c.payload, keyring=old).rotated == 2
     attribute = Document.payload  # type: ignore[attr-defined]
     assert rotate(engine, attribute, keyring=new).rotated == 2
 
@@ -615,9 +614,12 @@ def test_a_connection_is_given_back_as_it_was(engine: Engine, promoted: Keyring)
 def test_a_connection_in_a_transaction_is_refused(engine: Engine, promoted: Keyring) -> None:
     table = documents_table()
     fill(engine, table, 3)
-    with engine.connect() as connection, connection.begin():
-        with pytest.raises(RotationError, match="inside a transaction"):
-            rotate(connection, table, keyring=promoted)
+    with (
+        engine.connect() as connection,
+        connection.begin(),
+        pytest.raises(RotationError, match="inside a transaction"),
+    ):
+        rotate(connection, table, keyring=promoted)
     assert counts(engine, table) == {("payload", "v1"): 3}
 
 
@@ -733,11 +735,25 @@ def test_progress_tells_what_is_done_and_what_is_left(engine: Engine, promoted: 
 def test_a_rate_limit_is_kept(engine: Engine, promoted: Keyring) -> None:
     table = documents_table()
     fill(engine, table)
-    told: list[RotationProgress] = []
-    rotate(engine, table, keyring=promoted, max_rate=50, on_progress=told.append)
-    assert rotate(engine, table, keyring=promoted.with_primary("v1"), max_rate=10).ok
-    fill_more = [p.rotated for p in told]
-    assert fill_more == [25]
+    started = time.monotonic()
+    assert rotate(engine, table, keyring=promoted, batch_size=10, max_rate=50).rotated == 25
+    assert time.monotonic() - started >= 25 / 50
+
+
+def test_a_batch_is_never_more_than_a_second_of_the_rate_limit(
+    engine: Engine, promoted: Keyring
+) -> None:
+    table = documents_table()
+    fill(engine, table, 12)
+    told: list[int] = []
+    rotate(
+        engine,
+        table,
+        keyring=promoted,
+        max_rate=8,
+        on_progress=lambda progress: told.append(progress.rotated),
+    )
+    assert told == [8, 12]
 
 
 def test_a_batch_time_makes_batches_grow(engine: Engine, promoted: Keyring) -> None:
@@ -758,9 +774,7 @@ def test_a_batch_time_makes_batches_grow(engine: Engine, promoted: Keyring) -> N
 # -- Reports ---------------------------------------------------------------------------------------
 
 
-def test_a_report_is_json_ready_whatever_the_primary_key(
-    engine: Engine, promoted: Keyring
-) -> None:
+def test_a_report_is_json_ready_whatever_the_primary_key(engine: Engine, promoted: Keyring) -> None:
     table = documents_table(
         Column("id", Uuid, primary_key=True), Column("at", DateTime, primary_key=True)
     )
