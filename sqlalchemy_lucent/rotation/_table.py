@@ -81,6 +81,7 @@ class TableWorker:
 
     def __init__(self, target: TargetTable, keyring: Keyring, dialect: Dialect) -> None:
         self.target = target
+        self.name = target.name
         self.primary_key = target.primary_key
         self._locking = dialect.name in _ROW_LOCKING
         clause = target.clause
