@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
+from sqlalchemy.exc import SAWarning
+
 from sqlalchemy_lucent import __version__
+
+# autodoc looks at every attribute of a mixin, which SQLAlchemy warns of.
+warnings.filterwarnings("ignore", "Unmanaged access of declarative attribute", SAWarning)
 
 project = "sqlalchemy-lucent"
 author = "the sqlalchemy-lucent authors"
@@ -17,6 +24,8 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = f"sqlalchemy-lucent {version}"
+html_static_path = ["_static"]
+html_css_files = ["drawing.css"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -1,7 +1,8 @@
 """Encrypted JSON for SQLAlchemy: sealed columns, scoped secrets, online key rotation."""
 
-from .binding import row_bound
+from .binding import bound_rows, row_bound
 from .config import Lucent, LucentConfig, SecretsConfig
+from .events import SecretAccess
 from .exceptions import (
     ConfigurationError,
     ConflictError,
@@ -67,6 +68,7 @@ __all__ = [
     "RotationReport",
     "SchemaMismatchError",
     "Sealed",
+    "SecretAccess",
     "SecretInfo",
     "SecretKey",
     "SecretNotFoundError",
@@ -82,6 +84,7 @@ __all__ = [
     "__version__",
     "arotate",
     "averify",
+    "bound_rows",
     "default_keyring",
     "generate_master_key",
     "retire_check",

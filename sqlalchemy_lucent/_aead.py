@@ -3,12 +3,15 @@ AES-256-GCM and HKDF-SHA256: the only module that imports ``cryptography``.
 
 Nothing here is an algorithm of ours. A subkey is RFC 5869's HKDF of the master key with the
 column's context as ``info``; a value is sealed by AES-256-GCM (NIST SP 800-38D) under that subkey.
+
+No attribute or slot holds the bytes of a key: a subkey is inside its AESGCM object, a master key in
+a closure. What walks attributes, as debuggers, error reporters and serializers do, meets neither.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import Final, NoReturn
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -16,6 +19,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from ._envelope import KEY_ID_SIZE, NONCE_SIZE, TAG_SIZE, length_prefixed, pack_header
+from .exceptions import PicklingRefusedError, SerializationError
 
 MASTER_KEY_SIZE: Final = 32
 """Bytes of a master key: AES-256 strength all the way down."""
@@ -29,9 +33,35 @@ def random_master_key() -> bytes:
     return os.urandom(MASTER_KEY_SIZE)
 
 
-def derive_key_id(master_key: bytes) -> bytes:
-    """Return the 4 bytes that tell one master key from another without showing either."""
-    return _hkdf(master_key, _KEY_ID_INFO)[:KEY_ID_SIZE]
+class MasterKey:
+    """
+    One master key, as what is derived from it.
+
+    ``key_id`` is the 4 bytes that tell one master key from another without showing either.
+    """
+
+    __slots__ = ("_derive", "key_id")
+
+    def __init__(self, key: bytes) -> None:
+        def derive(info: bytes) -> bytes:
+            # No salt: the key is uniformly random already (RFC 5869, 3.3).
+            hkdf = HKDF(algorithm=SHA256(), length=MASTER_KEY_SIZE, salt=None, info=info)
+            return hkdf.derive(key)
+
+        # A closure, so that no attribute or slot holds the key itself.
+        self._derive = derive
+        self.key_id = derive(_KEY_ID_INFO)[:KEY_ID_SIZE]
+
+    def subkey(self, version: str, context: bytes) -> Subkey:
+        """Return the AES key of `context`; `version` is the name of this master key."""
+        return Subkey(
+            self._derive(_SUBKEY_INFO + context),
+            header=pack_header(version, self.key_id),
+            context=context,
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise PicklingRefusedError("a master key is not pickled")
 
 
 class Subkey:
@@ -44,19 +74,29 @@ class Subkey:
 
     __slots__ = ("_aead", "associated_data", "header")
 
-    def __init__(self, master_key: bytes, *, version: str, key_id: bytes, context: bytes) -> None:
-        self._aead = AESGCM(_hkdf(master_key, _SUBKEY_INFO + context))
-        self.header = pack_header(version, key_id)
-        self.associated_data = length_prefixed(self.header, context)
+    def __init__(self, key: bytes, *, header: bytes, context: bytes) -> None:
+        self._aead = AESGCM(key)
+        self.header = header
+        self.associated_data = length_prefixed(header, context)
 
     def seal(self, plaintext: bytes, row: bytes = b"") -> bytes:
-        """Return the stored bytes for `plaintext`; `row` is the length-prefixed row context."""
+        """
+        Return the stored bytes for `plaintext`; `row` is the length-prefixed row context.
+
+        :raises SerializationError: `plaintext` has 2^31 bytes or more, past what the library of
+            the cipher takes.
+        """
         return self._seal(plaintext, row, os.urandom(NONCE_SIZE))
 
     def _seal(self, plaintext: bytes, row: bytes, nonce: bytes) -> bytes:
         # Apart from `seal` so that golden vectors can fix the nonce. Nothing else may.
-        ciphertext = self._aead.encrypt(nonce, plaintext, self.associated_data + row)
-        return self.header + nonce + ciphertext
+        try:
+            ciphertext = self._aead.encrypt(nonce, plaintext, self.associated_data + row)
+        except OverflowError:
+            pass
+        else:
+            return self.header + nonce + ciphertext
+        raise SerializationError(f"$: a document of {len(plaintext)} bytes is too long to seal")
 
     def open(self, sealed: bytes, row: bytes = b"") -> bytes | None:
         """
@@ -75,8 +115,3 @@ class Subkey:
             )
         except InvalidTag:
             return None
-
-
-def _hkdf(master_key: bytes, info: bytes) -> bytes:
-    # No salt: the master key is uniformly random already (RFC 5869, 3.3).
-    return HKDF(algorithm=SHA256(), length=MASTER_KEY_SIZE, salt=None, info=info).derive(master_key)

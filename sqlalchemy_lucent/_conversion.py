@@ -34,6 +34,7 @@ from sqlalchemy import (
     column,
     inspect,
     literal,
+    or_,
     select,
     text,
 )
@@ -161,6 +162,13 @@ class _Conversion:
             raise RotationError(
                 f"table {self._owner.fullname} has no primary key; a conversion needs one to go "
                 "through the rows in order"
+            )
+        if self._dialect.name == "sqlite" and self._any(
+            or_(*(column(name).is_(None) for name in keys))
+        ):
+            raise RotationError(
+                f"table {self._owner.fullname} has a row with NULL in its primary key; give such "
+                "rows a primary key, so that they can be read in order and named"
             )
         if plan.column_name in keys or plan.column_name in plan.bound_types:
             raise RotationError(f"{plan.full_name} is a column that identifies its row")
@@ -398,6 +406,8 @@ class _Conversion:
             more = batch.rows >= limit
             after = batch.last
             pace.after(batch.rows, batch.size, 0)
+        # Whatever became of the passes: with this lock, a value that is not there is lost.
+        failures.count = max(failures.count, worker.count_stale(self._connection))
         return failures
 
     def _alter(self, change: str) -> None:

@@ -35,7 +35,6 @@ class Envelope(NamedTuple):
     """One sealed value, taken apart. ``body`` is the ciphertext with its tag."""
 
     version: str
-    format: int
     key_id: bytes
     nonce: bytes
     body: bytes
@@ -55,20 +54,20 @@ def parse(sealed: bytes) -> Envelope | None:
     """
     Take `sealed` apart, or return ``None`` if it does not begin as a sealed value does.
 
-    A value with an unknown format byte, or one cut short behind its header, is still parsed:
-    the caller knows better than this module what to say about it.
+    The format byte is part of that beginning: text with a colon in it, such as ``user:password``,
+    must not have its first half taken for a key version and shown. A value cut short behind its
+    header is still parsed.
     """
     separator = sealed.find(_SEPARATOR, 0, MAX_VERSION_LENGTH + 1)
     if separator < 1 or len(sealed) < separator + _HEADER_TAIL:
         return None
     version = sealed[:separator].decode("latin-1")
-    if VERSION_PATTERN.fullmatch(version) is None:
+    if sealed[separator + 1] != FORMAT_AES_256_GCM or not VERSION_PATTERN.fullmatch(version):
         return None
     header_end = separator + _HEADER_TAIL
     nonce_end = header_end + NONCE_SIZE
     return Envelope(
         version=version,
-        format=sealed[separator + 1],
         key_id=sealed[separator + 2 : header_end],
         nonce=sealed[header_end:nonce_end],
         body=sealed[nonce_end:],

@@ -4,8 +4,12 @@ Opened values that do not print themselves.
 ``create_engine(echo="debug")`` logs result rows after they were opened, also with
 ``hide_parameters=True``, and a logger or a debugger prints whatever it is handed. So an opened
 document comes back as a real ``dict``, ``list`` or ``str`` whose ``repr`` and ``str`` say only
-that it is one. Everything else (indexing, iterating, JSON, ``format``, concatenation, equality)
-works on the value itself, and the parts taken out of it are ordinary objects.
+that it is one. Everything else (indexing, iterating, JSON, formatting a ``str``, concatenation,
+equality, pickle) works on the value itself, and the parts taken out of it are ordinary objects.
+
+A document that is nothing but a number prints itself: put a secret number into a string, a list or
+a dict. msgspec's encoders, alone of the JSON libraries, refuse every subclass of ``str``: pass them
+``format(value)``, or declare the column with ``redact=False``.
 """
 
 from __future__ import annotations
@@ -49,6 +53,14 @@ class RedactedStr(str):
         return "<redacted str>"
 
     __str__ = __repr__
+
+    def __format__(self, format_spec: str) -> str:
+        # `str` itself would ask `__str__`, and an API would be sent "Bearer <redacted str>".
+        return format(str.__str__(self), format_spec)
+
+    def __reduce__(self) -> tuple[type[RedactedStr], tuple[str]]:
+        # The old pickle protocols, 0 and 1, would ask `__str__` too.
+        return type(self), (str.__str__(self),)
 
 
 _REDACTED: Final[dict[type[Any], type[Any]]] = {

@@ -9,9 +9,10 @@ databases raise an error for a substring of negative length.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
 
-from sqlalchemy import String
+from sqlalchemy import BinaryExpression, String
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -36,11 +37,39 @@ class key_id(FunctionElement[str]):  # noqa: N801
     inherit_cache = True
 
 
+class RefusedComparison(BinaryExpression[bool]):
+    """
+    A sealed column compared with a column: an expression that has a truth value, and no SQL.
+
+    SQLAlchemy itself looks for columns in lists and dicts, where Python compares them with ``==``
+    and asks the result for its truth. So this one case is refused when it is compiled, while every
+    other is refused when it is built.
+    """
+
+    inherit_cache = True
+
+
+@compiles(RefusedComparison)
+def _refuse_comparison(element: RefusedComparison, compiler: SQLCompiler, **kw: Any) -> NoReturn:
+    raise comparison_refused(element.operator)
+
+
+def comparison_refused(op: Callable[..., Any]) -> UnsupportedOperationError:
+    """Return the error for an operator that cannot mean anything on ciphertext."""
+    name = getattr(op, "opstring", None) or getattr(op, "__name__", "this")
+    return UnsupportedOperationError(
+        f"the operator {name!r} has no meaning on an EncryptedJSON column: every seal of a "
+        "value is different, so the database sees nothing to compare, sort or index into. "
+        "Look rows up by a key or a column of their own; is_(None), is_not(None) and "
+        ".key_version work"
+    )
+
+
 # {value} is the expression, {colon} the position of its first colon. A value counts as sealed when
 # a version of legal length and alphabet ends at a colon and the format byte follows, which no text
 # format has. The alphabet matters to SQLite, whose drivers fail on text that is not UTF-8.
-# Each part may use those above it.
-_GUARDED: Final = "CASE WHEN {legal_length} AND {format_byte} AND {alphabet} THEN {result} END"
+# Each part may use those above it. The parentheses are for CREATE INDEX on PostgreSQL.
+_GUARDED: Final = "(CASE WHEN {legal_length} AND {format_byte} AND {alphabet} THEN {result} END)"
 _LEGAL_LENGTH: Final = f"{{colon}} BETWEEN 2 AND {MAX_VERSION_LENGTH + 1}"
 _FORMAT: Final = f"{FORMAT_AES_256_GCM:02x}"
 

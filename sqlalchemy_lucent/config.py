@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Final, overload
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, overload
 
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session
 
 from .exceptions import ConfigurationError
 from .keyring import DEFAULT_KEY_VERSION, ENV_VARIABLES, Keyring
 from .repository import AsyncLucentSecrets, LucentSecrets
 
+if TYPE_CHECKING:  # without greenlet, which only async programs need, it does not import
+    from sqlalchemy.ext.asyncio import AsyncSession
 
+
+@dataclass(frozen=True, init=False, slots=True)
 class SecretsConfig:
     """
     Whether secrets are on, and under which keys.
@@ -36,7 +40,8 @@ class SecretsConfig:
     The key is turned into a :class:`Keyring` at once and its text is not kept.
     """
 
-    __slots__ = ("enabled", "keyring")
+    enabled: bool
+    keyring: Keyring | None
 
     def __init__(
         self,
@@ -47,28 +52,42 @@ class SecretsConfig:
         keyring: Keyring | None = None,
     ) -> None:
         if not isinstance(enabled, bool):
-            raise ConfigurationError("secrets: enabled is True or False")
+            raise ConfigurationError(
+                f"secrets: enabled is True or False, not of type {type(enabled).__name__}"
+            )
+        if keyring is not None and not isinstance(keyring, Keyring):
+            raise ConfigurationError(
+                f"secrets: keyring is a Keyring, not of type {type(keyring).__name__}"
+            )
         if master_key and keyring is not None:
             raise ConfigurationError("secrets: give master_key or keyring, not both")
-        self.enabled = enabled
-        self.keyring = Keyring({key_version: master_key}) if master_key else keyring
+        if master_key:
+            keyring = Keyring({key_version: master_key})
+        object.__setattr__(self, "enabled", enabled)
+        object.__setattr__(self, "keyring", keyring)
 
     @property
     def key_version(self) -> str | None:
         """The version that seals; ``None`` without a key."""
         return None if self.keyring is None else self.keyring.primary
 
-    def __repr__(self) -> str:
-        return f"SecretsConfig(enabled={self.enabled}, keyring={self.keyring!r})"
 
-
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LucentConfig:
-    """The configuration: one section, ``secrets``."""
+    """
+    The configuration: one section, ``secrets``; off if left out.
 
-    __slots__ = ("secrets",)
+    :raises ConfigurationError: the section is not a :class:`SecretsConfig`.
+    """
 
-    def __init__(self, *, secrets: SecretsConfig | None = None) -> None:
-        self.secrets = SecretsConfig() if secrets is None else secrets
+    secrets: SecretsConfig = field(default_factory=SecretsConfig)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.secrets, SecretsConfig):
+            raise ConfigurationError(
+                f"secrets is a SecretsConfig, not of type {type(self.secrets).__name__}; "
+                "LucentConfig.from_mapping() reads a plain dict"
+            )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> LucentConfig:
@@ -78,19 +97,19 @@ class LucentConfig:
         ``{"secrets": {"enabled": True, "master_key": …, "key_version": "v1"}}``; the spelling of
         the source document (``masterKey``, ``keyVersion``) is taken too.
 
-        :raises ConfigurationError: a name is not known or stands there twice.
+        :raises ConfigurationError: a name is not known or stands there twice, or `mapping` is not
+            a mapping.
+        :raises InvalidKeyError: the key or version breaks its rule.
         """
         _refuse_unknown(mapping, {"secrets"}, "the configuration")
         section = mapping.get("secrets", {})
-        if not isinstance(section, Mapping):
-            raise ConfigurationError("secrets: the section is a mapping of names to values")
+        _refuse_unknown(section, {*_OPTIONS, *_SPELLINGS}, "secrets")
         options: dict[str, Any] = {}
         for name, value in section.items():
-            option = _SPELLINGS.get(name, str(name))
+            option = _SPELLINGS.get(name, name)
             if option in options:
                 raise ConfigurationError(f"secrets: {option} stands there twice")
             options[option] = value
-        _refuse_unknown(options, {"enabled", "master_key", "key_version", "keyring"}, "secrets")
         return cls(secrets=SecretsConfig(**options))
 
     @classmethod
@@ -105,21 +124,24 @@ class LucentConfig:
             return cls()
         return cls(secrets=SecretsConfig(enabled=True, keyring=Keyring.from_env(env)))
 
-    def __repr__(self) -> str:
-        return f"LucentConfig(secrets={self.secrets!r})"
 
-
+_OPTIONS: Final = ("enabled", "key_version", "keyring", "master_key")
 _SPELLINGS: Final = {"masterKey": "master_key", "keyVersion": "key_version"}
 
 
-def _refuse_unknown(mapping: Mapping[str, Any], known: set[str], where: str) -> None:
-    unknown = sorted(map(repr, set(mapping) - known))
-    if unknown:
+def _refuse_unknown(mapping: object, known: set[str], where: str) -> None:
+    if not isinstance(mapping, Mapping):
         raise ConfigurationError(
-            f"{where} has unknown names: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            f"{where} is a mapping of names to values, not of type {type(mapping).__name__}"
+        )
+    # The unknown name is not repeated: with name and value swapped, it would be the key.
+    if not known.issuperset(mapping):
+        raise ConfigurationError(
+            f"{where} has a name that is not known; known are {', '.join(sorted(known))}"
         )
 
 
+@dataclass(frozen=True, init=False, slots=True)
 class Lucent:
     """
     The entry point of the source document.
@@ -127,12 +149,12 @@ class Lucent:
     :param config: a :class:`LucentConfig`, or the plain dict of one.
     """
 
-    __slots__ = ("config",)
+    config: LucentConfig
 
     def __init__(self, config: LucentConfig | Mapping[str, Any]) -> None:
-        self.config = (
-            config if isinstance(config, LucentConfig) else LucentConfig.from_mapping(config)
-        )
+        if not isinstance(config, LucentConfig):
+            config = LucentConfig.from_mapping(config)
+        object.__setattr__(self, "config", config)
 
     @overload
     def secrets(self, session: Session) -> LucentSecrets | None: ...
@@ -145,9 +167,6 @@ class Lucent:
         config = self.config.secrets
         if not config.enabled or config.keyring is None:
             return None
-        if isinstance(session, AsyncSession):
-            return AsyncLucentSecrets(session, keyring=config.keyring)
-        return LucentSecrets(session, keyring=config.keyring)
-
-    def __repr__(self) -> str:
-        return f"Lucent({self.config!r})"
+        if isinstance(session, (Session, scoped_session)):
+            return LucentSecrets(session, keyring=config.keyring)
+        return AsyncLucentSecrets(session, keyring=config.keyring)

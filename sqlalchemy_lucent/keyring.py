@@ -10,24 +10,17 @@ from __future__ import annotations
 import base64
 import os
 import re
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NoReturn, Self
 
 from . import _aead
-from ._envelope import (
-    FORMAT_AES_256_GCM,
-    MAX_VERSION_LENGTH,
-    VERSION_PATTERN,
-    header_size,
-    pack_header,
-    parse,
-)
+from ._envelope import MAX_VERSION_LENGTH, VERSION_PATTERN, header_size, parse
 from .exceptions import (
     ConfigurationError,
     DecryptionError,
     InvalidKeyError,
+    LucentError,
     NotSealedError,
     PicklingRefusedError,
     TamperedError,
@@ -52,6 +45,7 @@ _KEY_FORMS: Final = (
 )
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/]{43}=?", re.ASCII)
 _BASE64URL: Final = re.compile(r"[A-Za-z0-9_-]{43}=?", re.ASCII)
+_OTHER_FORMAT: Final = re.compile(rb"[A-Za-z0-9._-]{1,32}:[\x00-\x08]")
 _HEX: Final = re.compile(r"[0-9A-Fa-f]{64}", re.ASCII)
 
 
@@ -64,61 +58,56 @@ def generate_master_key() -> str:
     return base64.urlsafe_b64encode(_aead.random_master_key()).rstrip(b"=").decode("ascii")
 
 
-def _decode_key(version: str, key: bytes | str) -> bytes:
+def _decode_key(key: object) -> bytes:
     """Return the 32 bytes of `key`, given in any of its forms."""
     if isinstance(key, bytes):
-        if len(key) != _aead.MASTER_KEY_SIZE:
-            raise InvalidKeyError(
-                f"the master key of version {version!r} has {len(key)} bytes; a key is {_KEY_FORMS}"
-            )
-        return key
-    if not isinstance(key, str):
-        raise InvalidKeyError(
-            f"the master key of version {version!r} is of type {type(key).__name__}; "
-            f"a key is {_KEY_FORMS}"
-        )
-    if _HEX.fullmatch(key):
+        if len(key) == _aead.MASTER_KEY_SIZE:
+            return key
+        fault = f"has {len(key)} bytes"
+    elif not isinstance(key, str):
+        fault = f"is of type {type(key).__name__}"
+    elif _HEX.fullmatch(key):
         return bytes.fromhex(key)
-    if _BASE64.fullmatch(key) or _BASE64URL.fullmatch(key):
+    elif _BASE64.fullmatch(key) or _BASE64URL.fullmatch(key):
         return base64.b64decode(key.rstrip("=").replace("-", "+").replace("_", "/") + "=")
-    if len(key) in (43, 44, 64):
+    elif len(key) in (43, 44, 64):
         fault = "has a character that its alphabet lacks, or mixes two alphabets"
     else:
         fault = f"has {len(key)} characters"
-    raise InvalidKeyError(f"the master key of version {version!r} {fault}; a key is {_KEY_FORMS}")
+    raise InvalidKeyError(f"the master key {fault}; a key is {_KEY_FORMS}")
 
 
 def _check_version(version: object) -> str:
-    if not isinstance(version, str) or VERSION_PATTERN.fullmatch(version) is None:
-        # The name is not repeated: with the arguments swapped, it would be the key.
+    match = VERSION_PATTERN.fullmatch(version) if isinstance(version, str) else None
+    if match is None:
         raise InvalidKeyError(
-            f"a key version is 1 to {MAX_VERSION_LENGTH} characters of A-Z a-z 0-9 . _ -; "
-            "one that was given breaks this rule"
+            f"the key version is not 1 to {MAX_VERSION_LENGTH} characters of A-Z a-z 0-9 . _ -"
         )
-    return version
+    return match.group()  # a plain str, also where an Enum was given
 
 
-class _MasterKey:
-    """One master key, kept where no repr, pickle or attribute listing shows it."""
+def _read_keys(pairs: Collection[tuple[object, object]]) -> dict[str, _aead.MasterKey]:
+    """
+    Return the master keys of `pairs`, by version.
 
-    __slots__ = ("_key", "key_id", "version")
-
-    def __init__(self, version: str, key: bytes) -> None:
-        self.version = version
-        self.key_id = _aead.derive_key_id(key)
-        self._key = key
-
-    def subkey(self, context: bytes) -> _aead.Subkey:
-        return _aead.Subkey(self._key, version=self.version, key_id=self.key_id, context=context)
-
-    def __repr__(self) -> str:
-        return f"<master key {self.version} {self.key_id.hex()}>"
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise PicklingRefusedError("a master key is not pickled")
-
-    def __getstate__(self) -> NoReturn:
-        self.__reduce_ex__(None)
+    An entry that is refused is named by its position: its version is not repeated, because with
+    the two swapped by mistake that would be the key.
+    """
+    keys: dict[str, _aead.MasterKey] = {}
+    for position, (name, key) in enumerate(pairs, 1):
+        try:
+            version, decoded = _check_version(name), _decode_key(key)
+        except InvalidKeyError as error:
+            fault = str(error)
+        else:
+            if version not in keys:
+                keys[version] = _aead.MasterKey(decoded)
+                continue
+            fault = "its version stands there twice"
+        raise InvalidKeyError(
+            f"key {position} of {len(pairs)}: {fault}" if len(pairs) > 1 else fault
+        )
+    return keys
 
 
 class ContextKeys:
@@ -127,17 +116,14 @@ class ContextKeys:
     __slots__ = ("_context", "_keyring", "_subkeys", "primary")
 
     def __init__(self, keyring: Keyring, context: str) -> None:
-        encoded = context.encode("utf-8")
+        encoded = context.encode("utf-8", "surrogatepass")
         self._context = context
         self._keyring = keyring
         # By header, which holds the version, the format and the key id: one look-up finds the
         # right key or nothing. No key is ever tried on the chance that it fits.
-        self._subkeys = {
-            subkey.header: subkey
-            for subkey in (master.subkey(encoded) for master in keyring._master_keys.values())
-        }
-        primary = keyring._master_keys[keyring.primary]
-        self.primary = self._subkeys[pack_header(primary.version, primary.key_id)]
+        subkeys = {v: key.subkey(v, encoded) for v, key in keyring._master_keys.items()}
+        self._subkeys = {subkey.header: subkey for subkey in subkeys.values()}
+        self.primary = subkeys[keyring.primary]
 
     def seal(self, plaintext: bytes, row: bytes = b"") -> bytes:
         """Seal `plaintext` under the primary key."""
@@ -173,11 +159,6 @@ class ContextKeys:
                 f"{where} is sealed under key version {version!r}; the keyring has "
                 f"{', '.join(map(repr, keyring.versions))}. Add the key of {version!r} to it"
             )
-        if envelope.format != FORMAT_AES_256_GCM:
-            return NotSealedError(
-                f"{where} has format byte 0x{envelope.format:02x}, which this release does not "
-                "know: it was changed, or written by a later release"
-            )
         return WrongKeyError(
             f"{where} was sealed under another key of the name {version!r}: the value has "
             f"fingerprint {envelope.key_id.hex()}, the keyring's key has {master.key_id.hex()}. "
@@ -187,6 +168,10 @@ class ContextKeys:
 
 def _shape(data: bytes) -> str:
     """Say what `data` looks like, from its first bytes alone and without repeating any."""
+    if not data:
+        return "it is empty"
+    if _OTHER_FORMAT.match(data):
+        return "it begins as a sealed value, but was cut short, changed, or made by a later release"
     if data.startswith(b"gAAAA"):
         return "it has the shape of a Fernet token"
     if data[:1] in (b"{", b"["):
@@ -203,7 +188,7 @@ class Keyring:
     :param keys: master keys by version. A version is 1 to 32 characters of ``A-Z a-z 0-9 . _ -``;
         a key is 32 bytes, or their base64, base64url (padded or not) or hex text.
     :param primary: the version that seals. May be left out when there is one key only.
-    :raises InvalidKeyError: a version or key breaks its rule.
+    :raises InvalidKeyError: a version or key breaks its rule, or one key has two versions.
     :raises ConfigurationError: no key, or a primary that is not among them.
 
     A keyring never shows a key: ``repr`` gives versions and fingerprints, copies are the keyring
@@ -213,24 +198,18 @@ class Keyring:
     __slots__ = ("_contexts", "_master_keys", "_primary")
 
     _contexts: dict[str, ContextKeys]
-    _master_keys: dict[str, _MasterKey]
+    _master_keys: dict[str, _aead.MasterKey]
     _primary: str
 
-    def __init__(self, keys: Mapping[str, bytes | str], *, primary: str | None = None) -> None:
+    # Made by `__new__`, so that there is no `__init__` to call on a keyring a second time.
+    def __new__(cls, keys: Mapping[str, bytes | str], *, primary: str | None = None) -> Self:
+        """Check and decode the keys."""
         if not isinstance(keys, Mapping):
             raise InvalidKeyError(
                 "a keyring is made from a mapping of versions to keys, such as "
                 f'{{"v1": key}}, not from {type(keys).__name__}'
             )
-        self._build(
-            {
-                version: _MasterKey(version, _decode_key(version, key))
-                for version, key in ((_check_version(name), key) for name, key in keys.items())
-            },
-            primary,
-        )
-
-    def _build(self, master_keys: dict[str, _MasterKey], primary: str | None) -> None:
+        master_keys = _read_keys(keys.items())
         if not master_keys:
             raise ConfigurationError("a keyring needs at least one key")
         if primary is None:
@@ -240,25 +219,20 @@ class Keyring:
                     f"pass primary= one of {', '.join(map(repr, master_keys))}"
                 )
             (primary,) = master_keys
-        elif primary not in master_keys:
-            raise ConfigurationError(
-                f"the primary is not a version of the keyring; it has "
-                f"{', '.join(map(repr, master_keys))}"
-            )
-        object.__setattr__(self, "_master_keys", master_keys)
-        object.__setattr__(self, "_primary", primary)
-        # Subkeys are a function of the keys, derived on first use and kept, because a derivation
-        # costs as much as sealing several values. Bounded by the number of encrypted columns.
-        object.__setattr__(self, "_contexts", {})
+        return cls._of(master_keys, primary)
 
     @classmethod
-    def _from_parts(cls, master_keys: dict[str, _MasterKey], primary: str) -> Keyring:
-        keyring = cls.__new__(cls)
-        keyring._build(master_keys, primary)
+    def _of(cls, master_keys: dict[str, _aead.MasterKey], primary: str) -> Self:
+        keyring = super().__new__(cls)
+        object.__setattr__(keyring, "_master_keys", master_keys)
+        object.__setattr__(keyring, "_primary", keyring._require(primary))
+        # Subkeys are a function of the keys, derived on first use and kept, because a derivation
+        # costs as much as sealing several values. Bounded by the number of encrypted columns.
+        object.__setattr__(keyring, "_contexts", {})
         return keyring
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None) -> Keyring:
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
         """
         Read a keyring from the environment.
 
@@ -290,45 +264,28 @@ class Keyring:
                 f'{ENV_KEYS}="v2:KEY,v1:KEY" with the primary first, or the same names with '
                 f"{ENV_FILE_SUFFIX} and a path, or call set_default_keyring()"
             )
-        name = DEFAULT_KEY_VERSION if version is None else version.text
-        name_source = single.source if version is None else version.source
-        return cls._from_pairs([(name, single.text)], single.source, name_source)
+        pairs = [(DEFAULT_KEY_VERSION if version is None else version.text, single.text)]
+        source = single.source if version is None else f"{single.source}, {version.source}"
+        return cls._from_pairs(source, pairs)
 
     @classmethod
-    def _from_list(cls, variable: _Variable) -> Keyring:
+    def _from_list(cls, variable: _Variable) -> Self:
         pairs: list[tuple[str, str]] = []
         for position, entry in enumerate(variable.text.split(","), 1):
-            version, separator, key = entry.strip().partition(":")
+            version, separator, key = entry.partition(":")
             if not separator:
                 raise ConfigurationError(
                     f"{variable.source}: entry {position} is not of the form VERSION:KEY"
                 )
             pairs.append((version.strip(), key.strip()))
-        return cls._from_pairs(pairs, variable.source, variable.source)
+        return cls._from_pairs(variable.source, pairs)
 
     @classmethod
-    def _from_pairs(
-        cls, pairs: list[tuple[str, str]], key_source: str, version_source: str
-    ) -> Keyring:
-        keys: dict[str, bytes | str] = {}
-        for version, key in pairs:
-            try:
-                _check_version(version)
-            except InvalidKeyError as error:
-                fault = f"{version_source}: {error}"
-            else:
-                if version in keys:
-                    fault = f"{version_source}: version {version!r} stands there twice"
-                elif not key:
-                    fault = f"{key_source}: the key of version {version!r} is empty"
-                else:
-                    keys[version] = key
-                    continue
-            raise ConfigurationError(fault)
+    def _from_pairs(cls, source: str, pairs: list[tuple[str, str]]) -> Self:
         try:
-            return cls(keys, primary=pairs[0][0])
+            return cls._of(_read_keys(pairs), pairs[0][0])
         except InvalidKeyError as error:
-            fault = f"{key_source}: {error}"
+            fault = f"{source}: {error}"
         raise ConfigurationError(fault)
 
     @property
@@ -350,7 +307,7 @@ class Keyring:
 
         :raises ConfigurationError: the keyring lacks `version`.
         """
-        return self._require(version).key_id.hex()
+        return self._master_keys[self._require(version)].key_id.hex()
 
     def with_primary(self, version: str) -> Keyring:
         """
@@ -358,8 +315,7 @@ class Keyring:
 
         :raises ConfigurationError: the keyring lacks `version`.
         """
-        self._require(version)
-        return self._from_parts(self._master_keys, version)
+        return self._of(self._master_keys, version)
 
     def adding(self, version: str, key: bytes | str) -> Keyring:
         """
@@ -369,13 +325,14 @@ class Keyring:
             under its name: values sealed under the old one would be lost.
         :raises InvalidKeyError: the version or key breaks its rule.
         """
-        if _check_version(version) in self._master_keys:
+        name = _check_version(version)
+        if name in self._master_keys:
             raise ConfigurationError(
-                f"the keyring has a key of version {version!r} already; "
+                f"the keyring has a key of version {name!r} already; "
                 "give the new key a version of its own"
             )
-        added = _MasterKey(version, _decode_key(version, key))
-        return self._from_parts({**self._master_keys, version: added}, self._primary)
+        added = _aead.MasterKey(_decode_key(key))
+        return self._of({**self._master_keys, name: added}, self._primary)
 
     def without(self, version: str) -> Keyring:
         """
@@ -383,14 +340,13 @@ class Keyring:
 
         :raises ConfigurationError: the keyring lacks `version`, or it is the primary.
         """
-        self._require(version)
-        if version == self._primary:
+        if self._require(version) == self._primary:
             raise ConfigurationError(
-                f"version {version!r} is the primary and cannot be taken away; "
+                f"version {self._primary!r} is the primary and cannot be taken away; "
                 "make another one primary first"
             )
         rest = {name: key for name, key in self._master_keys.items() if name != version}
-        return self._from_parts(rest, self._primary)
+        return self._of(rest, self._primary)
 
     def for_context(self, context: str) -> ContextKeys:
         """Return the subkeys of `context`, derived at first use. Internal."""
@@ -399,18 +355,16 @@ class Keyring:
             keys = self._contexts.setdefault(context, ContextKeys(self, context))
         return keys
 
-    def _require(self, version: str) -> _MasterKey:
-        if version not in self._master_keys:
-            raise ConfigurationError(
-                f"the keyring has no such version; it has {', '.join(map(repr, self.versions))}"
-            )
-        return self._master_keys[version]
-
-    def __contains__(self, version: object) -> bool:
-        return version in self._master_keys
-
-    def __len__(self) -> int:
-        return len(self._master_keys)
+    def _require(self, version: object) -> str:
+        """Return `version` as a plain str if the keyring has it; it is not repeated if not."""
+        if isinstance(version, str):
+            for name in self._master_keys:
+                if name == version:
+                    return name
+        raise ConfigurationError(
+            "the keyring has no key of the version that was asked for; "
+            f"it has {', '.join(map(repr, self._master_keys))}"
+        )
 
     def __repr__(self) -> str:
         keys = ", ".join(f"{v}={self.fingerprint(v)}" for v in self.versions)
@@ -448,19 +402,23 @@ class _Variable:
         self.text = text
 
 
-def _read_variable(env: Mapping[str, str], name: str) -> _Variable | None:
-    file_name = name + ENV_FILE_SUFFIX
-    if name in env and file_name in env:
-        raise ConfigurationError(f"both {name} and {file_name} are set; keep only one of them")
-    if name in env:
-        variable = _Variable(name, env[name].strip())
-    elif file_name in env:
-        variable = _Variable(file_name, _read_file(file_name, env[file_name]))
-    else:
+def _read_variable(env: Mapping[str, object], name: str) -> _Variable | None:
+    source, file_source = name, name + ENV_FILE_SUFFIX
+    if source in env and file_source in env:
+        raise ConfigurationError(f"both {source} and {file_source} are set; keep only one of them")
+    if file_source in env:
+        source = file_source
+    elif source not in env:
         return None
-    if not variable.text:
-        raise ConfigurationError(f"{variable.source} is set but empty")
-    return variable
+    text = env[source]
+    if not isinstance(text, str):
+        raise ConfigurationError(f"{source} is of type {type(text).__name__}, not str")
+    text = text.strip()
+    if text and source == file_source:
+        text = _read_file(source, text)
+    if not text:
+        raise ConfigurationError(f"{source} is set but empty")
+    return _Variable(source, text)
 
 
 def _read_file(variable: str, path: str) -> str:
@@ -470,12 +428,16 @@ def _read_file(variable: str, path: str) -> str:
     except OSError as error:
         fault = error.strerror or type(error).__name__
     except ValueError:
-        fault = "it is not a text file, or not a path"
+        fault = "it is not a text file, or its name is not a path"
     raise ConfigurationError(f"{variable}: the file that it names cannot be read: {fault}")
 
 
 _default: Keyring | Callable[[], Keyring] | None = None
-_default_lock = threading.Lock()
+
+# The keyring of the environment, once it was read. There is no lock, because a child that is forked
+# while another thread holds it would wait for ever: two threads may both read the environment, and
+# either result serves.
+_from_environment: Keyring | None = None
 
 
 def set_default_keyring(keyring: Keyring | Callable[[], Keyring] | None) -> None:
@@ -487,38 +449,45 @@ def set_default_keyring(keyring: Keyring | Callable[[], Keyring] | None) -> None
         read again at the next use.
     :raises ConfigurationError: it is none of these.
     """
+    global _default, _from_environment
     if keyring is not None and not isinstance(keyring, Keyring) and not callable(keyring):
         raise ConfigurationError(
             "the default keyring is a Keyring, a callable that returns one, or None"
         )
-    global _default
-    with _default_lock:
-        _default = keyring
+    _default = keyring
+    _from_environment = None
 
 
 def default_keyring() -> Keyring:
     """
     Return the process's keyring: what was set, else :meth:`Keyring.from_env`, read once.
 
-    :raises ConfigurationError: none is configured, or the callable returned something else.
+    :raises ConfigurationError: none is configured, or the callable failed or returned something
+        else.
     """
-    keyring = _default
-    if keyring is None:
-        keyring = _load_default()
-    if isinstance(keyring, Keyring):
-        return keyring
-    result = keyring()
-    if not isinstance(result, Keyring):
-        raise ConfigurationError(
-            "the callable given to set_default_keyring() returned "
-            f"{type(result).__name__} instead of a Keyring"
-        )
-    return result
+    global _from_environment
+    chosen = _default
+    if isinstance(chosen, Keyring):
+        return chosen
+    if chosen is not None:
+        return _call(chosen)
+    known = _from_environment
+    if known is None:
+        known = _from_environment = Keyring.from_env()
+    return known
 
 
-def _load_default() -> Keyring | Callable[[], Keyring]:
-    global _default
-    with _default_lock:
-        if _default is None:
-            _default = Keyring.from_env()
-        return _default
+def _call(source: Callable[[], Keyring]) -> Keyring:
+    try:
+        result: object = source()
+    except LucentError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        # Not let through: raised while parameters are bound, it would be wrapped by SQLAlchemy
+        # in a StatementError that prints the row's plaintext.
+        fault = f"raised {type(error).__name__}; call it by itself to see why"
+    else:
+        if isinstance(result, Keyring):
+            return result
+        fault = f"returned {type(result).__name__} instead of a Keyring"
+    raise ConfigurationError(f"the callable given to set_default_keyring() {fault}")

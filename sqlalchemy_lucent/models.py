@@ -12,16 +12,26 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from sqlalchemy import Column, Computed, DateTime, MetaData, String, Table, literal_column
+from sqlalchemy import (
+    Column,
+    Computed,
+    DateTime,
+    MetaData,
+    String,
+    Table,
+    inspect,
+    literal_column,
+)
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.engine import Dialect
-from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, validates
 from sqlalchemy.types import TypeDecorator
 
 from ._envelope import MAX_VERSION_LENGTH
 from ._sql import key_version
 from .binding import row_bound
-from .secret_key import KEY_PART_NAMES, MAX_PART_LENGTH, SecretKey
+from .exceptions import SerializationError
+from .secret_key import KEY_PART_NAMES, MAX_PART_LENGTH, SecretKey, check_part
 from .types import EncryptedJSON
 
 
@@ -57,6 +67,11 @@ class UTCDateTime(TypeDecorator[datetime]):
         """Convert to UTC; drop the zone where the database cannot keep one."""
         if value is None:
             return None
+        if value.tzinfo is None:
+            raise SerializationError(
+                "a datetime without a time zone says no moment; use datetime.now(UTC) or "
+                "datetime(…, tzinfo=UTC)"
+            )
         value = value.astimezone(UTC)
         return value if dialect.name == "postgresql" else value.replace(tzinfo=None)
 
@@ -132,13 +147,21 @@ class LucentSecretMixin:
             key_version_type(), computed_key_version("payload"), index=True, sort_order=1
         )
 
+    @validates(*KEY_PART_NAMES)
+    def _check_part(self, part_name: str, part: object) -> str:
+        # A key that the repository refuses must not come in through the model.
+        return check_part(part_name, part)
+
     @property
     def key(self) -> SecretKey:
         """The scoped key of this secret."""
         return SecretKey(self.scope, self.owner_id, self.provider, self.name)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.scope}:{self.owner_id}:{self.provider}:{self.name}>"
+        # From what is at hand: printing an expired object must not go to the database.
+        identity = inspect(self).identity or (None,) * len(KEY_PART_NAMES)
+        parts = map(vars(self).get, KEY_PART_NAMES, identity)
+        return f"<{type(self).__name__} {':'.join(map(str, parts))}>"
 
 
 class LucentBase(DeclarativeBase):

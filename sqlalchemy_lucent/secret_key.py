@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 import uuid
+from collections.abc import Iterable
 from typing import Any, Final, NamedTuple, Self
 
 from .exceptions import InvalidKeyError
@@ -14,6 +15,7 @@ MAX_PART_LENGTH: Final = 128
 KEY_PART_NAMES: Final = ("scope", "owner_id", "provider", "name")
 
 _SEPARATOR: Final = ":"
+_MAX_INT_BITS: Final = 4 * MAX_PART_LENGTH
 
 
 class _Parts(NamedTuple):
@@ -42,12 +44,21 @@ class SecretKey(_Parts):
 
     def __new__(cls, scope: str, owner_id: str | int | uuid.UUID, provider: str, name: str) -> Self:
         """Check the parts; a named tuple has no `__init__` to do it in."""
-        owner: Any = owner_id
-        if isinstance(owner, (int, uuid.UUID)) and not isinstance(owner, bool):
+        owner: object = owner_id
+        if isinstance(owner, uuid.UUID) or (
+            # Far above what fits, Python refuses to convert it (`sys.set_int_max_str_digits`).
+            isinstance(owner, int)
+            and not isinstance(owner, bool)
+            and owner.bit_length() <= _MAX_INT_BITS
+        ):
             owner = str(owner)
-        for part_name, part in zip(KEY_PART_NAMES, (scope, owner, provider, name), strict=True):
-            check_part(part_name, part)
-        return super().__new__(cls, scope, owner, provider, name)
+        parts = zip(KEY_PART_NAMES, (scope, owner, provider, name), strict=True)
+        return super().__new__(cls, *(check_part(part_name, part) for part_name, part in parts))
+
+    @classmethod
+    def _make(cls, iterable: Iterable[Any]) -> Self:  # type: ignore[override]
+        # What `_replace` and `copy.replace` of a named tuple call; theirs checks nothing.
+        return cls(*iterable)
 
     @classmethod
     def parse(cls, text: str) -> SecretKey:
@@ -84,8 +95,12 @@ class SecretKey(_Parts):
         return f"SecretKey({', '.join(map(repr, self))})"
 
 
-def check_part(part_name: str, part: object) -> None:
-    """Raise `InvalidKeyError` naming the part and the rule that it breaks."""
+def check_part(part_name: str, part: object) -> str:
+    """
+    Return `part` as a plain ``str``.
+
+    :raises InvalidKeyError: naming the part and the rule that it breaks.
+    """
     if not isinstance(part, str):
         fault = f"is of type {type(part).__name__}, not str"
     elif not part:
@@ -101,5 +116,5 @@ def check_part(part_name: str, part: object) -> None:
     elif not unicodedata.is_normalized("NFC", part):
         fault = "is not in Unicode normalisation form NFC"
     else:
-        return
+        return str.__str__(part)  # plain, also where an Enum was given
     raise InvalidKeyError(f"the {part_name} of a secret key {fault}")

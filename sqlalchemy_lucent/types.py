@@ -11,6 +11,11 @@
 The type only adapts. It holds no key: the keyring is looked up each time a value is sealed or
 opened. It knows its *context*, ``table.column``, which every value is bound to, from the moment
 its column joins a table; until then it has none, and refuses to seal.
+
+A value that is *written into* a statement (``insert(table).values(data=value)``, ``literal()``) is
+in the memory of that statement, and of the engine's statement cache, where SQLAlchemy keeps the
+first statement of each form; ``statement.compile().params`` and ``repr(literal(value, type))`` show
+it. The ORM's own writes, and parameters passed to ``execute()``, are in none of these.
 """
 
 from __future__ import annotations
@@ -19,18 +24,21 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NoReturn
 
-from sqlalchemy import JSON, Column, LargeBinary, Table, event
+from sqlalchemy import JSON, Column, DefaultClause, LargeBinary, Table, event
 from sqlalchemy.dialects.mysql import LONGBLOB
-from sqlalchemy.engine import Dialect
+from sqlalchemy.engine import Dialect, ExceptionContext
+from sqlalchemy.exc import StatementError
+from sqlalchemy.orm import Mapper
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.base import SchemaEventTarget
-from sqlalchemy.sql.elements import ColumnElement, Null
+from sqlalchemy.sql.elements import ColumnClause, ColumnElement, Null
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from . import _sql
 from ._envelope import Envelope, length_prefixed, parse
 from ._json import STRICT, Codec, EngineCodec
 from ._redacted import redact
+from ._schema import Schema
 from .exceptions import (
     ConfigurationError,
     PicklingRefusedError,
@@ -39,6 +47,7 @@ from .exceptions import (
     UnsupportedOperationError,
 )
 from .keyring import Keyring, default_keyring
+from .mutable import track_mapped_columns
 
 RowPart = str | int | uuid.UUID
 """A value of a binding column: each has one exact text form."""
@@ -54,7 +63,9 @@ def encode_row(parts: Sequence[RowPart], names: Sequence[str] = ()) -> bytes:
     encoded = []
     for position, part in enumerate(parts):
         if isinstance(part, (str, int, uuid.UUID)) and not isinstance(part, bool):
-            encoded.append(str(part).encode("utf-8", "surrogatepass"))
+            # Not str(): a subclass may print itself as something else, as an Enum member does.
+            text = part if isinstance(part, str) else _exact_text(part)
+            encoded.append(text.encode("utf-8", "surrogatepass"))
             continue
         name = names[position] if position < len(names) else f"number {position + 1}"
         fault = "has no value yet" if part is None else f"is of type {type(part).__name__}"
@@ -65,38 +76,61 @@ def encode_row(parts: Sequence[RowPart], names: Sequence[str] = ()) -> bytes:
     return length_prefixed(*encoded)
 
 
+def _exact_text(part: int | uuid.UUID) -> str:
+    return int.__repr__(part) if isinstance(part, int) else str(part)
+
+
+_JSON_NULL: Final = b"null"
+
+
 class ColumnCodec:
     """Seals and opens the values of one column as one engine sees it. Internal."""
 
-    __slots__ = ("bound_to", "codec", "contexts", "redacts")
+    __slots__ = ("bound_to", "codec", "contexts", "redacts", "schema")
 
     def __init__(
-        self, contexts: tuple[str, ...], codec: Codec, bound_to: tuple[str, ...], redacts: bool
+        self,
+        contexts: tuple[str, ...],
+        codec: Codec,
+        bound_to: tuple[str, ...],
+        redacts: bool,
+        schema: Schema[Any] | None = None,
     ) -> None:
         self.contexts = contexts
         self.codec = codec
         self.bound_to = bound_to
         self.redacts = redacts
+        self.schema = schema
 
     def seal(self, value: Any, row: bytes = b"", keyring: Keyring | None = None) -> bytes:
-        """Return the stored bytes of a JSON value."""
+        """Return the stored bytes of a value."""
+        if self.schema is not None and value is not None:
+            value = self.schema.dump(value)
         keys = (keyring or default_keyring()).for_context(self.contexts[0])
         return keys.seal(self.codec.dumps(value), row)
 
     def open(self, data: Any, row: bytes = b"", keyring: Keyring | None = None) -> Any:
-        """Return the JSON value of stored bytes."""
-        value = self.codec.loads(
-            open_in_contexts(self.contexts, data, row, keyring or default_keyring())
-        )
+        """Return the value of stored bytes."""
+        document = open_in_contexts(self.contexts, data, row, keyring or default_keyring())
+        if self.schema is None:
+            value = self.codec.loads(document)
+        elif document == _JSON_NULL:
+            return None  # a column's NULL rules do not depend on its schema
+        else:
+            value = self.schema.load(
+                document if self.codec is STRICT else self.codec.loads(document)
+            )
         return redact(value) if self.redacts else value
 
 
 def as_bytes(value: Any) -> bytes:
     """
-    Return what a driver gave as bytes: some give a memoryview, and SQLite gives text for a
-    plaintext that was never sealed.
+    Return what a driver gave as bytes: some give a memoryview, and SQLite gives text or a number
+    for a plaintext that was never sealed.
     """
-    return value.encode("utf-8", "replace") if isinstance(value, str) else bytes(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    return str(value).encode("utf-8", "replace")
 
 
 def open_in_contexts(contexts: Sequence[str], data: Any, row: bytes, keyring: Keyring) -> bytes:
@@ -238,7 +272,20 @@ class Bound:
 
 
 class EncryptedComparator(TypeDecorator.Comparator[Any]):
-    """What SQL may do with a sealed column: test for NULL, and tell the key version."""
+    """
+    What SQL may do with a sealed column: test for NULL, and tell the key version.
+
+    Every operator is refused when the expression is built; a column compared with a column, when
+    it is compiled. What SQLAlchemy does not ask a type about is not seen here, and works on the
+    stored bytes:
+
+    - ``order_by(col)``, ``desc(col)``: an order that means nothing
+    - ``group_by(col)``, ``distinct()``, ``UNION``: no two values are ever the same
+    - ``func.max(col)``: one of the values
+    - ``cast(col, T)``: the bytes as another type, or an error of the database
+    - ``other == col``, ``other.in_(select(col))``: never true
+    - ``insert().from_select()`` and ``update()`` that copy *another* column: bytes that do not open
+    """
 
     __slots__ = ()
 
@@ -249,22 +296,16 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
 
     def operate(self, op: operators.OperatorType, *other: Any, **kwargs: Any) -> Any:
         """Build a test for NULL; refuse everything else."""
-        if op in _NULL_TESTS and (other[0] is None or isinstance(other[0], Null)):
-            return super().operate(op, *other, **kwargs)
-        raise self._refusal(op)
+        if op in _NULL_TESTS:
+            if other[0] is None or isinstance(other[0], Null):
+                return super().operate(op, *other, **kwargs)
+            if isinstance(other[0], ColumnClause) and op in (operators.eq, operators.ne):
+                return _sql.RefusedComparison(self.expr, other[0], op)
+        raise _sql.comparison_refused(op)
 
     def reverse_operate(self, op: operators.OperatorType, other: Any, **kwargs: Any) -> Any:
         """Refuse: no test for NULL has the column on its right."""
-        raise self._refusal(op)
-
-    def _refusal(self, op: operators.OperatorType) -> UnsupportedOperationError:
-        name = getattr(op, "opstring", None) or getattr(op, "__name__", "this")
-        return UnsupportedOperationError(
-            f"the operator {name!r} has no meaning on an EncryptedJSON column: every seal of a "
-            "value is different, so the database sees nothing to compare, sort or index into. "
-            "Look rows up by a key or a column of their own; is_(None), is_not(None) and "
-            ".key_version work"
-        )
+        raise _sql.comparison_refused(op)
 
 
 _NULL_TESTS: Final = frozenset({operators.eq, operators.ne, operators.is_, operators.is_not})
@@ -284,6 +325,16 @@ class EncryptedJSON(TypeDecorator[Any]):
     :param redact: give ``dict``, ``list`` and ``str`` values that do not print themselves.
     :param bound_to: names of columns whose values each value is bound to as well. Declare such a
         column with :func:`sqlalchemy_lucent.row_bound`.
+    :param schema: give and take values of this type (a dataclass, TypedDict, msgspec Struct or
+        pydantic model, or an annotation made of them) rather than plain JSON. A stored document
+        that does not fit raises :exc:`SchemaMismatchError`. How such a value prints itself is its
+        type's affair, whatever `redact` says.
+
+    In a subclass, set ``cache_ok = True``, and let an ``__init__`` take and pass on ``**options``:
+    SQLAlchemy makes the statement cache's key of the parameters that it finds there.
+
+    A pickled model holds what its attributes hold, so an opened value is in it, as with
+    :class:`sqlalchemy.JSON`; the pickle of one that is lazy or row-bound holds ciphertext.
     """
 
     impl = LargeBinary
@@ -298,18 +349,22 @@ class EncryptedJSON(TypeDecorator[Any]):
     lazy: bool
     redact: bool
     bound_to: tuple[str, ...]
+    schema: Any
+
+    tracks_changes = False
 
     # The statement cache's key is made of the attributes that are named like these parameters, so
-    # everything that changes what a processor does must be one of them, and no key may be.
+    # everything that changes what a processor does must be one of them, and no key may be. They
+    # are not keyword-only because SQLAlchemy does not see such parameters.
     def __init__(
         self,
         none_as_null: bool = False,
-        *,
         context: str | None = None,
         accept_contexts: Iterable[str] = (),
         lazy: bool = False,
         redact: bool = True,
         bound_to: Iterable[str] = (),
+        schema: Any = None,
     ) -> None:
         super().__init__()
         self.none_as_null = none_as_null
@@ -318,7 +373,30 @@ class EncryptedJSON(TypeDecorator[Any]):
         self.lazy = lazy
         self.redact = redact
         self.bound_to = _names("bound_to", bound_to)
+        self.schema = schema
         self._context_is_derived = False
+        if schema is not None:
+            Schema(schema)  # refuses here what it cannot convert
+
+    @classmethod
+    def mutable(cls, none_as_null: bool = False, **options: Any) -> EncryptedJSON:
+        """
+        Return a type whose ``dict`` and ``list`` values write edits at any depth at the next flush.
+
+        See :mod:`sqlalchemy_lucent.mutable`. The parameters are those of the class.
+
+        :raises ConfigurationError: `lazy` or `bound_to` is among them: such values are opened each
+            time, so set the attribute instead.
+        """
+        type_ = cls(none_as_null, **options)
+        if type_.lazy or type_.bound_to:
+            raise ConfigurationError("a lazy or row-bound EncryptedJSON does not track changes")
+        type_.tracks_changes = True
+        # Whether a mapped column asks for tracking is known when its mapper is configured. One
+        # listener serves them all.
+        if not event.contains(Mapper, "mapper_configured", track_mapped_columns):
+            event.listen(Mapper, "mapper_configured", track_mapped_columns)
+        return type_
 
     @property
     def should_evaluate_none(self) -> bool:
@@ -331,8 +409,8 @@ class EncryptedJSON(TypeDecorator[Any]):
 
     @property
     def python_type(self) -> type[Any]:
-        """``dict``, as :class:`sqlalchemy.JSON` says."""
-        return dict
+        """The schema, if it is a class; else what :class:`sqlalchemy.JSON` says."""
+        return self.schema if isinstance(self.schema, type) else JSON().python_type
 
     # -- context ---------------------------------------------------------------------------------
 
@@ -382,7 +460,8 @@ class EncryptedJSON(TypeDecorator[Any]):
         serializer = getattr(dialect, "_json_serializer", None)
         deserializer = getattr(dialect, "_json_deserializer", None)
         codec = EngineCodec(serializer, deserializer) if serializer or deserializer else STRICT
-        return ColumnCodec(self.contexts, codec, self.bound_to, self.redact)
+        schema = None if self.schema is None else Schema(self.schema)
+        return ColumnCodec(self.contexts, codec, self.bound_to, self.redact, schema)
 
     # `process_bind_param` would run behind LargeBinary's own processor, which wraps every value in
     # a memoryview that no supported driver needs; that costs a tenth of sealing a small value.
@@ -448,6 +527,8 @@ class EncryptedJSON(TypeDecorator[Any]):
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """LONGBLOB on MySQL and MariaDB, where BLOB ends at 64 KiB; LargeBinary elsewhere."""
+        # Every statement that has a value of this type comes here before it is executed.
+        event.listen(dialect, "handle_error", _hide_unsealed_parameters)
         if dialect.name in ("mysql", "mariadb"):
             return dialect.type_descriptor(LONGBLOB())
         return dialect.type_descriptor(LargeBinary())
@@ -474,6 +555,7 @@ _DEFAULTS: Final[dict[str, object]] = {
     "redact": True,
     "bound_to": (),
 }
+"""What ``repr`` shows, which migrations hold: no schema, because it is a name of the user's."""
 
 
 def _names(parameter: str, names: Iterable[str]) -> tuple[str, ...]:
@@ -483,9 +565,41 @@ def _names(parameter: str, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _derive_context(column: Column[Any], table: Any) -> None:
+    """Give the column's type its context, now that the column has joined its table."""
+    if not isinstance(table, Table):
+        return
+    context = f"{table.name}.{column.name}"
     type_ = column.type
-    if isinstance(type_, EncryptedJSON) and isinstance(table, Table):
-        column.type = type_._attached(f"{table.name}.{column.name}")
+    if isinstance(type_, EncryptedJSON):
+        column.type = type_ = type_._attached(context)
+        default = column.server_default
+        if isinstance(default, DefaultClause) and isinstance(default.arg, str):
+            raise UnsupportedOperationError(
+                f"server_default= of {context} would store plaintext: the database has no key to "
+                "seal it with. Use default="
+            )
+    variants = {
+        dialect: variant._attached(context)
+        for dialect, variant in type_._variant_mapping.items()
+        if isinstance(variant, EncryptedJSON)
+    }
+    if variants:
+        column.type = type_.copy()
+        column.type._variant_mapping = type_._variant_mapping.union(variants)
+
+
+def _hide_unsealed_parameters(context: ExceptionContext) -> None:
+    """
+    Take the parameters out of an error that was raised before they were sealed.
+
+    Another column's bind processor, a default or a missing parameter may fail before this type
+    has seen a value, and SQLAlchemy prints the row's parameters with the error. Those of an error
+    of the database are sealed, and stay.
+    """
+    error = context.sqlalchemy_exception
+    if context.execution_context is None and isinstance(error, StatementError) and error.params:
+        error.params = None
+        error.add_detail("parameters hidden: an EncryptedJSON value may be among them, unsealed")
 
 
 def _row_of(value: Bound, column: ColumnCodec) -> bytes:

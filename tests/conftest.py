@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from hypothesis import settings
 from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -16,6 +17,10 @@ from sqlalchemy_lucent import Keyring, set_default_keyring
 from tests.databases import ASYNC_DRIVERS, SYNC_DRIVERS, drop_everything, own_database
 
 T = TypeVar("T")
+
+# No test may fail because the machine is busy.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 KEY_1 = bytes(range(32))
 KEY_2 = bytes(range(32, 64))

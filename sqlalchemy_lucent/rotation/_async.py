@@ -1,16 +1,22 @@
-"""Run the synchronous engine over an async engine or connection."""
+"""
+Run the synchronous engine over an async engine or connection.
+
+SQLAlchemy's asyncio extension is imported when it is used: it needs greenlet, which programs
+without asyncio may not have.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
-from sqlalchemy.util import await_only
 
 from ..exceptions import RotationError
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 _T = TypeVar("_T")
 
@@ -19,6 +25,8 @@ async def run_sync(
     bind: AsyncEngine | AsyncConnection, work: Callable[[Engine | Connection], _T]
 ) -> _T:
     """Run `work` on the synchronous engine or connection below `bind`."""
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+
     if isinstance(bind, AsyncConnection):
         return await bind.run_sync(work)
     if not isinstance(bind, AsyncEngine):
@@ -32,4 +40,6 @@ async def run_sync(
 
 def sleep_in_async(seconds: float) -> None:
     """Wait, inside :func:`run_sync`, while the event loop goes on."""
+    from sqlalchemy.util import await_only
+
     await_only(asyncio.sleep(seconds))

@@ -55,9 +55,11 @@ class Pace:
 
     def after(self, rows: int, size: int, seconds: float) -> None:
         """Adapt to a batch of `rows` rows and `size` bytes that took `seconds`, and wait."""
-        if self._batch_time is not None and rows >= self.limit:
-            factor = self._batch_time / max(seconds, 1e-6)
-            self._rows = min(max(rows * min(max(factor, 0.5), 2.0), 1), _LARGEST_BATCH)
+        if self._batch_time is not None and rows:
+            factor = min(max(self._batch_time / max(seconds, 1e-6), 0.5), 2.0)
+            # A batch that something else kept small says nothing about larger ones.
+            if factor < 1 or rows >= int(self._rows):
+                self._rows = min(max(rows * factor, 1), _LARGEST_BATCH)
         self._most = max(1, _BATCH_BYTES * rows // max(size, 1))
         wait = self._pause
         if self._max_rate is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -11,6 +12,7 @@ from sqlalchemy import (
     Dialect,
     LargeBinary,
     Row,
+    Select,
     and_,
     bindparam,
     cast,
@@ -21,10 +23,10 @@ from sqlalchemy import (
 )
 
 from .._envelope import NONCE_SIZE, header_size
-from ..exceptions import ConfigurationError, DecryptionError
+from ..exceptions import ConfigurationError, DecryptionError, RotationError
 from ..keyring import Keyring
 from ..types import as_bytes, encode_row, open_in_contexts
-from ._write import Change, Writer, writer_for
+from ._write import Changes, Writer, writer_for
 from .report import FailedRow
 from .targets import TargetColumn, TargetTable
 
@@ -47,6 +49,15 @@ class Batch(NamedTuple):
     """Bytes of the values that were read."""
 
 
+class Resealed(NamedTuple):
+    """What became of some rows in memory."""
+
+    changes: list[Changes]
+    failed: list[FailedRow]
+    size: int
+    """Bytes of the values that were stale."""
+
+
 class SealedColumn:
     """Opens and re-seals the values of one column."""
 
@@ -55,7 +66,10 @@ class SealedColumn:
         self.contexts = target.type.contexts
         self.keys = keyring.for_context(self.contexts[0])
         self.header = self.keys.primary.header
-        self._keyring = keyring
+        self.open: Callable[[bytes, bytes], bytes] = self.keys.open
+        """Returns the plaintext of (sealed bytes, row context), or raises a `DecryptionError`."""
+        if len(self.contexts) > 1:
+            self.open = partial(_open_in_contexts, self.contexts, keyring)
         self.bound_to = target.type.bound_to
         self.bound_columns = target.bound_to
         self._positions = [names.index(name) for name in target.bound_to]
@@ -66,10 +80,6 @@ class SealedColumn:
         if not self._positions:
             return b""
         return encode_row([row[position] for position in self._positions], self.bound_to)
-
-    def open(self, sealed: bytes, row: bytes) -> bytes:
-        """Return the plaintext, or raise a `DecryptionError`."""
-        return open_in_contexts(self.contexts, sealed, row, self._keyring)
 
     def renew(self, sealed: bytes, row: bytes) -> bytes:
         """Return the same plaintext sealed under the primary key, or raise `DecryptionError`."""
@@ -97,19 +107,41 @@ class TableWorker:
         self.columns = [SealedColumn(found, keyring, names) for found in target.columns]
         self._key_size = len(target.primary_key)
         self._writer: Writer | None = None
+        # Kept, because building a statement costs SQLAlchemy as much as running it.
+        self._statements: dict[tuple[object, ...], Select[Any]] = {}
 
     # -- statements ------------------------------------------------------------------------------
 
-    def prepare(self, connection: Connection) -> None:
+    def prepare(self, connection: Connection, *, lock: bool = True) -> None:
         """Fail now if the table or a column is missing or not ours to lock; write nothing."""
         self._writer = writer_for(connection, self.target)
-        self.read(connection, None, 0, stale_only=True)
+        self.check_keys(connection)
+        self.read(connection, None, 0, stale_only=True, lock=lock)
+
+    def check_keys(self, connection: Connection) -> None:
+        """
+        Refuse a table with rows that no primary key leads to: SQLite allows NULL in one.
+
+        :raises RotationError: there is such a row.
+        """
+        if connection.dialect.name != "sqlite":
+            return
+        lost = or_(*(part.is_(None) for part in self.primary_key))
+        statement = select(literal(1)).select_from(self.target.clause).where(lost).limit(1)
+        if connection.execute(statement).first() is not None:
+            raise RotationError(
+                f"table {self.target.name} has a row with NULL in its primary key; give such rows "
+                "a primary key, so that they can be read in order and named"
+            )
 
     def is_stale(self, sealed: SealedColumn) -> ColumnElement[bool]:
         """The condition that a value is not under the primary key."""
         value = self.target.clause.c[sealed.name]
         prefix = func.substr(value, 1, len(sealed.header), type_=LargeBinary)
-        return and_(value.is_not(None), prefix != literal(sealed.header, LargeBinary))
+        # "Distinct from", because SQLite's substr() of an empty value is NULL.
+        return and_(
+            value.is_not(None), prefix.is_distinct_from(literal(sealed.header, LargeBinary))
+        )
 
     def any_stale(self) -> ColumnElement[bool]:
         """The condition that a row has a value which is not under the primary key."""
@@ -136,22 +168,32 @@ class TableWorker:
         lock: bool = True,
     ) -> Sequence[Row[Any]]:
         """Return rows behind the primary key `after`, in order; stale ones are locked."""
-        if stale_only:
-            condition = self.any_stale()
-        else:
-            clause = self.target.clause
-            condition = or_(*(clause.c[sealed.name].is_not(None) for sealed in self.columns))
-        statement = (
-            select(*self.selected)
-            .where(condition, *self.key_range(after, upto))
-            .order_by(*self.primary_key)
-            .limit(limit)
-        )
-        if stale_only and lock and self._locking:
-            # Rows that another rotator has in hand are left to it. `key_share` is PostgreSQL's lock
-            # that leaves alone those who insert rows with a foreign key to this one.
-            statement = statement.with_for_update(skip_locked=True, key_share=True)
-        return connection.execute(statement).all()
+        kind = (after is None, upto is None, limit is None, stale_only, lock)
+        if kind not in self._statements:
+            if stale_only:
+                condition = self.any_stale()
+            else:
+                clause = self.target.clause
+                condition = or_(*(clause.c[sealed.name].is_not(None) for sealed in self.columns))
+            statement = self.in_order(select(*self.selected).where(condition), after, upto, limit)
+            if stale_only and lock and self._locking:
+                # Rows that another rotator has in hand are left to it. `key_share` is PostgreSQL's
+                # lock that leaves alone those who insert rows with a foreign key to this one.
+                statement = statement.with_for_update(skip_locked=True, key_share=True)
+            self._statements[kind] = statement
+        parameters = self.parameters(after, upto, limit)
+        return connection.execute(self._statements[kind], parameters).all()
+
+    def in_order(
+        self,
+        statement: Select[Any],
+        after: PrimaryKey | None,
+        upto: PrimaryKey | None,
+        limit: int | None,
+    ) -> Select[Any]:
+        """Order `statement` by primary key, within what :meth:`parameters` will give."""
+        statement = statement.where(*self.key_range(after, upto)).order_by(*self.primary_key)
+        return statement if limit is None else statement.limit(bindparam("lucent_limit"))
 
     def key_range(
         self, after: PrimaryKey | None, upto: PrimaryKey | None
@@ -159,10 +201,21 @@ class TableWorker:
         """The conditions that a row is behind `after`, and not behind `upto`."""
         conditions = []
         if after is not None:
-            conditions.append(_compared(self.primary_key, after, "after", behind=True))
+            conditions.append(_compared(self.primary_key, "after", behind=True))
         if upto is not None:
-            conditions.append(_compared(self.primary_key, upto, "upto", behind=False))
+            conditions.append(_compared(self.primary_key, "upto", behind=False))
         return conditions
+
+    def parameters(
+        self, after: PrimaryKey | None, upto: PrimaryKey | None, limit: int | None = None
+    ) -> dict[str, Any]:
+        """Return the parameters of a statement within these bounds."""
+        parameters = {
+            f"lucent_{name}_{position}": value
+            for name, key in (("after", after), ("upto", upto))
+            for position, value in enumerate(key or ())
+        }
+        return parameters if limit is None else {**parameters, "lucent_limit": limit}
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -187,9 +240,11 @@ class TableWorker:
             else:
                 yield None
 
-    def reseal(self, rows: Sequence[Row[Any]]) -> tuple[list[Change], list[FailedRow], int]:
-        """Seal the stale values of `rows` anew; return that, the failures and the bytes read."""
-        changes, failed, size = [], [], 0
+    def reseal(self, rows: Sequence[Row[Any]]) -> Resealed:
+        """Seal the stale values of `rows` anew."""
+        changes: dict[tuple[str, ...], Changes] = {}
+        failed: list[FailedRow] = []
+        size = 0
         for row in rows:
             names: tuple[str, ...] = ()
             old: tuple[bytes, ...] = ()
@@ -213,8 +268,10 @@ class TableWorker:
                 old += (value[: header_size(value) + NONCE_SIZE],)
                 new += (renewed,)
             if names:
-                changes.append(Change(self.primary_key_of(row), names, old, new))
-        return changes, failed, size
+                if names not in changes:
+                    changes[names] = Changes(names, self._key_size)
+                changes[names].add(row, old, new)
+        return Resealed(list(changes.values()), failed, size)
 
     def _failure(self, row: Sequence[Any], sealed: SealedColumn, error: Exception) -> FailedRow:
         return FailedRow(
@@ -228,7 +285,7 @@ class TableWorker:
         rows = self.read(connection, after, limit, stale_only=True)
         changes, failed, size = self.reseal(rows)
         assert self._writer is not None
-        written = self._writer.write(connection, changes) if changes else 0
+        written = sum(self._writer.write(connection, change) for change in changes)
         last = self.primary_key_of(rows[-1]) if rows else None
         return Batch(len(rows), last, written, failed, size)
 
@@ -237,11 +294,17 @@ class TableWorker:
         rows = self.read(connection, after, limit, stale_only=True, lock=False)
         changes, failed, size = self.reseal(rows)
         last = self.primary_key_of(rows[-1]) if rows else None
-        return Batch(len(rows), last, sum(len(c.names) for c in changes), failed, size)
+        return Batch(len(rows), last, sum(len(c) * len(c.names) for c in changes), failed, size)
+
+
+def _open_in_contexts(
+    contexts: Sequence[str], keyring: Keyring, sealed: bytes, row: bytes
+) -> bytes:
+    return open_in_contexts(contexts, sealed, row, keyring)
 
 
 def _compared(
-    columns: Sequence[ColumnElement[Any]], values: PrimaryKey, name: str, *, behind: bool
+    columns: Sequence[ColumnElement[Any]], name: str, *, behind: bool
 ) -> ColumnElement[bool]:
     """
     Return ``(a, b) > (x, y)``, or ``<=``, spelled out: each database's planner can use an index.
@@ -249,8 +312,8 @@ def _compared(
     Row values would be shorter, but MySQL and MariaDB scan the table for them.
     """
     parameters = [
-        bindparam(f"lucent_{name}_{position}", value, type_=column.type)
-        for position, (column, value) in enumerate(zip(columns, values, strict=True))
+        bindparam(f"lucent_{name}_{position}", type_=column.type)
+        for position, column in enumerate(columns)
     ]
     *rest, (last_column, last) = zip(columns, parameters, strict=True)
     condition = last_column > last if behind else last_column <= last

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, func, select
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from .. import _sql
 from ..exceptions import KeyInUseError, RotationError
@@ -19,6 +18,9 @@ from ._table import PrimaryKey, TableWorker
 from .engine import DEFAULT_BATCH_SIZE
 from .report import Failures, StatusReport, StatusRow, VerifyReport
 from .targets import Target, TargetTable, resolve_targets
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 
 def status(
@@ -154,6 +156,7 @@ def verify(
     with _connected(bind) as connection:
         for table in resolve_targets(targets, connection):
             worker = TableWorker(table, keyring, connection.dialect)
+            worker.check_keys(connection)
             for row in _rows(worker, connection, sample):
                 for failed in worker.open_values(row):
                     if failed is None:

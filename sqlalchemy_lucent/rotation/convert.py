@@ -75,16 +75,21 @@ class PlainColumn:
         self._writer = writer
         self._is_json = isinstance(type_, JSON)
         self._is_text = isinstance(type_, String)
-        # Drivers would read JSON in ways of their own.
-        self._as_text = self._is_json and dialect.name != "sqlite"
+        # Drivers would read JSON in ways of their own; that of SQLite fails on text that is not
+        # UTF-8, and gives a number for JSON that is one.
+        self._cast: type[TypeEngine[Any]] | None = None
+        if dialect.name == "sqlite":
+            self._cast = LargeBinary if self._is_json or self._is_text else None
+        elif self._is_json:
+            self._cast = Text
         impl = type_.dialect_impl(dialect)
-        self._process = None if self._is_json else impl.result_processor(dialect, None)
+        self._process = impl.result_processor(dialect, None)
         self._bind = impl.bind_processor(dialect)
 
     def expression(self) -> ColumnElement[Any]:
         """What to select."""
         raw: ColumnElement[Any] = column(self.name)
-        return cast(raw, Text) if self._as_text else raw
+        return raw if self._cast is None else cast(raw, self._cast)
 
     def read(self, stored: Any) -> bytes:
         """Return the document that `stored` holds, or raise `ConversionError`."""
@@ -96,15 +101,16 @@ class PlainColumn:
         raise ConversionError(f"a value of {self.name} cannot be read as JSON ({fault})")
 
     def _read(self, stored: Any) -> bytes:
-        value = stored if self._process is None else self._process(stored)
-        if self._is_json:
-            # SQLite stores a number that is a whole document as a number.
-            if not isinstance(value, (int, float)):
-                value = self._codec.loads(_encoded(value))
-        elif self._is_text and self._reader is None:
-            document = _encoded(value)
-            self._codec.dumps(self._codec.loads(document))  # refuses what could not come back
-            return document
+        if self._is_json or self._is_text:
+            document = stored.encode("utf-8") if isinstance(stored, str) else bytes(stored)
+            if self._is_text and self._reader is not None:
+                return self._codec.dumps(self._reader(document.decode("utf-8")))
+            value = self._codec.loads(document)
+            if self._is_text:
+                self._codec.dumps(value)  # refuses what could not come back
+                return document
+        else:
+            value = stored if self._process is None else self._process(stored)
         return self._codec.dumps(value if self._reader is None else self._reader(value))
 
     def write(self, document: bytes) -> Any:
@@ -183,11 +189,13 @@ class _Worker:
             .order_by(*self.primary_key)
             .limit(limit)
         )
+        parameters: dict[str, Any] = {}
         if after is not None:
-            statement = statement.where(_compared(self.primary_key, after, "after", behind=True))
+            statement = statement.where(_compared(self.primary_key, "after", behind=True))
+            parameters = {f"lucent_after_{n}": part for n, part in enumerate(after)}
         if lock and self._locking:
             statement = statement.with_for_update(skip_locked=skip_locked, key_share=True)
-        return connection.execute(statement).all()
+        return connection.execute(statement, parameters).all()
 
     def _key(self, row: Sequence[Any]) -> PrimaryKey:
         return tuple(row[: len(self.primary_key)])
@@ -276,9 +284,9 @@ class BackfillWorker(_Worker):
         self._target_type: TypeEngine[Any] = LargeBinary() if to_sealed else plain.type
         self._values = [plain.expression(), self._clause.c[sealed.name]]
 
-    def prepare(self, connection: Connection) -> None:
-        """Fail now if a column is missing; write nothing."""
-        self._rows(connection, None, 0)
+    def prepare(self, connection: Connection, *, lock: bool = True) -> None:
+        """Fail now if a column is missing, or the rows are not ours to lock; write nothing."""
+        self._rows(connection, None, 0, lock=lock)
 
     def count_stale(self, connection: Connection) -> int:
         """Count the rows that are not filled yet."""
@@ -375,9 +383,9 @@ class RebindWorker(_Worker):
         super().__init__(owner, sealed, keyring, dialect)
         self._column = sealed.name
 
-    def prepare(self, connection: Connection) -> None:
-        """Fail now if the column is missing; write nothing."""
-        self._rows(connection, None, 0)
+    def prepare(self, connection: Connection, *, lock: bool = True) -> None:
+        """Fail now if the column is missing, or the rows are not ours to lock; write nothing."""
+        self._rows(connection, None, 0, lock=lock)
 
     def count_stale(self, connection: Connection) -> int:
         """Count the values that do not open under the column's own context."""
@@ -428,7 +436,3 @@ class RebindWorker(_Worker):
         except DecryptionError:
             return False
         return True
-
-
-def _encoded(value: Any) -> bytes:
-    return value.encode("utf-8") if isinstance(value, str) else bytes(value)

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from ..exceptions import RotationError
 from ..keyring import Keyring, default_keyring
@@ -22,6 +21,9 @@ from ._pace import Pace
 from ._table import Batch, PrimaryKey, TableWorker
 from .report import FailedRow, Failures, RotationProgress, RotationReport
 from .targets import Target, TargetTable, resolve_targets
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 DEFAULT_BATCH_SIZE: Final = 1000
 """Rows per transaction: small enough to hold locks for milliseconds, large enough that the
@@ -170,8 +172,8 @@ class Worker(Protocol):
 
     name: str
 
-    def prepare(self, connection: Connection) -> None:
-        """Fail now if something is missing; write nothing."""
+    def prepare(self, connection: Connection, *, lock: bool = True) -> None:
+        """Fail now if something is missing, or not ours to lock; write nothing."""
 
     def count_stale(self, connection: Connection) -> int:
         """Count what is left to do."""
@@ -272,7 +274,7 @@ class _Run:
         return self._attempt(lambda _: worker.count_stale(self._link.connection))
 
     def _prepare(self, worker: Worker, _: int) -> None:
-        worker.prepare(self._link.connection)
+        worker.prepare(self._link.connection, lock=not self._options.dry_run)
 
     def _until_done(self, worker: Worker) -> tuple[Failures, int]:
         """Pass over the table until a count finds nothing stale but what does not open."""

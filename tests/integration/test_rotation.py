@@ -436,11 +436,10 @@ def test_columns_with_onupdate_are_untouched(engine: Engine, promoted: Keyring) 
             assert touched == [dt.datetime(2020, 1, 1)]  # noqa: DTZ001
 
 
+@pytest.mark.parametrize("url", ["mysql"], indirect=True)
 def test_columns_that_mysql_renews_stay_with_text_keys_too(
     engine: Engine, promoted: Keyring
 ) -> None:
-    if engine.dialect.name != "mysql":
-        pytest.skip("only MySQL has ON UPDATE CURRENT_TIMESTAMP")
     table = documents_table(Column("id", String(20), primary_key=True))
     fill(engine, table, 5)
     with engine.begin() as connection:

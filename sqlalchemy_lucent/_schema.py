@@ -1,0 +1,129 @@
+"""
+Typed values: a dataclass, TypedDict, msgspec Struct or pydantic model in place of plain JSON.
+
+msgspec converts all of them but pydantic's, which convert themselves. Neither library's messages
+are passed on, because both may quote the document; the path and the types are taken out of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, Generic, TypeVar, get_args
+
+import msgspec
+
+from ._json import STRICT, member_path
+from .exceptions import ConfigurationError, SchemaMismatchError, SerializationError
+
+T = TypeVar("T")
+
+# These name types and fields of the schema only. Other messages (an enum's, a constraint's, one
+# raised by the type itself) may quote the value.
+_SPEAKABLE_FAULT: Final = re.compile(
+    r"(Expected `[a-z0-9_ |-]+`, got `[a-z]+`|Object missing required field `\w+`)(?= - at |$)"
+)
+_PATH: Final = re.compile(r" - at (?:`(?P<part>key|value)` in )?`(?P<path>\$[^`]*)`$")
+
+
+class Schema(Generic[T]):
+    """
+    Converts between JSON documents and values of one type.
+
+    :param type_: the type, or an annotation made of such types: ``list[Account]``.
+    :raises ConfigurationError: it is none that can be converted.
+
+    The type must define equality, as dataclasses, Structs and models do by default.
+    """
+
+    __slots__ = ("_decode", "_encode", "type")
+
+    def __init__(self, type_: type[T]) -> None:
+        self.type = type_
+        self._decode: Callable[[bytes], T]
+        self._encode: Callable[[T], Any]
+        if _is_pydantic(type_):
+            from pydantic import TypeAdapter
+
+            adapter = TypeAdapter(type_)
+            self._decode = partial(adapter.validate_json, strict=True)
+            self._encode = partial(
+                adapter.dump_python, mode="json", by_alias=True, round_trip=True, warnings="error"
+            )
+            return
+        try:
+            self._decode = msgspec.json.Decoder(type_).decode
+        except (TypeError, NameError) as error:
+            fault = str(error)
+        else:
+            self._encode = partial(msgspec.to_builtins, str_keys=True)
+            return
+        raise ConfigurationError(f"{_name(type_)} cannot be used as a schema: {fault}")
+
+    def load(self, document: Any) -> T:
+        """
+        Return the value that `document` holds: a JSON value, or its UTF-8 text as bytes.
+
+        :raises SchemaMismatchError: it does not fit the type; the message gives the path of the
+            fault, and never the value.
+        """
+        data = document if isinstance(document, bytes) else STRICT.dumps(document)
+        try:
+            return self._decode(data)
+        except Exception as error:  # noqa: BLE001  (the type's own code may raise anything)
+            fault = _explain(error)
+        raise SchemaMismatchError(f"a document does not fit {_name(self.type)}: {fault}")
+
+    def dump(self, value: T) -> Any:
+        """
+        Return `value` as a JSON value.
+
+        :raises SerializationError: it is not of the type, or would not come back equal.
+        """
+        try:
+            document = self._encode(value)
+        except Exception as error:  # noqa: BLE001
+            fault = f"it is of type {_name(type(value))}, and raised {type(error).__name__}"
+        else:
+            try:
+                if self.load(document) == value:
+                    return document
+                fault = f"it is of type {_name(type(value))}, and would not come back equal"
+            except SchemaMismatchError as error:
+                fault = str(error)
+        raise SerializationError(f"$: a value is not one of {_name(self.type)}: {fault}")
+
+    def __reduce__(self) -> tuple[type[Schema[T]], tuple[type[T]]]:
+        # The converters are not pickled; they are made anew.
+        return type(self), (self.type,)
+
+    def __repr__(self) -> str:
+        return f"<Schema of {_name(self.type)}>"
+
+
+def _is_pydantic(type_: Any) -> bool:
+    return hasattr(type_, "__pydantic_core_schema__") or any(map(_is_pydantic, get_args(type_)))
+
+
+def _name(type_: Any) -> str:
+    return type_.__name__ if isinstance(type_, type) else str(type_)
+
+
+def _explain(error: Exception) -> str:
+    """Return the path and the kind of a fault, and nothing of the document."""
+    if isinstance(error, msgspec.MsgspecError):
+        message = str(error)
+        found = _PATH.search(message)
+        path = found["path"] if found else "$"
+        if found and found["part"]:
+            path = f"a {found['part']} in {path}"
+        fault = _SPEAKABLE_FAULT.match(message)
+        return f"{path}: {fault[1] if fault else 'the value breaks a rule of its type'}"
+    if hasattr(error, "errors"):  # pydantic.ValidationError
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        path = "$"
+        for part in first["loc"]:
+            path = f"{path}[{part}]" if isinstance(part, int) else member_path(path, part)
+        return f"{path}: {first['type']}"
+    return f"$: {type(error).__name__}"

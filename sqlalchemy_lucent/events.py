@@ -1,0 +1,65 @@
+"""
+Access events: what an audit is told of each use of a secret, and never its value.
+
+::
+
+    def audit(access: SecretAccess, session: Session) -> None:
+        session.execute(insert(audit_log).values(action=access.action, key=str(access.key), …))
+
+    secrets = LucentSecrets(session, on_access=audit)
+
+==========  ==================================================================  =================
+action      told after                                                          outcomes
+==========  ==================================================================  =================
+``read``    a value was opened, or was to be: ``get``, ``require``,             ``ok``,
+            ``get_many``, the source of ``copy`` and ``move``                   ``missing``, or an
+                                                                                error's class name
+``write``   a value was stored: ``set``, ``set_many``, the target of            ``ok``,
+            ``copy`` and ``move``                                               ``conflict``
+``delete``  a secret was deleted: ``delete``, ``delete_many``, the source       ``ok``,
+            of ``move``                                                         ``missing``,
+                                                                                ``conflict``
+``rotate``  a value was sealed anew: ``rotate``, ``rotate_many``                ``ok``
+==========  ==================================================================  =================
+
+``exists``, ``info``, ``list`` and ``count`` open nothing and tell nothing. An error of the
+database is raised and not told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, TypeAlias
+
+from sqlalchemy.orm import Session
+
+from .secret_key import SecretKey
+
+Action: TypeAlias = Literal["read", "write", "delete", "rotate"]
+
+
+@dataclass(frozen=True)
+class SecretAccess:
+    """
+    One use of one secret.
+
+    `key_version` is that of the value read or written; ``None`` for a deletion and for what is
+    missing. `time` is in UTC. `outcome` is ``ok``, ``missing``, ``conflict`` (a compare-and-swap
+    lost), or the name of the error's class if the value did not open, such as ``TamperedError``.
+    """
+
+    action: Action
+    key: SecretKey
+    key_version: str | None
+    time: datetime
+    outcome: str
+
+
+AccessHandler: TypeAlias = Callable[[SecretAccess, Session], None]
+"""
+Is called with each access and the repository's session (with an ``AsyncSession``, the synchronous
+session beneath it), inside the caller's transaction. If it raises, the operation is undone and the
+exception goes on to the caller.
+"""

@@ -1,0 +1,340 @@
+# ruff: noqa: D102  (the methods do what those of dict and list do)
+"""
+Change tracking: edits inside a document, at any depth, are written at the next flush.
+
+::
+
+    credentials: Mapped[dict[str, Any]] = mapped_column(EncryptedJSON.mutable())
+
+    account.credentials["tokens"][0]["expiry"] = 0
+    session.commit()
+
+:class:`sqlalchemy.ext.mutable.MutableDict` sees edits of the outermost ``dict`` only, and takes no
+other kind of document. Here every ``dict`` and ``list`` of a document is of a subclass that tells
+the document's *owner*, the attribute that holds it, of each edit. A document has one owner: what is
+set on an attribute, or put into another document, is copied. So is a container that goes into
+the document from outside; edit the copy, ``account.credentials["new"]``.
+
+Tracked values are a real ``dict`` and ``list``. ``copy.deepcopy()`` gives a value that is not
+tracked; a pickle of the model keeps the tracking, a pickle of the value alone has no owner.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, Final, Self, SupportsIndex
+
+from sqlalchemy import Column, event
+from sqlalchemy.orm import InstanceState, Mapper, QueryableAttribute
+from sqlalchemy.orm.attributes import flag_modified
+
+from ._json import MAX_DEPTH
+from ._redacted import redact
+from .exceptions import UnsupportedOperationError
+
+
+class Owner:
+    """What all containers of one document share: the attribute that holds it, if one does."""
+
+    __slots__ = ("_key", "_state", "redacts")
+
+    def __init__(self, redacts: bool = True) -> None:
+        self.redacts = redacts
+        self._state: weakref.ref[InstanceState[Any]] | None = None
+        self._key = ""
+
+    def attach(self, state: InstanceState[Any], key: str) -> None:
+        """Belong to this attribute of this object."""
+        self._state = weakref.ref(state)
+        self._key = key
+
+    def is_held_by(self, state: InstanceState[Any], key: str) -> bool:
+        """Say whether this attribute of this object is the one."""
+        return self._state is not None and self._state() is state and self._key == key
+
+    def detach(self) -> None:
+        """Belong to nothing: the attribute holds another value now."""
+        self._state = None
+
+    def adopt(self, value: Any, depth: int = 0) -> Any:
+        """Return `value` as part of this document."""
+        # Too deep a document, or one that contains itself, is left for the codec to refuse.
+        if depth > MAX_DEPTH or (isinstance(value, _TRACKED) and value._owner is self):
+            return value
+        # No comprehensions and no helpers: a level must not take several of Python's frames.
+        if isinstance(value, dict):
+            members = dict.__new__(TrackedDict)
+            members._owner = self
+            for name, child in value.items():
+                dict.__setitem__(members, name, self.adopt(child, depth + 1))
+            return members
+        if isinstance(value, list):
+            items = list.__new__(TrackedList)
+            items._owner = self
+            for child in value:
+                list.append(items, self.adopt(child, depth + 1))
+            return items
+        return value
+
+    def changed(self) -> None:
+        """
+        Mark the attribute as modified.
+
+        :raises UnsupportedOperationError: the attribute does not hold this document any more.
+        """
+        state = None if self._state is None else self._state()
+        target = None if state is None else state.obj()
+        if state is None or target is None:
+            return
+        if getattr(state.dict.get(self._key), "_owner", None) is not self:
+            raise UnsupportedOperationError(
+                f"{type(target).__name__}.{self._key} holds this value no longer: the object was "
+                "expired or loaded again after the value was read (commit() and rollback() expire "
+                "objects), so the edit would be lost. Read the attribute again and edit that"
+            )
+        flag_modified(target, self._key)
+
+
+class TrackedDict(dict[str, Any]):
+    """A ``dict`` of a tracked document."""
+
+    __slots__ = ("_owner",)
+
+    _owner: Owner
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        self = super().__new__(cls)
+        self._owner = Owner()
+        return self
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        super().__init__()
+        self.update(*values, **named)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, self._owner.adopt(value, 1))
+        self._owner.changed()
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self._owner.changed()
+
+    def update(self, *values: Any, **named: Any) -> None:
+        adopt = self._owner.adopt
+        super().update({name: adopt(child, 1) for name, child in dict(*values, **named).items()})
+        self._owner.changed()
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def pop(self, *arguments: Any) -> Any:
+        value = super().pop(*arguments)
+        self._owner.changed()
+        return value
+
+    def popitem(self) -> tuple[str, Any]:
+        item = super().popitem()
+        self._owner.changed()
+        return item
+
+    def clear(self) -> None:
+        super().clear()
+        self._owner.changed()
+
+    def __copy__(self) -> Any:
+        return _untracked(dict(self), self._owner)
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return _untracked(_plain(self), self._owner)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _restore, (_plain(self), self._owner.redacts)
+
+    def __repr__(self) -> str:
+        return "<redacted dict>" if self._owner.redacts else super().__repr__()
+
+    __str__ = __repr__
+
+
+class TrackedList(list[Any]):
+    """A ``list`` of a tracked document."""
+
+    __slots__ = ("_owner",)
+
+    _owner: Owner
+
+    def __new__(cls, *_: Any) -> Self:
+        self = super().__new__(cls)
+        self._owner = Owner()
+        return self
+
+    def __init__(self, values: Iterable[Any] = ()) -> None:
+        super().__init__(self._adopted(values))
+
+    def _adopted(self, values: Iterable[Any]) -> list[Any]:
+        adopt = self._owner.adopt
+        return [adopt(child, 1) for child in values]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(index, slice):
+            super().__setitem__(index, self._adopted(value))
+        else:
+            super().__setitem__(index, self._owner.adopt(value, 1))
+        self._owner.changed()
+
+    def __delitem__(self, index: SupportsIndex | slice) -> None:
+        super().__delitem__(index)
+        self._owner.changed()
+
+    def append(self, value: Any) -> None:
+        super().append(self._owner.adopt(value, 1))
+        self._owner.changed()
+
+    def extend(self, values: Iterable[Any]) -> None:
+        super().extend(self._adopted(values))
+        self._owner.changed()
+
+    def insert(self, index: SupportsIndex, value: Any) -> None:
+        super().insert(index, self._owner.adopt(value, 1))
+        self._owner.changed()
+
+    def pop(self, index: SupportsIndex = -1) -> Any:
+        value = super().pop(index)
+        self._owner.changed()
+        return value
+
+    def remove(self, value: Any) -> None:
+        super().remove(value)
+        self._owner.changed()
+
+    def clear(self) -> None:
+        super().clear()
+        self._owner.changed()
+
+    def sort(self, **options: Any) -> None:
+        super().sort(**options)
+        self._owner.changed()
+
+    def reverse(self) -> None:
+        super().reverse()
+        self._owner.changed()
+
+    def __iadd__(self, values: Iterable[Any]) -> Self:  # type: ignore[misc]
+        self.extend(values)
+        return self
+
+    def __imul__(self, times: SupportsIndex) -> Self:
+        super().__imul__(times)
+        self._owner.changed()
+        return self
+
+    def __copy__(self) -> Any:
+        return _untracked(list(self), self._owner)
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return _untracked(_plain(self), self._owner)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _restore, (_plain(self), self._owner.redacts)
+
+    def __repr__(self) -> str:
+        return "<redacted list>" if self._owner.redacts else super().__repr__()
+
+    __str__ = __repr__
+
+
+_TRACKED: Final = (TrackedDict, TrackedList)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(child) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_plain(child) for child in value]
+    return value
+
+
+def _untracked(value: Any, owner: Owner) -> Any:
+    return redact(value) if owner.redacts else value
+
+
+def _restore(value: Any, redacts: bool) -> Any:
+    return Owner(redacts).adopt(value)
+
+
+# -- listeners -------------------------------------------------------------------------------------
+
+_PICKLED: Final = "lucent.tracked"
+"""Where the pickled state of an object keeps its tracked values, to find them again."""
+
+
+def track_mapped_columns(mapper: Mapper[Any], class_: type[Any]) -> None:
+    """
+    Listen on each attribute of a mapper that asks for tracking: a ``mapper_configured`` listener.
+
+    It looks at the column's type as it is in the end, so copies of columns and types are covered.
+    """
+    for attribute in mapper.column_attrs:
+        column = attribute.columns[0]
+        # An inherited attribute has its listeners from the class that it belongs to.
+        if attribute.parent is mapper and isinstance(column, Column):
+            type_: Any = column.type
+            if getattr(type_, "tracks_changes", False):
+                _listen(getattr(class_, attribute.key), redacts=type_.redact)
+
+
+def _listen(attribute: QueryableAttribute[Any], redacts: bool) -> None:
+    key = attribute.key
+
+    def own(state: InstanceState[Any], value: Any) -> Any:
+        tracked = Owner(redacts).adopt(value)
+        if isinstance(tracked, _TRACKED):
+            tracked._owner.attach(state, key)
+        return tracked
+
+    def load(state: InstanceState[Any], *_: Any) -> None:
+        value = state.dict.get(key)
+        if isinstance(value, _TRACKED) and value._owner.is_held_by(state, key):
+            return
+        if isinstance(value, (dict, list)):
+            state.dict[key] = own(state, value)
+
+    def refresh(state: InstanceState[Any], _: Any, names: Iterable[str] | None) -> None:
+        if not names or key in names:
+            load(state)
+
+    def replace(state: InstanceState[Any], value: Any, old: Any, _: Any) -> Any:
+        if value is old:
+            return value
+        if isinstance(old, _TRACKED):
+            old._owner.detach()
+        return own(state, value)
+
+    def pickle(state: InstanceState[Any], pickled: dict[str, Any]) -> None:
+        value = state.dict.get(key)
+        if isinstance(value, _TRACKED):
+            pickled.setdefault(_PICKLED, {})[key] = value
+
+    def unpickle(state: InstanceState[Any], pickled: dict[str, Any]) -> None:
+        # The object has no attributes yet; this is the value that its attribute is going to have.
+        value = pickled.get(_PICKLED, {}).get(key)
+        if isinstance(value, _TRACKED):
+            value._owner.attach(state, key)
+
+    event.listen(attribute, "set", replace, raw=True, retval=True, propagate=True)
+    for name, listener in (
+        ("load", load),
+        ("refresh", refresh),
+        ("refresh_flush", refresh),
+        ("_sa_event_merge_wo_load", load),  # merge(load=False), as sqlalchemy.ext.mutable does
+        ("pickle", pickle),
+        ("unpickle", unpickle),
+    ):
+        event.listen(attribute.class_, name, listener, raw=True, propagate=True)

@@ -1,0 +1,80 @@
+"""The pages of the documentation, and the fenced blocks, links and test names in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[2]
+PAGES: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+OUTPUT_MARK: Final = "<!-- output -->"
+"""Stands on a line of its own before the ``text`` block that the block above it must print."""
+
+# Not the colons of an admonition: what is inside one is read like everything else.
+_FENCE: Final = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>.*)$")
+_LINK: Final = re.compile(r"\]\((?P<target>[^()\s]+)\)")
+_TEST: Final = re.compile(r"`(?P<path>tests/[\w/]+\.py)(?:::(?P<name>\w+))?`")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: `line` is the number of its first line of content in the page."""
+
+    info: str
+    text: str
+    line: int
+    is_output: bool
+
+
+def relative(page: Path) -> str:
+    """Return the path of `page` in the repository, which is how tests and messages call it."""
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Give the fenced blocks of `page`, top to bottom."""
+    lines = page.read_text("utf-8").splitlines()
+    previous = ""
+    number = 0
+    while number < len(lines):
+        opening = _FENCE.match(lines[number])
+        number += 1
+        if opening is None:
+            previous = lines[number - 1].strip() or previous
+            continue
+        indent, fence = opening["indent"], opening["fence"]
+        start = number
+        while number < len(lines) and not (
+            lines[number].strip().startswith(fence) and not lines[number].strip().strip(fence[0])
+        ):
+            number += 1
+        assert number < len(lines), f"{page}:{start}: the block is not closed"
+        text = "".join(line.removeprefix(indent) + "\n" for line in lines[start:number])
+        yield Block(opening["info"].strip(), text, start + 1, previous == OUTPUT_MARK)
+        number += 1
+        previous = ""
+
+
+def prose(page: Path) -> str:
+    """Return `page` without the contents of its fenced blocks."""
+    lines = page.read_text("utf-8").splitlines()
+    for block in blocks(page):
+        for number in range(block.line, block.line + block.text.count("\n")):
+            lines[number - 1] = ""
+    return "\n".join(lines)
+
+
+def links(page: Path) -> Iterator[str]:
+    """Give the targets of the links and images in `page`."""
+    for match in _LINK.finditer(prose(page)):
+        yield match["target"]
+
+
+def named_tests(page: Path) -> Iterator[tuple[str, str | None]]:
+    """Give the tests that `page` names, as path and function."""
+    for match in _TEST.finditer(prose(page)):
+        yield match["path"], match["name"]

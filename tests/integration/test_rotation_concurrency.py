@@ -1,0 +1,278 @@
+"""Rotations beside writers and beside each other: nobody's work is lost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    event,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import OperationalError
+
+from sqlalchemy_lucent import (
+    EncryptedJSON,
+    Keyring,
+    rotate,
+    set_default_keyring,
+    status,
+    verify,
+)
+from sqlalchemy_lucent.rotation._table import TableWorker
+from sqlalchemy_lucent.rotation._write import BinaryArrayWriter, JoinWriter, RowWriter, writer_for
+from sqlalchemy_lucent.rotation.targets import resolve_targets
+from tests.integration.workers import contents, fill, finish, ledger, reap, start
+
+ROWS = 400
+WRITERS = 4
+CHANGES = 150
+
+
+def versions(engine: Engine, target: Any = ledger) -> set[str | None]:
+    return {row.key_version for row in status(engine, target).rows}
+
+
+@pytest.mark.slow
+def test_four_writers_beside_two_rotators_lose_nothing(engine: Engine, promoted: Keyring) -> None:
+    fill(engine, ROWS)
+    url = engine.url.render_as_string(hide_password=False)
+    # The writers still have the old primary, so there is always something to rotate.
+    writers = [
+        start("writer", url, number, WRITERS, ROWS, CHANGES, primary="v1")
+        for number in range(WRITERS)
+    ]
+    rotators = [start("rotator", url, 20, 0.001) for _ in range(2)]
+    try:
+        last: dict[int, int] = {}
+        for writer in writers:
+            for line in finish(writer).splitlines():
+                row, seq = map(int, line.split())
+                last[row] = seq
+        reports = [finish(rotator) for rotator in rotators]
+    finally:
+        reap([*writers, *rotators])
+    assert all('"failed_count": 0' in report for report in reports)
+    assert rotate(engine, ledger, keyring=promoted).ok
+    assert versions(engine) == {"v2"}
+    set_default_keyring(promoted.without("v1"))
+    expected = {n: {"seq": last.get(n, 0)} for n in range(ROWS)}
+    assert contents(engine, promoted.without("v1")) == {
+        n: (value, value) for n, value in expected.items()
+    }
+
+
+def test_two_rotators_share_the_work(engine: Engine, promoted: Keyring) -> None:
+    fill(engine, ROWS)
+    rotated: list[int] = []
+    barrier = threading.Barrier(2)
+
+    def run() -> None:
+        own = create_engine(engine.url)
+        barrier.wait()
+        report = rotate(own, ledger, keyring=promoted, batch_size=10, pause=0.005)
+        assert report.ok
+        rotated.append(report.rotated)
+        own.dispose()
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(rotated) == 2 * ROWS  # each value once: nothing was done twice
+    if engine.dialect.name != "sqlite":  # there, who gets the only lock is left to chance
+        assert min(rotated) > 0
+    assert verify(engine, ledger, keyring=promoted.without("v1")).opened == 2 * ROWS
+
+
+@pytest.fixture
+def other(engine: Engine) -> Iterator[Connection]:
+    """A connection of somebody else."""
+    own = create_engine(engine.url)
+    with own.connect() as connection:
+        yield connection
+    own.dispose()
+
+
+def impatient(engine: Engine) -> None:
+    """Make the engine's connections give up on a lock after a second, so that no test hangs."""
+    setting = {
+        "postgresql": "SET lock_timeout = '1s'",
+        "mysql": "SET SESSION innodb_lock_wait_timeout = 1",
+    }[engine.dialect.name]
+
+    @event.listens_for(engine, "connect")
+    def give_up_soon(driver: Any, _record: Any) -> None:
+        cursor = driver.cursor()
+        cursor.execute(setting)
+        driver.commit()
+        cursor.close()
+
+    engine.dispose()
+
+
+@pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+def test_rows_can_be_inserted_between_those_of_a_batch_in_hand(
+    engine: Engine, promoted: Keyring
+) -> None:
+    fill(engine, 10)
+    other = create_engine(engine.url)
+    impatient(other)
+    with engine.begin() as connection:
+        connection.execute(update(ledger).values(id=ledger.c.id * 10 + 1000, bound=None))
+    inserted: list[int] = []
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def insert_meanwhile(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        if statement.startswith("UPDATE"):
+            with other.begin() as connection:
+                connection.execute(insert(ledger).values(id=1005 + len(inserted), free=1))
+            inserted.append(1)
+
+    assert rotate(engine, ledger.c.free, keyring=promoted, batch_size=5, retries=0).ok
+    assert len(inserted) > 1
+    other.dispose()
+
+
+@pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+def test_a_row_that_somebody_holds_is_not_waited_for_but_come_back_to(
+    engine: Engine, promoted: Keyring, other: Connection
+) -> None:
+    fill(engine, 30)
+    impatient(engine)
+    set_default_keyring(promoted)
+    held = ledger.c.id == 7
+    other.execute(update(ledger).where(held).values(free={"seq": 99}))
+    rotated: list[int] = []
+
+    def release(progress: Any) -> None:
+        rotated.append(progress.rotated)
+        if progress.rotated == 58:  # all the others
+            other.commit()
+
+    report = rotate(engine, ledger, keyring=promoted, batch_size=10, retries=0, on_progress=release)
+    assert (report.ok, report.remaining) == (True, 0)
+    # `bound` of the row that was held is what remained.
+    assert rotated[-2:] == [58, 59]
+    assert contents(engine, promoted)[7] == ({"seq": 99}, {"seq": 0})
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_rows_with_a_foreign_key_to_a_row_can_be_inserted_meanwhile(
+    engine: Engine, promoted: Keyring, other: Connection
+) -> None:
+    fill(engine, 20)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE entries (ledger_id int REFERENCES ledger (id))"))
+    other.execute(text("INSERT INTO entries VALUES (7)"))
+    assert rotate(engine, ledger, keyring=promoted).rotated == 40
+    other.rollback()
+
+
+def keyed(*key: Column[Any]) -> Table:
+    return Table("documents", MetaData(), *key, Column("payload", EncryptedJSON))
+
+
+@pytest.mark.parametrize("form", ["own", "row"])
+@pytest.mark.parametrize("key", ["integer", "text"])
+def test_a_value_changed_since_it_was_read_is_not_overwritten(
+    engine: Engine, promoted: Keyring, key: str, form: str
+) -> None:
+    types: dict[str, Any] = {"integer": Integer(), "text": String(20)}
+    table = keyed(Column("id", types[key], primary_key=True, autoincrement=False))
+    table.metadata.create_all(engine)
+    identities = [1, 2, 3] if key == "integer" else ["1", "2", "3"]
+    with engine.begin() as connection:
+        connection.execute(insert(table), [{"id": n, "payload": "old"} for n in identities])
+    with engine.begin() as connection:
+        (target,) = resolve_targets(table, engine)
+        worker = TableWorker(target, promoted, engine.dialect)
+        writer = RowWriter(target) if form == "row" else writer_for(connection, target)
+        rows = worker.read(connection, None, 10, stale_only=True, lock=False)
+    (changes,), _, _ = worker.reseal(rows)
+    with engine.begin() as connection:
+        connection.execute(update(table).where(table.c.id == identities[1]).values(payload="new"))
+        connection.execute(table.delete().where(table.c.id == identities[2]))
+    with engine.begin() as connection:
+        assert writer.write(connection, changes) == 1
+    set_default_keyring(promoted)
+    with engine.connect() as connection:
+        found = connection.scalars(select(table.c.payload).order_by(table.c.id)).all()
+    assert found == ["old", "new"]
+    assert status(engine, table).rows[0].count == 1
+
+
+@pytest.mark.parametrize(
+    "type_, expected",
+    [
+        (Integer(), {"sqlite": RowWriter, "postgresql": BinaryArrayWriter, "mysql": JoinWriter}),
+        (String(20), {"sqlite": RowWriter, "postgresql": BinaryArrayWriter, "mysql": RowWriter}),
+        (
+            String(20).with_variant(String(20, collation="utf8mb4_bin"), "mysql", "mariadb"),
+            {"sqlite": RowWriter, "postgresql": BinaryArrayWriter, "mysql": JoinWriter},
+        ),
+    ],
+)
+def test_each_database_has_its_form_of_update(
+    engine: Engine, type_: Any, expected: dict[str, type[Any]]
+) -> None:
+    table = keyed(Column("id", type_, primary_key=True, autoincrement=False))
+    with engine.connect() as connection:
+        (target,) = resolve_targets(table, connection)
+        assert type(writer_for(connection, target)) is expected[engine.dialect.name]
+
+
+def test_a_writer_with_the_old_primary_cannot_keep_a_run_going_for_ever(
+    engine: Engine, promoted: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(engine, 10)
+    monkeypatch.setattr("sqlalchemy_lucent.rotation.engine.MAX_PASSES", 4)
+    own = create_engine(engine.url)
+
+    def write_behind_the_cursor(_: Any) -> None:
+        with own.begin() as connection:
+            connection.execute(update(ledger).where(ledger.c.id == 0).values(free={"seq": 1}))
+
+    report = rotate(engine, ledger, keyring=promoted, on_progress=write_behind_the_cursor)
+    assert (report.ok, report.remaining, report.rotated) == (False, 1, 20 + 3)
+    own.dispose()
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_in_place_work_holds_no_key_on_the_pooled_connection(
+    engine: Engine, promoted: Keyring
+) -> None:
+    fill(engine, 3)
+    rotate(engine, ledger, keyring=promoted)
+    # Python replaces a function by None, or removes it; either way it seals nothing any more.
+    with engine.connect() as connection, pytest.raises(OperationalError):
+        connection.execute(text("SELECT lucent_reseal_0(free) FROM ledger")).all()
+
+
+def test_listeners_that_change_the_statement_see_ordinary_sql(
+    engine: Engine, promoted: Keyring
+) -> None:
+    fill(engine, 5)
+    statements: list[str] = []
+
+    @event.listens_for(engine, "before_cursor_execute", retval=True)
+    def tag(_c: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> Any:
+        statements.append(statement)
+        return f"{statement} /* tagged */", parameters
+
+    assert rotate(engine, ledger, keyring=promoted).rotated == 10
+    assert sum(statement.startswith("UPDATE") for statement in statements) == 1

@@ -1,0 +1,223 @@
+"""Counting values per key, and keeping keys that rows need."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    Column,
+    Engine,
+    Integer,
+    MetaData,
+    Table,
+    create_engine,
+    event,
+    insert,
+    update,
+)
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from sqlalchemy_lucent import (
+    EncryptedJSON,
+    KeyInUseError,
+    Keyring,
+    RotationError,
+    retire_check,
+    rotate,
+    set_default_keyring,
+    status,
+)
+from sqlalchemy_lucent.rotation import needs_rotation
+from tests.integration.workers import fill, ledger, metadata
+
+raw_ledger = Table("ledger", MetaData(), *(Column(name) for name in ("id", "free", "bound")))
+
+
+def rows_of(engine: Engine) -> list[tuple[str, str | None, str | None, int]]:
+    return [
+        (row.column, row.key_version, row.fingerprint, row.count)
+        for row in status(engine, ledger).rows
+    ]
+
+
+def test_values_are_counted_by_column_version_and_fingerprint(
+    engine: Engine, keyring: Keyring, promoted: Keyring
+) -> None:
+    fill(engine, 10)
+    same_name = Keyring({"v1": bytes(32)})
+    with engine.begin() as connection:
+        for identity, sealer in ((1, promoted), (2, promoted), (3, same_name)):
+            connection.execute(
+                update(raw_ledger)
+                .where(raw_ledger.c.id == identity)
+                .values(free=sealer.for_context("ledger.free").seal(b"1"))
+            )
+    v1, v2 = promoted.fingerprint("v1"), promoted.fingerprint("v2")
+    other = same_name.fingerprint("v1")
+    assert sorted(rows_of(engine)) == sorted(
+        [
+            ("bound", "v1", v1, 10),
+            ("free", "v1", v1, 7),
+            ("free", "v1", other, 1),
+            ("free", "v2", v2, 2),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "foreign", [b"", b'{"a": 1}', b"gAAAAABm", b"v1:", b"v1:\x02abcd", b"\xff\xfe:\x01abcdefgh"]
+)
+def test_what_is_not_sealed_is_counted_apart(engine: Engine, foreign: bytes) -> None:
+    fill(engine, 4)
+    with engine.begin() as connection:
+        connection.execute(
+            update(raw_ledger).where(raw_ledger.c.id < 2).values(free=foreign, bound=None)
+        )
+    counted = {(column, version): count for column, version, _, count in rows_of(engine)}
+    assert counted == {("free", None): 2, ("free", "v1"): 2, ("bound", "v1"): 2}
+
+
+def test_no_value_leaves_the_database_and_no_key_is_needed(engine: Engine) -> None:
+    fill(engine, 4)
+
+    def no_key() -> Keyring:
+        raise AssertionError("a key was asked for")
+
+    set_default_keyring(no_key)
+    statements: list[str] = []
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def remember(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        statements.append(statement.lower())
+
+    assert len(status(engine, ledger).rows) == 2
+    counting = [statement for statement in statements if "ledger" in statement]
+    assert len(counting) == 2
+    assert all("count(*)" in statement and "group by" in statement for statement in counting)
+
+
+def test_a_status_is_json_ready(engine: Engine, keyring: Keyring) -> None:
+    fill(engine, 2)
+    fingerprint = keyring.fingerprint("v1")
+    assert json.loads(json.dumps(status(engine, ledger.c.free).as_dict())) == {
+        "rows": [
+            {
+                "table": "ledger",
+                "column": "free",
+                "key_version": "v1",
+                "fingerprint": fingerprint,
+                "count": 2,
+            }
+        ]
+    }
+
+
+def test_an_empty_table_has_no_rows_in_the_status(engine: Engine) -> None:
+    metadata.create_all(engine)
+    assert status(engine, ledger).rows == ()
+
+
+def test_a_connection_keeps_its_transaction(engine: Engine, promoted: Keyring) -> None:
+    metadata.create_all(engine)
+    with engine.connect() as connection, connection.begin():
+        connection.execute(insert(ledger).values(id=1, free=1))
+        assert [row.count for row in status(connection, ledger).rows] == [1]
+        assert needs_rotation(connection, ledger, keyring=promoted)
+        assert connection.in_transaction()
+    assert not needs_rotation(engine, ledger)
+
+
+def test_an_async_engine_counts_through_run_sync(
+    run_async: Callable[[Callable[[AsyncEngine], Awaitable[Any]]], Any],
+) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        async with engine.begin() as connection:
+            await connection.run_sync(metadata.create_all)
+            await connection.execute(insert(ledger).values(id=1, free=1))
+            report = await connection.run_sync(status, ledger)
+            assert [row.count for row in report.rows] == [1]
+            with pytest.raises(KeyInUseError):
+                await connection.run_sync(retire_check, "v1", ledger)
+        with pytest.raises(RotationError, match="not AsyncEngine"):
+            status(engine, ledger)  # type: ignore[arg-type]
+
+    run_async(work)
+
+
+# -- Retiring a key --------------------------------------------------------------------------------
+
+
+def test_a_key_that_rows_need_is_not_retired(engine: Engine, promoted: Keyring) -> None:
+    fill(engine, 5)
+    with pytest.raises(
+        KeyInUseError, match=r"'v1' is still needed: 5 in ledger\.free, 5 in ledger\.bound"
+    ):
+        retire_check(engine, "v1", ledger)
+    rotate(engine, ledger, keyring=promoted)
+    retire_check(engine, "v1", ledger)
+    with pytest.raises(KeyInUseError):
+        retire_check(engine, "v2", ledger)
+
+
+def test_one_row_of_one_target_is_enough_to_keep_a_key(engine: Engine, promoted: Keyring) -> None:
+    fill(engine, 5)
+    other = Table(
+        "other", MetaData(), Column("id", Integer, primary_key=True), Column("p", EncryptedJSON)
+    )
+    other.create(engine)
+    rotate(engine, ledger, keyring=promoted)
+    with engine.begin() as connection:
+        connection.execute(insert(other).values(id=1, p="left behind"))
+    retire_check(engine, "v1", ledger)
+    with pytest.raises(KeyInUseError, match=r"1 in other\.p"):
+        retire_check(engine, "v1", [ledger, other])
+
+
+def test_a_slow_writer_with_the_old_primary_is_seen_by_the_second_count(
+    engine: Engine, promoted: Keyring
+) -> None:
+    fill(engine, 5)
+    rotate(engine, ledger, keyring=promoted)
+    slow = create_engine(engine.url)
+    sealed, counted = threading.Event(), threading.Event()
+
+    def write_slowly() -> None:  # a process whose keyring still has the old primary
+        with slow.begin() as connection:
+            connection.execute(update(ledger).where(ledger.c.id == 3).values(free={"late": True}))
+            sealed.set()
+            counted.wait()
+
+    thread = threading.Thread(target=write_slowly)
+    thread.start()
+    sealed.wait()
+    retire_check(engine, "v1", ledger)  # one count cannot see it
+
+    @event.listens_for(engine, "after_cursor_execute")
+    def after_the_first_count(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        if "count(*)" in statement.lower() and "bound" in statement:
+            counted.set()
+
+    with pytest.raises(KeyInUseError, match=r"1 in ledger\.free"):
+        retire_check(engine, "v1", ledger, settle=1)
+    thread.join()
+    slow.dispose()
+
+
+@pytest.mark.parametrize("settle", [-1, "1", None, True])
+def test_settling_for_no_time_that_there_is_gets_refused(engine: Engine, settle: Any) -> None:
+    with pytest.raises(RotationError, match="settle"):
+        retire_check(engine, "v1", ledger, settle=settle)
+
+
+def test_settling_inside_a_transaction_is_refused(engine: Engine) -> None:
+    fill(engine, 1)
+    with engine.connect() as connection:
+        connection.begin()
+        with pytest.raises(RotationError, match="inside a transaction"):
+            retire_check(connection, "v9", ledger, settle=0.01)
+        connection.rollback()
+        retire_check(connection, "v9", ledger, settle=0.01)

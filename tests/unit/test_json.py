@@ -1,0 +1,489 @@
+"""The strict codec: what goes in comes out equal, or is refused by path and type."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import decimal
+import enum
+import json
+import sys
+import traceback
+import types
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime, time
+from typing import Any, NamedTuple
+
+import orjson
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from sqlalchemy.ext.mutable import MutableDict, MutableList
+
+from sqlalchemy_lucent import SerializationError
+from sqlalchemy_lucent._json import MAX_DEPTH, MAX_INTEGER_DIGITS, STRICT, EngineCodec
+from sqlalchemy_lucent._redacted import RedactedDict, RedactedList, RedactedStr
+from tests.strategies import JSON_VALUES
+
+MARKER = "MARKER"
+
+
+def round_trip(value: Any) -> Any:
+    return STRICT.loads(STRICT.dumps(value))
+
+
+def nested(levels: int, wrap: Callable[[Any], Any] = lambda inner: [inner]) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = wrap(value)
+    return value
+
+
+def refusal(value: Any, codec: Any = STRICT) -> str:
+    """Return the message that refuses `value`, having looked for the value in all of the error."""
+    with pytest.raises(SerializationError) as caught:
+        codec.dumps(value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+    message = str(caught.value)
+    assert MARKER not in "".join(traceback.format_exception(caught.value))
+    return message
+
+
+# -- what goes in comes out equal ------------------------------------------------------------------
+
+
+@given(JSON_VALUES)
+@example({"b": 1, "a": 2, "": {"\0": "\ufeff\u2028\U0001f511"}})
+@example([0, -0.0, 0.0, 1, 1.0, True, False, None, 2**64, -(2**63) - 1, 1e16, 5e-324])
+@example("\ud7ff\ue000\uffff")
+def test_every_json_value_comes_back_with_types_order_and_bits(value: Any) -> None:
+    # `repr` shows the types, the order of keys, the sign of zero and every bit of a float.
+    assert repr(round_trip(value)) == repr(value)
+
+
+@given(JSON_VALUES)
+def test_documents_mean_the_same_to_the_json_of_python(value: Any) -> None:
+    assert repr(json.loads(STRICT.dumps(value))) == repr(value)
+    assert repr(STRICT.loads(json.dumps(value).encode())) == repr(value)
+
+
+def test_documents_are_compact_utf_8() -> None:
+    for big in (0, 2**70):  # one is written by orjson, the other is not
+        document = STRICT.dumps({"é": [big, None, {"b": True, "a": "\U0001f511"}]})
+        assert document == f'{{"é":[{big},null,{{"b":true,"a":"\U0001f511"}}]}}'.encode()
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_finite_float_keeps_its_bits(value: float) -> None:
+    assert round_trip([value])[0].hex() == value.hex()
+
+
+@pytest.mark.parametrize("digits", [19, 20, 21, 309, MAX_INTEGER_DIGITS])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_integers_come_back_up_to_the_limit(digits: int, sign: int) -> None:
+    value = sign * (10**digits - 1)
+    assert round_trip({"n": [value]}) == {"n": [value]}
+    assert type(round_trip(value)) is int
+
+
+@pytest.mark.parametrize("wrap", [lambda v: [v], lambda v: {"a": v}, lambda v: [0, {"a": v}]])
+def test_documents_nest_up_to_the_limit(wrap: Callable[[Any], Any]) -> None:
+    levels = MAX_DEPTH // 2 if isinstance(wrap(1), list) and len(wrap(1)) == 2 else MAX_DEPTH
+    value = nested(levels, wrap)
+    assert round_trip(value) == value
+    value = nested(levels, lambda inner: MutableDict(a=inner))
+    assert round_trip(value) == value
+
+
+def test_a_large_document_comes_back() -> None:
+    value = {f"name {number}": [number, str(number) * 5, None] for number in range(20_000)}
+    assert round_trip(value) == value
+
+
+class Number(int):
+    pass
+
+
+class Real(float):
+    pass
+
+
+class Text(str):
+    __slots__ = ()
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+class Color(enum.StrEnum):
+    RED = "red"
+
+
+class Mixed(str, enum.Enum):  # noqa: UP042  (its `str()` is not its text)
+    RED = "red"
+
+
+def moved_to_end() -> collections.OrderedDict[str, int]:
+    ordered = collections.OrderedDict(a=1, b=2, c=3)
+    ordered.move_to_end("a")
+    return ordered
+
+
+SUBCLASSES: list[tuple[Any, Any]] = [
+    (moved_to_end(), {"b": 2, "c": 3, "a": 1}),
+    ([moved_to_end()], [{"b": 2, "c": 3, "a": 1}]),
+    (collections.defaultdict(list, a=[1]), {"a": [1]}),
+    (collections.Counter("aab"), {"a": 2, "b": 1}),
+    (MutableDict(a=MutableList([1, {"b": None}])), {"a": [1, {"b": None}]}),
+    (RedactedDict(a=1), {"a": 1}),
+    (RedactedList([1, "x"]), [1, "x"]),
+    (RedactedStr("text"), "text"),
+    ([RedactedStr("text"), Text("é")], ["text", "é"]),
+    ({Text("name"): 1, "other": 2}, {"name": 1, "other": 2}),
+    ({Color.RED: Color.RED}, {"red": "red"}),
+    ({Mixed.RED: Mixed.RED}, {"red": "red"}),
+    ({"a": Level.HIGH}, {"a": 3}),
+    (Number(2**70), 2**70),
+    ([Number(-5), Real(1.5), Real(-0.0)], [-5, 1.5, -0.0]),
+    (types.SimpleNamespace(a=1).__dict__, {"a": 1}),
+]
+
+
+@pytest.mark.parametrize("value, plain", SUBCLASSES)
+def test_instances_of_subclasses_come_back_as_the_plain_value(value: Any, plain: Any) -> None:
+    assert repr(round_trip(value)) == repr(plain)
+    assert round_trip(value) == value
+
+
+def test_writing_changes_nothing_of_the_value() -> None:
+    value = MutableDict(a=[1, moved_to_end()])
+    before = repr(value)
+    STRICT.dumps(value)
+    assert repr(value) == before
+    assert type(value["a"][1]) is collections.OrderedDict
+
+
+# -- or is refused ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Account:
+    email: str = MARKER
+
+
+class Plain(enum.Enum):
+    RED = MARKER
+
+
+class Pair(NamedTuple):
+    left: str
+    right: int
+
+
+class HasRepr:
+    def __repr__(self) -> str:
+        return MARKER
+
+
+def circular() -> list[Any]:
+    value: list[Any] = [MARKER]
+    value.append(value)
+    return value
+
+
+FAULTS: list[tuple[Any, str, str]] = [
+    (float("nan"), "$", "float is NaN"),
+    ([1, float("inf")], "$[1]", "infinite"),
+    ({"a": [0, {"b": float("-inf")}]}, "$.a[1].b", "infinite"),
+    ([Real("nan")], "$[0]", "NaN"),
+    ((MARKER, 1), "$", "type tuple"),
+    ({"tokens": [1, 2, {"expiry": (MARKER,)}]}, "$.tokens[2].expiry", "type tuple"),
+    ([Pair(MARKER, 1)], "$[0]", "type Pair"),
+    ({MARKER}, "$", "type set"),
+    (frozenset({MARKER}), "$", "type frozenset"),
+    ({"a": MARKER.encode()}, "$.a", "type bytes"),
+    ([bytearray(MARKER, "ascii")], "$[0]", "type bytearray"),
+    ([memoryview(b"MARKER")], "$[0]", "type memoryview"),
+    ({"at": datetime(2024, 1, 2, tzinfo=UTC)}, "$.at", "type datetime"),
+    ([date(2024, 1, 2)], "$[0]", "type date"),
+    ([time(1, 2)], "$[0]", "type time"),
+    ([decimal.Decimal("1.5")], "$[0]", "type Decimal"),
+    ([uuid.UUID(int=5)], "$[0]", "type UUID"),
+    ({"color": Plain.RED}, "$.color", "type Plain"),
+    ({"account": Account()}, "$.account", "type Account"),
+    ([HasRepr()], "$[0]", "type HasRepr"),
+    ([HasRepr], "$[0]", "type type"),
+    ([complex(1, 2)], "$[0]", "type complex"),
+    ([range(3)], "$[0]", "type range"),
+    ([iter([MARKER])], "$[0]", "type list_iterator"),
+    ({"a": {"b": 1}.keys()}, "$.a", "type dict_keys"),
+    (types.MappingProxyType({"a": MARKER}), "$", "type mappingproxy"),
+    ([orjson.Fragment(b'"MARKER"')], "$[0]", "type Fragment"),
+    ({1: MARKER}, "$", "key of type int"),
+    ({"a": [{None: MARKER}]}, "$.a[0]", "key of type NoneType"),
+    ({True: MARKER}, "$", "key of type bool"),
+    ({1.5: MARKER}, "$", "key of type float"),
+    ({b"a": MARKER}, "$", "key of type bytes"),
+    ({("a",): MARKER}, "$", "key of type tuple"),
+    ({Plain.RED: 1}, "$", "key of type Plain"),
+    ({"a": "MARKER\ud800"}, "$.a", "lone surrogate"),
+    (["\udfff"], "$[0]", "lone surrogate"),
+    ([{"MARKER\ud800": 1}], "$[0]", "key with a lone surrogate"),
+    ([10**MAX_INTEGER_DIGITS], "$[0]", f"more than {MAX_INTEGER_DIGITS} digits"),
+    ({"n": -(10**MAX_INTEGER_DIGITS)}, "$.n", f"more than {MAX_INTEGER_DIGITS} digits"),
+    ([10**100_000], "$[0]", f"more than {MAX_INTEGER_DIGITS} digits"),
+]
+
+
+@pytest.mark.parametrize("value, path, fault", FAULTS, ids=lambda part: f"{type(part).__name__}")
+def test_a_faulty_value_is_refused_by_path_and_type(value: Any, path: str, fault: str) -> None:
+    message = refusal(value)
+    assert message.startswith(f"{path}: ")
+    assert fault in message
+
+
+@pytest.mark.parametrize("wrap", [lambda v: [v], lambda v: {"a": v}, lambda v: MutableDict(a=v)])
+def test_documents_past_the_depth_limit_are_refused(wrap: Callable[[Any], Any]) -> None:
+    for levels in (MAX_DEPTH + 1, MAX_DEPTH + 50, 50_000):
+        assert f"more than {MAX_DEPTH} levels" in refusal(nested(levels, wrap))
+
+
+def test_a_document_that_holds_itself_is_refused() -> None:
+    by_name: dict[str, Any] = {"secret": MARKER}
+    by_name["a"] = {"b": by_name}
+    for value in (circular(), by_name):
+        assert f"more than {MAX_DEPTH} levels" in refusal(value)
+
+
+def test_a_name_that_may_be_data_is_not_shown_in_the_path() -> None:
+    for name in ("MARKER@example.com", "a MARKER", "M" * 65, "MÄRKER", "1MARKER", ""):
+        message = refusal({name: float("nan")})
+        assert message.startswith("$[?]: ")
+
+
+def test_the_first_fault_is_named_and_names_are_shown() -> None:
+    message = refusal({"ok": 1, "private_key": [b""], "also": {2}})
+    assert message.startswith("$.private_key[0]: ")
+
+
+class Lying(dict[str, Any]):
+    """Shows other members to whoever iterates over it than it is compared by."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["b"])
+
+    def keys(self) -> Any:
+        return ["b"]
+
+    def items(self) -> Any:
+        return [("b", 2)]
+
+    def __getitem__(self, name: str) -> Any:
+        return 2
+
+
+class Failing(dict[str, Any]):
+    def __iter__(self) -> Iterator[str]:
+        raise LookupError(MARKER)
+
+    def keys(self) -> Any:
+        raise LookupError(MARKER)
+
+    def items(self) -> Any:
+        raise LookupError(MARKER)
+
+
+@pytest.mark.parametrize("value", [Lying(a=1), Failing(a=1)])
+def test_a_value_that_misleads_or_fails_is_refused(value: Any) -> None:
+    refusal([value])
+    refusal({"a": value})
+
+
+def test_two_names_of_equal_text_are_refused() -> None:
+    class Apart(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+    refusal({Apart("a"): 1, Apart("a"): 2})
+
+
+@given(
+    st.recursive(
+        st.one_of(
+            st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters()),
+            st.binary(), st.tuples(st.integers()), st.uuids(), st.decimals(), st.datetimes(),
+            st.sampled_from([*Plain, *Level, *Color]),
+        ),
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.dictionaries(st.text(st.characters()) | st.integers(), inner, max_size=4)
+        ),
+        max_leaves=8,
+    )
+)  # fmt: skip
+def test_whatever_goes_in_comes_out_equal_or_is_refused(value: Any) -> None:
+    try:
+        data = STRICT.dumps(value)
+    except SerializationError:
+        data = None
+    if data is None:
+        assert refusal(value).startswith("$")
+    else:
+        assert STRICT.loads(data) == value
+
+
+def test_a_lower_limit_of_the_interpreter_on_digits_is_an_error_of_ours() -> None:
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(640)
+    try:
+        assert "ValueError" in refusal([10**1000])
+    finally:
+        sys.set_int_max_str_digits(before)
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"MARKER",
+        b'{"a": MARKER}',
+        b'{"a": "MARKER',
+        b"NaN",
+        b"[Infinity]",
+        b"1e999",
+        b"[1,]",
+        b"1 2",
+        b'"\xff\xfe"',
+        b'"\\ud800"',
+        b"\xef\xbb\xbf{}",
+        b"-" + b"1" * (MAX_INTEGER_DIGITS + 1),
+        b"[" * 100_000 + b"]" * 100_000,
+    ],
+)
+def test_a_document_that_is_no_json_is_refused_without_being_shown(data: bytes) -> None:
+    with pytest.raises(SerializationError, match="not JSON that can be read") as caught:
+        STRICT.loads(data)
+    assert caught.value.__context__ is None
+    assert MARKER not in "".join(traceback.format_exception(caught.value))
+
+
+@given(st.binary(max_size=40) | st.text(max_size=40).map(str.encode))
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
+    try:
+        value = STRICT.loads(data)
+    except SerializationError as error:
+        refused = error
+    else:
+        assert repr(value) == repr(json.loads(data))
+        return
+    assert refused.__context__ is None
+
+
+# -- engines with functions of their own -----------------------------------------------------------
+
+
+def decimal_default(value: Any) -> Any:
+    if isinstance(value, decimal.Decimal):
+        return {"$decimal": str(value)}
+    raise TypeError(f"{value}")
+
+
+def decimal_hook(value: dict[str, Any]) -> Any:
+    return decimal.Decimal(value["$decimal"]) if "$decimal" in value else value
+
+
+def decimals_out(value: Any) -> str:
+    return json.dumps(value, default=decimal_default)
+
+
+def decimals_in(text: str) -> Any:
+    return json.loads(text, object_hook=decimal_hook)
+
+
+def test_functions_that_fit_together_carry_more_than_json() -> None:
+    codec = EngineCodec(decimals_out, decimals_in)
+    value = {"price": [decimal.Decimal("1.10"), 1.5, None]}
+    assert codec.loads(codec.dumps(value)) == value
+
+
+@pytest.mark.parametrize(
+    "serializer",
+    [json.dumps, orjson.dumps, lambda value: json.dumps(value, sort_keys=True, indent=2)],
+)
+@pytest.mark.parametrize("deserializer", [None, json.loads, orjson.loads])
+def test_the_usual_functions_are_used(serializer: Any, deserializer: Any) -> None:
+    codec = EngineCodec(serializer, deserializer)
+    value = {"b": [1, 1.5, True, None], "a": "é"}
+    written = serializer(value)
+    assert codec.dumps(value) == (written if isinstance(written, bytes) else written.encode())
+    assert codec.loads(codec.dumps(value)) == value
+
+
+def test_one_function_alone_is_used_with_the_strict_other_one() -> None:
+    value = {"b": 1, "a": [2.5]}
+    assert EngineCodec(None, json.loads).dumps(value) == STRICT.dumps(value)
+    assert EngineCodec(json.dumps, None).loads(b'{"a":1}') == {"a": 1}
+    assert EngineCodec(None, lambda text: {"text": text}).loads(b"[]") == {"text": "[]"}
+
+
+def no_text(value: Any) -> Any:
+    return None
+
+
+def raising(value: Any) -> str:
+    raise RuntimeError(value)
+
+
+SERIALIZER_FAULTS: list[tuple[Any, Any, Any, str]] = [
+    (raising, None, {"a": MARKER}, "json_serializer raised RuntimeError for a value of type dict"),
+    (no_text, None, {"a": MARKER}, "json_serializer returned NoneType instead of str"),
+    (lambda value: value, None, {"a": MARKER}, "returned dict instead of str"),
+    (lambda value: "\ud800", None, MARKER, "raised UnicodeEncodeError"),
+    (json.dumps, None, {1, MARKER}, "raised TypeError for a value of type set"),
+    (json.dumps, None, circular(), "json_serializer raised ValueError"),
+    (json.dumps, None, nested(50_000), "json_serializer raised RecursionError"),
+    (json.dumps, None, (MARKER,), "a value of type tuple does not come back equal"),
+    (json.dumps, None, {1: MARKER}, "does not come back equal"),
+    (lambda v: json.dumps(v, default=str), None, {MARKER: uuid.UUID(int=1)}, "not come back equal"),
+    (lambda v: json.dumps(v, default=str), json.loads, [date(2024, 1, 2)], "not come back equal"),
+    (lambda value: "{}", None, {"a": MARKER}, "does not come back equal"),
+    (lambda value: "1.0", None, 1, "does not come back equal"),
+    (lambda value: "1", None, True, "does not come back equal"),
+    (lambda value: "0.0", None, -0.0, "does not come back equal"),
+    (json.dumps, json.loads, float("nan"), "does not come back equal"),
+    (json.dumps, orjson.loads, 2**70, "does not come back equal"),
+    (None, orjson.loads, [2**70], "does not come back equal"),
+    (None, lambda text: json.loads(text, parse_float=decimal.Decimal), 0.1, "not come back equal"),
+    (None, raising, {"a": MARKER}, "json_deserializer raised RuntimeError"),
+    (None, None, {"a": (MARKER,)}, "$.a: a value of type tuple"),
+]
+
+
+@pytest.mark.parametrize("serializer, deserializer, value, fault", SERIALIZER_FAULTS)
+def test_a_value_that_an_engines_functions_change_is_refused(
+    serializer: Any, deserializer: Any, value: Any, fault: str
+) -> None:
+    assert fault in refusal(value, EngineCodec(serializer, deserializer))
+
+
+@pytest.mark.parametrize("data", [b"MARKER", b"\xffMARKER", b""])
+def test_a_document_that_the_deserializer_refuses_is_not_shown(data: bytes) -> None:
+    with pytest.raises(SerializationError, match="json_deserializer raised") as caught:
+        EngineCodec(None, json.loads).loads(data)
+    assert caught.value.__context__ is None
+    assert MARKER not in "".join(traceback.format_exception(caught.value))
+
+
+@given(JSON_VALUES)
+def test_the_json_of_python_as_the_engines_functions_carries_every_value(value: Any) -> None:
+    codec = EngineCodec(json.dumps, json.loads)
+    assert repr(codec.loads(codec.dumps(value))) == repr(value)

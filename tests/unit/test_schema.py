@@ -1,0 +1,212 @@
+"""Schemas: values of the user's types in and out, and errors that do not quote the document."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import pickle
+import subprocess
+import sys
+import traceback
+import uuid
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+import msgspec
+import pydantic
+import pytest
+
+from sqlalchemy_lucent import ConfigurationError, SchemaMismatchError, SerializationError
+from sqlalchemy_lucent._schema import Schema
+
+MARKER = "MARKER-9f2c"
+
+
+NIL = uuid.UUID(int=0)
+
+
+class Color(enum.Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass
+class Token:
+    value: str
+    expiry: dt.datetime | None = None
+
+
+@dataclasses.dataclass
+class Account:
+    email: str
+    tokens: list[Token] = dataclasses.field(default_factory=list)
+    limits: dict[str, int] = dataclasses.field(default_factory=dict)
+    balance: decimal.Decimal = decimal.Decimal(0)
+    id: uuid.UUID = NIL
+    raw: bytes = b""
+    color: Color = Color.RED
+    kind: Literal["a", "b"] = "a"
+
+
+class Keys(TypedDict):
+    public: str
+    private: NotRequired[str]
+
+
+class Settings(msgspec.Struct, rename="camel", forbid_unknown_fields=True):
+    api_key: str
+    rate_limit: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+
+class Credentials(pydantic.BaseModel):
+    user_name: str = pydantic.Field(alias="userName")
+    password: pydantic.SecretStr | None = None
+    scopes: list[str] = []
+    expires: dt.datetime | None = None
+
+
+class Nested(pydantic.BaseModel):
+    inner: dict[str, list[int]]
+
+
+@pydantic.dataclasses.dataclass
+class Checked:
+    port: Annotated[int, pydantic.Field(gt=0)]
+
+
+NOW = dt.datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=dt.UTC)
+
+VALUES: list[tuple[Any, Any]] = [
+    (Account, Account("a@b", [Token("t", NOW)], {"x": 2**70}, decimal.Decimal("1.50"), raw=b"\0")),
+    (Keys, {"public": "p"}),
+    (Keys, {"public": "p", "private": "q"}),
+    (Settings, Settings("k", 5)),
+    (Credentials, Credentials(userName="u", scopes=["a"], expires=NOW)),
+    (Nested, Nested(inner={"a": [1, 2]})),
+    (Checked, Checked(port=5)),
+    (list[Token], [Token("a"), Token("b", NOW)]),
+    (dict[str, Credentials], {"x": Credentials(userName="u")}),
+    (Account | None, None),
+    (Account | None, Account("x")),
+    (list[int], [1, 2**80]),
+    (dict[int, str], {1: "a"}),
+]
+
+
+@pytest.mark.parametrize("type_, value", VALUES)
+def test_a_value_comes_back_equal_and_of_its_type(type_: Any, value: Any) -> None:
+    schema = Schema(type_)
+    loaded = schema.load(schema.dump(value))
+    assert loaded == value
+    assert type(loaded) is type(value)
+    assert pickle.loads(pickle.dumps(schema)).load(schema.dump(value)) == value
+
+
+def test_a_document_is_loaded_from_bytes_too() -> None:
+    assert Schema(Token).load(b'{"value":"x"}') == Token("x")
+
+
+@pytest.mark.parametrize(
+    "type_, value",
+    [
+        (Account, {"email": MARKER}),
+        (Account, Token(MARKER)),
+        (Account, Account(5)),  # type: ignore[arg-type]
+        (Account, Account("x", limits={"a": MARKER})),  # type: ignore[dict-item]
+        (Account, MARKER),
+        (Account, object()),
+        (Keys, {"public": "x", "unknown": MARKER}),
+        (Keys, {"private": MARKER}),
+        (Settings, Settings(MARKER, 0)),
+        (Credentials, {"userName": MARKER}),
+        (Credentials, Settings(MARKER)),
+        (Credentials, Credentials.model_construct(user_name=5, scopes=MARKER)),
+        # The model writes it as "**********", which would lose it.
+        (Credentials, Credentials(userName="u", password=pydantic.SecretStr(MARKER))),
+        (Credentials, Credentials(userName="\ud800" + MARKER)),
+        (list[float], [float("nan")]),
+        (list[Token], [Token("a"), MARKER]),
+    ],
+)
+def test_a_value_that_is_not_of_the_type_or_would_change_is_refused(type_: Any, value: Any) -> None:
+    with pytest.raises(SerializationError) as caught:
+        Schema(type_).dump(value)
+    assert_clean(caught.value)
+
+
+@pytest.mark.parametrize(
+    "type_, document, path",
+    [
+        (Account, {"email": 5}, r"\$\.email: Expected `str`, got `int`"),
+        (Account, {}, r"\$: Object missing required field `email`"),
+        (Account, [MARKER], r"\$: Expected `object`, got `array`"),
+        (Account, {"email": "x", "tokens": [{"value": 1}]}, r"\$\.tokens\[0\]\.value: Expected"),
+        (Account, {"email": "x", "limits": {MARKER: "x"}}, r"\$\.limits\[\.\.\.\]: Expected"),
+        (Account, {"email": "x", "color": MARKER}, r"\$\.color: the value breaks a rule"),
+        (Account, {"email": "x", "kind": MARKER}, r"\$\.kind: the value breaks a rule"),
+        (Account, {"email": "x", "balance": MARKER}, r"\$\.balance: the value breaks a rule"),
+        (Account, {"email": "x", "id": MARKER}, r"\$\.id: the value breaks a rule"),
+        (Keys, {"private": MARKER}, r"\$: Object missing required field `public`"),
+        (Settings, {"apiKey": "x", "rateLimit": 0}, r"\$\.rateLimit: the value breaks a rule"),
+        (Settings, {"apiKey": "x", MARKER: 0}, r"\$: the value breaks a rule"),
+        (dict[int, str], {MARKER: "x"}, r"a key in \$: "),
+        (Credentials, {"userName": 5}, r"\$\.userName: string_type"),
+        (Credentials, {"password": MARKER}, r"\$\.userName: missing"),
+        (Nested, {"inner": {MARKER + "!": [MARKER]}}, r"\$\.inner\[\?\]\[0\]: int_type"),
+        (Checked, {"port": 0}, r"\$\.port: greater_than"),
+        (Credentials, MARKER, r"\$: model_type"),
+        (list[Credentials], [{"userName": 5}], r"\$\[0\]\.userName: string_type"),
+    ],
+)
+def test_a_document_that_does_not_fit_is_named_by_path_and_never_quoted(
+    type_: Any, document: Any, path: str
+) -> None:
+    with pytest.raises(SchemaMismatchError, match=path) as caught:
+        Schema(type_).load(document)
+    assert_clean(caught.value)
+
+
+def assert_clean(error: Exception) -> None:
+    assert MARKER not in "".join(traceback.format_exception(error))
+    assert error.__cause__ is None
+    assert error.__context__ is None
+
+
+def test_strict_means_no_conversion_between_json_types() -> None:
+    for type_, document in ((list[int], ["1"]), (list[str], [1]), (list[bool], [1])):
+        with pytest.raises(SchemaMismatchError):
+            Schema(type_).load(document)
+    for port in ("5", 5.0, True):
+        with pytest.raises(SchemaMismatchError):
+            Schema(Checked).load({"port": port})
+
+
+def test_an_error_of_the_types_own_code_is_not_quoted() -> None:
+    @dataclasses.dataclass
+    class Picky:
+        value: str
+
+        def __post_init__(self) -> None:
+            raise ValueError(self.value) if self.value == MARKER else KeyError(self.value)
+
+    for value in (MARKER, MARKER + "x"):
+        with pytest.raises(SchemaMismatchError) as caught:
+            Schema(Picky).load({"value": value})
+        assert_clean(caught.value)
+
+
+@pytest.mark.parametrize("type_", [Token | Keys, set[list[int]] | list[int], "Token"])
+def test_a_type_that_cannot_be_converted_is_refused_at_once(type_: Any) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be used as a schema"):
+        Schema(type_)
+
+
+def test_pydantic_is_imported_only_for_types_that_need_it() -> None:
+    program = (
+        "import dataclasses, sys\n"
+        "from sqlalchemy_lucent import EncryptedJSON\n"
+        "T = dataclasses.make_dataclass('T', [('a', int)])\n"
+        "EncryptedJSON(schema=T)\n"
+        "assert 'pydantic' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,0 +1,381 @@
+"""EncryptedJSON as a type: what SQL may do with it, and what SQLAlchemy asks of it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    JSON,
+    Column,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    cast,
+    create_engine,
+    func,
+    insert,
+    literal,
+    null,
+    or_,
+    select,
+)
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.orm import DeclarativeBase, Mapped, aliased, mapped_column
+
+from sqlalchemy_lucent import (
+    ConfigurationError,
+    EncryptedJSON,
+    SerializationError,
+    UnsupportedOperationError,
+)
+from sqlalchemy_lucent.types import Bound, Sealed, encode_row
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Model(Base):
+    __tablename__ = "models"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(20))
+    data: Mapped[Any] = mapped_column(EncryptedJSON)
+    other: Mapped[Any] = mapped_column(EncryptedJSON)
+
+
+table: Any = Model.__table__
+DIALECTS: list[Any] = [dialect.dialect() for dialect in (sqlite, postgresql, mysql)]
+SQLITE, POSTGRESQL, MYSQL = DIALECTS
+
+# -- comparing -------------------------------------------------------------------------------------
+
+OPERATIONS: dict[str, Callable[[Any], Any]] = {
+    "==": lambda c: c == {"a": 1},
+    "== str": lambda c: c == "x",
+    "== JSON.NULL": lambda c: c == JSON.NULL,
+    "== literal": lambda c: c == literal({"a": 1}),
+    "== from the right": lambda c: {"a": 1} == c,  # noqa: SIM300
+    "== subquery": lambda c: c == select(table.c.data).scalar_subquery(),
+    "!=": lambda c: c != {"a": 1},
+    "<": lambda c: c < 1,
+    ">= from the right": lambda c: c <= 1,
+    "is_": lambda c: c.is_(True),
+    "is_distinct_from": lambda c: c.is_distinct_from({"a": 1}),
+    "in_": lambda c: c.in_([1, 2]),
+    "in_ empty": lambda c: c.in_([]),
+    "in_ select": lambda c: c.in_(select(table.c.data)),
+    "not_in": lambda c: c.not_in([1]),
+    "like": lambda c: c.like("%x%"),
+    "ilike": lambda c: c.ilike("%x%"),
+    "contains": lambda c: c.contains("x"),
+    "startswith": lambda c: c.startswith("x"),
+    "match": lambda c: c.match("x"),
+    "regexp_match": lambda c: c.regexp_match("x"),
+    "between": lambda c: c.between(1, 2),
+    "asc": lambda c: c.asc(),
+    "desc": lambda c: c.desc(),
+    "nulls_first": lambda c: c.nulls_first(),
+    "distinct": lambda c: c.distinct(),
+    "collate": lambda c: c.collate("C"),
+    "any_": lambda c: c.any_(),
+    "index by name": lambda c: c["a"],
+    "index by number": lambda c: c[0],
+    "index by path": lambda c: c["a", "b"],
+    "+": lambda c: c + 1,
+    "+ from the right": lambda c: 1 + c,
+    "|| from the right": lambda c: "a" + c,
+    "-": lambda c: -c,
+    "~": lambda c: ~c,
+    "&": lambda c: c & (table.c.id == 1),
+    "op": lambda c: c.op("->>")("a"),
+    "bool_op": lambda c: c.bool_op("@>")({"a": 1}),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    "column",
+    [
+        table.c.data,
+        Model.data,
+        aliased(Model).data,
+        select(table.c.data).subquery().c.data,
+        table.c.data.label("label"),
+    ],
+    ids=["Core", "ORM", "alias", "subquery", "label"],
+)
+def test_comparing_is_refused_when_the_expression_is_built(column: Any, operation: str) -> None:
+    with pytest.raises(UnsupportedOperationError, match="key_version"):
+        OPERATIONS[operation](column)
+
+
+def test_filter_by_is_refused_when_it_is_built() -> None:
+    with pytest.raises(UnsupportedOperationError, match="Look rows up by a key"):
+        select(Model).filter_by(data={"a": 1})
+
+
+@pytest.mark.parametrize("operator", ["__eq__", "__ne__"])
+def test_comparing_with_a_column_is_refused_when_it_is_compiled(operator: str) -> None:
+    for other in (table.c.other, table.c.name, table.c.data):
+        statement = select(Model.id).where(getattr(table.c.data, operator)(other))
+        for dialect in (None, *DIALECTS):
+            with pytest.raises(UnsupportedOperationError, match="no meaning"):
+                statement.compile(dialect=dialect)
+
+
+def test_columns_are_found_in_lists_and_dicts() -> None:
+    data, other = table.c.data, table.c.other
+    assert data in [other, data]
+    assert data not in [other, table.c.name]
+    assert [other, data].index(data) == 1
+    annotated = Model.data.__clause_element__()
+    assert {data: 1}[annotated] == 1
+    assert bool(data == data)
+    assert not bool(data == other)
+    assert bool(data != other)
+
+
+NULL_TESTS: dict[str, Callable[[Any], Any]] = {
+    "is_(None)": lambda c: c.is_(None),
+    "== None": lambda c: c == None,  # noqa: E711
+    "is_(null())": lambda c: c.is_(null()),
+    "== null()": lambda c: c == null(),
+    "is_not(None)": lambda c: c.is_not(None),
+    "isnot(None)": lambda c: c.isnot(None),
+    "!= None": lambda c: c != None,  # noqa: E711
+}
+
+
+@pytest.mark.parametrize("test", NULL_TESTS)
+def test_null_tests_work(test: str) -> None:
+    for column in (table.c.data, Model.data):
+        expected = "IS NOT NULL" if "not" in test or "!" in test else "IS NULL"
+        assert str(NULL_TESTS[test](column)) == f"models.data {expected}"
+        or_(NULL_TESTS[test](column), table.c.id == 1)
+
+
+# What a type cannot see, pinned: see the docstring of `EncryptedComparator`.
+UNSEEN: dict[str, Callable[[Any], Any]] = {
+    "ORDER BY": lambda c: select(table.c.id).order_by(c),
+    "GROUP BY": lambda c: select(func.count()).group_by(c),
+    "SELECT DISTINCT": lambda c: select(c).distinct(),
+    "an aggregate": lambda c: select(func.max(c)),
+    "a CAST": lambda c: select(cast(c, String)),
+    "another column on the left": lambda c: select(table.c.id).where(table.c.name == c),
+    "a value on the left": lambda c: select(table.c.id).where(literal("x") == c),
+    "IN on the left": lambda c: select(table.c.id).where(table.c.name.in_([c])),
+}
+
+
+@pytest.mark.parametrize("use", UNSEEN)
+def test_what_a_type_cannot_see_builds(use: str) -> None:
+    assert "models.data" in str(UNSEEN[use](table.c.data))
+
+
+# -- what SQLAlchemy asks of a type ----------------------------------------------------------------
+
+
+def test_the_attributes_of_json_are_taken_over() -> None:
+    ours, theirs = EncryptedJSON(), JSON()
+    for name in ("hashable", "python_type", "should_evaluate_none", "sort_key_function"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert EncryptedJSON(none_as_null=True).should_evaluate_none is False
+    assert EncryptedJSON(none_as_null=True).evaluates_none().should_evaluate_none is True
+    assert EncryptedJSON.NULL is JSON.NULL
+    assert EncryptedJSON(schema=str).python_type is str
+
+
+@pytest.mark.parametrize(
+    "left, right, equal",
+    [
+        ({"a": [1]}, {"a": [1]}, True),
+        ({"a": 1}, {"a": 2}, False),
+        (None, None, True),
+        (1, "1", False),
+    ],
+)
+def test_values_are_compared_as_python_does(left: Any, right: Any, equal: bool) -> None:
+    assert EncryptedJSON().compare_values(left, right) is equal
+
+
+def test_a_compared_value_has_the_columns_type() -> None:
+    type_ = table.c.data.type
+    assert type_.coerce_compared_value(None, {"a": 1}) is type_
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, "x", 1])
+def test_a_value_is_not_rendered_into_sql(value: Any) -> None:
+    statement = insert(table).values(data=value)
+    for dialect in DIALECTS:
+        with pytest.raises(UnsupportedOperationError, match="not rendered into SQL"):
+            statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True})
+
+
+def test_ddl_and_compiling_need_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sqlalchemy.schema import CreateTable
+
+    from sqlalchemy_lucent import set_default_keyring
+
+    for name in ("LUCENT_SECRETS_KEY", "LUCENT_SECRETS_KEYS"):
+        monkeypatch.delenv(name, raising=False)
+    set_default_keyring(None)
+    assert "data BLOB" in str(CreateTable(table).compile(dialect=SQLITE))
+    assert "data BYTEA" in str(CreateTable(table).compile(dialect=POSTGRESQL))
+    assert "data LONGBLOB" in str(CreateTable(table).compile(dialect=MYSQL))
+    assert "models.data" in str(select(Model).where(Model.data.is_(None)))
+    engine = create_engine("sqlite://")
+    with engine.connect() as connection:
+        Base.metadata.create_all(connection)
+        assert connection.execute(select(table)).all() == []
+        with pytest.raises(ConfigurationError, match="LUCENT_SECRETS_KEY"):
+            connection.execute(insert(table), {"name": "x", "data": 1, "other": 1})
+    engine.dispose()
+
+
+def test_repr_gives_back_the_type_without_what_was_derived() -> None:
+    for text_ in (
+        "EncryptedJSON()",
+        "EncryptedJSON(none_as_null=True)",
+        "EncryptedJSON(context='a.b', accept_contexts=('c.d',), lazy=True)",
+        "EncryptedJSON(redact=False, bound_to=('tenant',))",
+    ):
+        assert repr(eval(text_)) == text_
+    assert repr(table.c.data.type) == "EncryptedJSON()"
+    assert repr(EncryptedJSON.mutable(schema=dict[str, int])) == "EncryptedJSON()"
+
+
+def test_a_copy_keeps_every_option() -> None:
+    type_ = EncryptedJSON.mutable(
+        True, context="a.b", accept_contexts=["c.d"], redact=False, schema=dict[str, int]
+    )
+    for copied in (type_.copy(), copy.copy(type_), pickle.loads(pickle.dumps(type_))):
+        assert copied._static_cache_key == type_._static_cache_key
+        assert copied.tracks_changes is True
+
+
+def test_a_subclass_works_as_the_class_does() -> None:
+    class Typed(EncryptedJSON):
+        cache_ok = True
+
+    engine = create_engine("sqlite://")
+    own = Table("own", MetaData(), Column("id", Integer, primary_key=True), Column("c", Typed))
+    own.create(engine)
+    with engine.connect() as connection:
+        connection.execute(insert(own), {"c": [1]})
+        assert connection.scalar(select(own.c.c)) == [1]
+    assert isinstance(own.c.c.type, Typed)
+    assert own.c.c.type.context == "own.c"
+    engine.dispose()
+
+
+# -- Sealed and Bound ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sealed() -> Sealed:
+    codec = EncryptedJSON(context="a.b").column_codec(SQLITE)
+    return Sealed(codec.seal({"a": "plaintext"}), codec)
+
+
+def test_a_sealed_value_tells_its_key_and_opens(sealed: Sealed, keyring: Any) -> None:
+    assert sealed.open() == {"a": "plaintext"}
+    assert sealed.key_version == "v1"
+    assert sealed.fingerprint == keyring.fingerprint("v1")
+    assert repr(sealed).startswith("<Sealed a.b key_version=v1 ")
+    assert "plaintext" not in repr(sealed)
+
+
+def test_a_sealed_value_is_equal_and_hashed_by_its_bytes(sealed: Sealed) -> None:
+    codec = EncryptedJSON(context="a.b").column_codec(SQLITE)
+    assert {sealed, Sealed(bytes(sealed), codec)} == {sealed}
+    assert sealed != Sealed(codec.seal({"a": "plaintext"}), codec)
+    assert sealed != bytes(sealed)
+
+
+def test_a_pickled_sealed_value_opens(sealed: Sealed) -> None:
+    restored = pickle.loads(pickle.dumps(sealed))
+    assert restored == sealed
+    assert restored.open() == {"a": "plaintext"}
+
+
+def test_a_sealed_value_of_another_column_is_not_stored() -> None:
+    first = table.c.data.type.bind_processor(SQLITE)
+    own = Sealed(first({"a": 1}), table.c.data.type.column_codec(SQLITE))
+    assert first(own) == bytes(own)
+    with pytest.raises(SerializationError, match="where it would not open"):
+        table.c.other.type.bind_processor(SQLITE)(own)
+
+
+def test_a_row_context_is_unambiguous() -> None:
+    assert encode_row(["a", "bc"]) != encode_row(["ab", "c"])
+    for part in (None, 1.5, True, b"x"):
+        with pytest.raises(ConfigurationError, match="binding column"):
+            encode_row([part])  # type: ignore[list-item]
+
+
+def test_a_bound_value_prints_nothing_and_is_not_pickled() -> None:
+    bound = Bound({"a": "plaintext"}, row=["r"])
+    assert "plaintext" not in repr(bound)
+    with pytest.raises(TypeError, match="not pickled"):
+        pickle.dumps(bound)
+
+
+# -- for type checkers -----------------------------------------------------------------------------
+
+SAMPLE = """
+    from dataclasses import dataclass
+    from typing import Any
+    from sqlalchemy import Column, MetaData, Table, select
+    from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+    from sqlalchemy_lucent import EncryptedJSON, Sealed
+
+    @dataclass
+    class Account:
+        email: str
+
+    class Base(DeclarativeBase):
+        type_annotation_map = {dict[str, Any]: EncryptedJSON()}
+
+    class Model(Base):
+        __tablename__ = "models"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        data: Mapped[dict[str, Any]] = mapped_column(EncryptedJSON)
+        tracked: Mapped[dict[str, Any]] = mapped_column(EncryptedJSON.mutable(none_as_null=True))
+        annotated: Mapped[dict[str, Any]]
+        account: Mapped[Account] = mapped_column(EncryptedJSON(schema=Account))
+        optional: Mapped[Account | None] = mapped_column(EncryptedJSON(True, schema=Account))
+        lazy: Mapped[Sealed] = mapped_column(EncryptedJSON(lazy=True))
+
+    table = Table("t", MetaData(), Column("c", EncryptedJSON), Column("d", EncryptedJSON()))
+
+    def use(session: Session, model: Model) -> str:
+        model.account = Account("a")
+        found: Account = session.scalars(select(Model.account)).one()
+        version: str | None = model.lazy.key_version
+        if model.optional is not None:
+            return model.optional.email
+        return found.email + str(version) + model.account.email
+
+    def misuse(model: Model) -> None:
+        model.account = {"email": "x"}  # type: ignore[assignment]
+        model.account.missing  # type: ignore[attr-defined]
+"""
+
+
+@pytest.mark.slow
+def test_models_type_check_under_mypy_strict(tmp_path: Path) -> None:
+    from mypy import api
+
+    sample = tmp_path / "sample.py"
+    sample.write_text(textwrap.dedent(SAMPLE))
+    output, errors, status = api.run(
+        ["--strict", "--config-file=", "--cache-dir", str(tmp_path), str(sample)]
+    )
+    assert status == 0, output + errors
