@@ -93,6 +93,7 @@ class TableWorker:
 
     def __init__(self, target: TargetTable, keyring: Keyring, dialect: Dialect) -> None:
         self.target = target
+        self.name = target.name
         self.primary_key = target.primary_key
         self._dialect = dialect
         self._locking = dialect.name in _ROW_LOCKING
@@ -114,7 +115,7 @@ class TableWorker:
 
     # -- statements ------------------------------------------------------------------------------
 
-    def prepare(self, connection: Connection, *, lock: bool) -> None:
+    def prepare(self, connection: Connection, *, lock: bool = True) -> None:
         """Fail now if the table or a column is missing or not ours to lock; write nothing."""
         self._writer = writer_for(connection, self.target)
         self.check_keys(connection)

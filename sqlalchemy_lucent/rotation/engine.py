@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
@@ -164,12 +164,36 @@ def _rotate(
     link = Link(bind)
     tables = resolve_targets(targets, bind)
     run = _Run(link, keyring, options, sleep)
-    try:
-        with link:
-            return run.over(tables)
-    except DBAPIError as error:
-        fault = run.where_it_stands(error)
-    raise RotationError(fault)
+    return run.guarded(lambda: run.over(tables))
+
+
+class Worker(Protocol):
+    """What a run drives: the rows of one table, batch by batch."""
+
+    name: str
+
+    def prepare(self, connection: Connection, *, lock: bool = True) -> None:
+        """Fail now if something is missing, or not ours to lock; write nothing."""
+
+    def count_stale(self, connection: Connection) -> int:
+        """Count what is left to do."""
+
+    def batch(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Batch:
+        """Do the next `limit` rows behind `after`."""
+
+
+def run_workers(
+    connection: Connection,
+    workers: Sequence[Worker],
+    keyring: Keyring,
+    *,
+    batch_size: int,
+    on_progress: Callable[[RotationProgress], object] | None,
+) -> RotationReport:
+    """Drive `workers` as :func:`rotate` drives its own. Internal."""
+    options = RotationOptions(batch_size=batch_size, on_progress=on_progress)
+    run = _Run(Link(connection), keyring, options, time.sleep)
+    return run.guarded(lambda: run.drive(workers))
 
 
 class _Run:
@@ -194,9 +218,21 @@ class _Run:
         self._rotated = 0
         self._stopped = False
 
+    def guarded(self, work: Callable[[], RotationReport]) -> RotationReport:
+        """Do `work` over the link; say where it stands if the database ends it."""
+        try:
+            with self._link:
+                return work()
+        except DBAPIError as error:
+            fault = self.where_it_stands(error)
+        raise RotationError(fault)
+
     def over(self, tables: list[TargetTable]) -> RotationReport:
         """Rotate `tables`."""
-        workers = [self._worker(table) for table in tables]
+        return self.drive([self._worker(table) for table in tables])
+
+    def drive(self, workers: Sequence[Worker]) -> RotationReport:
+        """Run `workers`, one after the other, until each is done."""
         # Whatever is missing in any of them shows before the first write.
         for worker in workers:
             self._attempt(partial(self._prepare, worker))
@@ -234,13 +270,13 @@ class _Run:
             return InPlaceWorker(table, self._keyring, connection)
         return TableWorker(table, self._keyring, connection.dialect)
 
-    def _count(self, worker: TableWorker) -> int:
+    def _count(self, worker: Worker) -> int:
         return self._attempt(lambda _: worker.count_stale(self._link.connection))
 
-    def _prepare(self, worker: TableWorker, _: int) -> None:
+    def _prepare(self, worker: Worker, _: int) -> None:
         worker.prepare(self._link.connection, lock=not self._options.dry_run)
 
-    def _until_done(self, worker: TableWorker) -> tuple[Failures, int]:
+    def _until_done(self, worker: Worker) -> tuple[Failures, int]:
         """Pass over the table until a count finds nothing stale but what does not open."""
         failures = Failures()
         remaining = 0
@@ -257,7 +293,7 @@ class _Run:
                 break
         return failures, remaining
 
-    def _one_pass(self, worker: TableWorker) -> Failures:
+    def _one_pass(self, worker: Worker) -> Failures:
         failures = Failures()
         self._pace.begin_table()
         after: PrimaryKey | None = None
@@ -275,10 +311,9 @@ class _Run:
             more = more and not self._stopped
         return failures
 
-    def _batch(
-        self, worker: TableWorker, after: PrimaryKey | None, limit: int
-    ) -> tuple[Batch, int]:
+    def _batch(self, worker: Worker, after: PrimaryKey | None, limit: int) -> tuple[Batch, int]:
         if self._options.dry_run:
+            assert isinstance(worker, TableWorker)
             batch = worker.rehearse(self._link.connection, after, limit)
             self._raise_if_wanted(batch)
         else:
@@ -307,14 +342,14 @@ class _Run:
             self._sleep(pause * random.uniform(0.5, 1))  # noqa: S311  (jitter)
         raise AssertionError("unreachable")
 
-    def _tell(self, worker: TableWorker, failures: Failures) -> None:
+    def _tell(self, worker: Worker, failures: Failures) -> None:
         options = self._options
         if options.on_progress is None and options.stop_when is None:
             return
         rate = self._rotated / max(time.monotonic() - self._began, 1e-6)
         left = max(self._total - self._rotated - failures.count, 0)
         progress = RotationProgress(
-            table=worker.target.name,
+            table=worker.name,
             rotated=self._rotated,
             failed=failures.count,
             total=self._total,

@@ -119,6 +119,7 @@ class Project:
         names = list(KEYS)[: list(KEYS).index(self.primary) + 1]
         environ = {
             **os.environ,
+            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
             "LUCENT_SECRETS_KEYS": ",".join(f"{n}:{KEYS[n].hex()}" for n in reversed(names)),
         }
         done = subprocess.run(

@@ -300,3 +300,168 @@ def test_reverses() -> None:
     assert create.reverse().reverse().to_diff_tuple() == create.to_diff_tuple()
     rotate = lucent_migrations.RotateEncryptedColumnOp("users", "token")
     assert rotate.reverse().to_diff_tuple() == rotate.to_diff_tuple()
+
+
+# -- autogenerate: conversions ---------------------------------------------------------------------
+
+
+def plain_users(type_: Any, **options: Any) -> Table:
+    return Table(
+        "users",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("email", String(50)),
+        Column("credentials", type_, **options),
+    )
+
+
+def run_code(connection: Connection, code: str) -> None:
+    """Run the body of a generated migration as it is."""
+    body = "\n".join(line.strip() for line in code.splitlines())
+    names = {"op": Operations(migration_context(connection)), "sa": sa}
+    for dialect in ("mysql", "postgresql", "sqlite"):
+        names[dialect] = getattr(__import__("sqlalchemy.dialects", fromlist=[dialect]), dialect)
+    exec(body, {**names, "EncryptedJSON": EncryptedJSON})
+
+
+@comparators
+@pytest.mark.parametrize(
+    "type_",
+    [sa.JSON(), sa.Text(), String(500)],
+    ids=["json", "text", "varchar"],
+)
+def test_a_column_that_became_encrypted_is_converted_by_what_is_generated(
+    engine: Engine, type_: Any
+) -> None:
+    plain, sealed = plain_users(type_, nullable=False), users()
+    sealed.c.credentials.nullable = False
+    plain.metadata.create_all(engine)
+    value = {"a": 1} if isinstance(type_, sa.JSON) else '{"a": 1}'
+    with engine.begin() as connection:
+        connection.execute(plain.insert().values(id=1, credentials=value))
+
+    with engine.connect() as connection:
+        context = migration_context(connection)
+        script = produce_migrations(context, sealed.metadata)
+        diffs = compare_metadata(migration_context(connection), sealed.metadata)
+        assert script.upgrade_ops is not None
+        assert script.downgrade_ops is not None
+        up, down = (
+            render_python_code(
+                ops, render_item=lucent_migrations.render_item, migration_context=context
+            )
+            for ops in (script.upgrade_ops, script.downgrade_ops)
+        )
+
+    assert "op.encrypt_column('users', 'credentials', existing_type=" in up
+    assert "alter_column" not in up
+    assert "op.decrypt_column('users', 'credentials', existing_type=" in down
+    assert [diff[0] for diff in diffs] == ["encrypt_column"]
+    with engine.connect() as connection:
+        run_code(connection, up)
+    assert read(engine, sealed) == {1: {"a": 1}}
+    with engine.connect() as connection:
+        assert compare_metadata(migration_context(connection), sealed.metadata) == []
+    with engine.connect() as connection:
+        run_code(connection, down)
+    assert read(engine, plain) == {1: value}
+
+
+@comparators
+def test_other_changes_of_the_column_come_after_its_encryption(engine: Engine) -> None:
+    plain, sealed = plain_users(sa.JSON()), users()
+    sealed.c.credentials.nullable = False
+    plain.metadata.create_all(engine)
+
+    with engine.connect() as connection:
+        up = upgrade_code(connection, sealed.metadata)
+
+    assert up.index("op.encrypt_column") < up.index("op.alter_column")
+    assert "type_=" not in up
+    assert "existing_type=EncryptedJSON()" in up
+    assert "nullable=False" in up
+
+
+@comparators
+def test_a_column_that_is_no_longer_encrypted_is_decrypted(engine: Engine, table: Table) -> None:
+    with engine.connect() as connection:
+        diffs = compare_metadata(migration_context(connection), plain_users(sa.JSON()).metadata)
+
+    assert [diff[0] for diff in diffs] == ["decrypt_column"]
+
+
+@comparators
+def test_values_of_an_earlier_context_give_a_rebinding(engine: Engine, table: Table) -> None:
+    renamed = plain_users(EncryptedJSON(context="users.new", accept_contexts=["users.credentials"]))
+
+    with engine.connect() as connection:
+        up = upgrade_code(connection, renamed.metadata)
+
+    assert (
+        "op.rebind_encrypted_column('users', 'credentials', from_context='users.credentials', "
+        "context='users.new')" in up
+    )
+    with engine.connect() as connection:
+        run_code(connection, up)
+    with engine.connect() as connection:
+        assert compare_metadata(migration_context(connection), renamed.metadata) == []
+
+
+@comparators
+def test_values_of_no_known_context_are_warned_of(
+    engine: Engine, table: Table, caplog: pytest.LogCaptureFixture
+) -> None:
+    renamed = plain_users(EncryptedJSON(context="users.new"))
+
+    with engine.connect() as connection:
+        assert compare_metadata(migration_context(connection), renamed.metadata) == []
+
+    assert "accept_contexts" in caplog.text
+
+
+@comparators
+def test_a_rename_that_would_drop_the_values_is_warned_of(
+    engine: Engine, table: Table, caplog: pytest.LogCaptureFixture
+) -> None:
+    renamed = Table(
+        "users",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("email", String(50)),
+        Column("creds", EncryptedJSON),
+    )
+
+    with engine.connect() as connection:
+        compare_metadata(migration_context(connection), renamed.metadata)
+
+    assert "new_column_name='creds'" in caplog.text
+    assert "accept_contexts=['users.credentials']" in caplog.text
+
+
+@comparators
+@pytest.mark.parametrize("wanted", [True, False])
+def test_plain_columns_that_look_like_secrets_are_warned_of_if_wanted(
+    engine: Engine, caplog: pytest.LogCaptureFixture, wanted: bool
+) -> None:
+    metadata = MetaData()
+    Table(
+        "accounts",
+        metadata,
+        Column("id", Integer, primary_key=True),
+        Column("stripe_api_key", String(50)),
+        Column("password", sa.Text),
+        Column("password_hash", sa.Text),
+        Column("token_count", Integer),
+        Column("refresh_token", EncryptedJSON),
+    )
+    plugins = ["alembic.autogenerate.*", "sqlalchemy_lucent.*"]
+    plugins += ["lucent_lint"] if wanted else []
+
+    with engine.connect() as connection:
+        context = migration_context(connection, autogenerate_plugins=plugins)
+        compare_metadata(context, metadata)
+
+    warned = [r.args[0] for r in caplog.records if "looks like a secret" in r.msg and r.args]  # type: ignore[index]
+    assert list(map(str, warned)) == (
+        ["accounts.stripe_api_key", "accounts.password"] if wanted else []
+    )

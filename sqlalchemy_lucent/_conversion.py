@@ -1,0 +1,522 @@
+"""
+Turn a column from plaintext to sealed or back, in steps that a kill at any instant leaves whole.
+
+1. Add a second column.
+2. Fill it from the first, in committed batches.
+3. Under a lock of the table: fill again what changed meanwhile, then let the second column take
+   the first one's name and NOT NULL, and drop the first. That is one transaction on PostgreSQL
+   and SQLite; on MariaDB and MySQL it is one ALTER TABLE, which is atomic there.
+
+Nothing is noted down between the steps: which of them are done is read off the database.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final, Literal
+
+from alembic.operations import Operations
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    Dialect,
+    LargeBinary,
+    MetaData,
+    Table,
+    column,
+    inspect,
+    literal,
+    or_,
+    select,
+    text,
+)
+from sqlalchemy import table as table_clause
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.schema import CreateTable
+from sqlalchemy.types import TypeEngine, _Binary
+
+from . import _sql
+from .exceptions import RotationError
+from .keyring import default_keyring
+from .rotation import RotationProgress
+from .rotation._link import Link
+from .rotation._pace import Pace
+from .rotation._table import PrimaryKey
+from .rotation.convert import BackfillWorker, PlainColumn, Reader, Writer
+from .rotation.engine import run_workers
+from .rotation.report import Failures
+from .types import EncryptedJSON
+
+logger = logging.getLogger("alembic.runtime.migration.lucent")
+
+Content = Literal["plain", "sealed"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to become of a column. The fields are the operations' parameters."""
+
+    to_sealed: bool
+    table_name: str
+    column_name: str
+    schema: str | None
+    existing_type: TypeEngine[Any]
+    sealed_type: EncryptedJSON
+    bound_types: Mapping[str, TypeEngine[Any] | None]
+    reader: Reader | None
+    writer: Writer | None
+    through: str
+    swap: bool
+    drop: bool
+    batch_size: int
+
+    @property
+    def full_name(self) -> str:
+        """The column's name with its table and schema."""
+        return ".".join(filter(None, (self.schema, self.table_name, self.column_name)))
+
+    @property
+    def verb(self) -> str:
+        """What is done to values, for messages."""
+        return "sealed" if self.to_sealed else "opened"
+
+
+def convert_column(operations: Operations, plan: Plan) -> None:
+    """
+    Do what is left to do of `plan`, over a connection in AUTOCOMMIT mode.
+
+    :raises RotationError: something is missing or in the way, or there are values that cannot be
+        converted; nothing was written, or the column is as it was.
+    """
+    # Inside `batch_alter_table`, too, the operations are carried out at once.
+    _Conversion(Operations(operations.migration_context), plan).run()
+
+
+class _Conversion:
+    def __init__(self, operations: Operations, plan: Plan) -> None:
+        self._operations = operations
+        self._plan = plan
+        self._connection: Connection = operations.get_bind()
+        self._dialect: Dialect = self._connection.dialect
+        self._keyring = cache(default_keyring)
+        self._columns: dict[str, Any] = {}
+        self._owner = Table(plan.table_name, MetaData(), schema=plan.schema)
+        preparer = self._dialect.identifier_preparer
+        self._quote: Callable[[str], str] = preparer.quote
+        self._table = preparer.format_table(self._owner)
+
+    def run(self) -> None:
+        plan = self._plan
+        self._look()
+        has_through = plan.through in self._columns
+        content = self._content(plan.column_name)
+        wanted, other = _contents(plan)
+        if has_through:
+            beside = self._content(plan.through)
+            if content is not None and content == beside:
+                raise RotationError(
+                    f"{plan.full_name} and {plan.through} both hold {content} values; one of them "
+                    "was not made by this operation. Give another name as through="
+                )
+            if content == wanted or (content is None and beside == other):
+                self._drop_what_is_left()
+                return
+        elif content == wanted:
+            logger.info("%s is %s already; nothing to do", plan.full_name, wanted)
+            return
+        self._refuse_what_would_be_lost()
+        if not has_through:
+            self._add()
+        self._stop_if_failed(self._fill())
+        if plan.swap:
+            self._swap()
+        else:
+            self._stop_if_failed(self._fill(compare=True))
+            logger.info("%s is filled from %s", plan.through, plan.full_name)
+
+    # -- what there is -----------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Read the table's columns; refuse what there is no way to convert."""
+        plan = self._plan
+        inspector = inspect(self._connection)
+        where = (plan.table_name, plan.schema)
+        if not inspector.has_table(*where):
+            raise RotationError(f"there is no table {self._owner.fullname} in this database")
+        self._columns = {found["name"]: found for found in inspector.get_columns(*where)}
+        missing = {plan.column_name, *plan.bound_types} - self._columns.keys()
+        if missing:
+            raise RotationError(
+                f"table {self._owner.fullname} has no column {', '.join(sorted(missing))}"
+            )
+        keys = inspector.get_pk_constraint(*where)["constrained_columns"]
+        if not keys:
+            raise RotationError(
+                f"table {self._owner.fullname} has no primary key; a conversion needs one to go "
+                "through the rows in order"
+            )
+        if self._dialect.name == "sqlite" and self._any(
+            or_(*(column(name).is_(None) for name in keys))
+        ):
+            raise RotationError(
+                f"table {self._owner.fullname} has a row with NULL in its primary key; give such "
+                "rows a primary key, so that they can be read in order and named"
+            )
+        if plan.column_name in keys or plan.column_name in plan.bound_types:
+            raise RotationError(f"{plan.full_name} is a column that identifies its row")
+        if plan.reader is None and plan.writer is not None and not plan.to_sealed:
+            raise RotationError(
+                "pass reader= with writer=: what is written is read again and compared before the "
+                "sealed values are dropped"
+            )
+        if plan.batch_size < 1:
+            raise RotationError("batch_size is a whole number of rows, 1 or more")
+        names = dict.fromkeys([*keys, *plan.bound_types])
+        self._owner = Table(
+            plan.table_name,
+            MetaData(),
+            *(
+                Column(
+                    name,
+                    plan.bound_types.get(name) or self._columns[name]["type"],
+                    primary_key=name in keys,
+                )
+                for name in names
+            ),
+            schema=plan.schema,
+        )
+
+    def _content(self, name: str) -> Content | None:
+        """Say what a column holds; `None` if it may be either, having no value."""
+        plan = self._plan
+        type_ = self._columns[name]["type"]
+        if not isinstance(type_, _Binary):
+            return "plain"
+        value: ColumnElement[Any] = column(name)
+        has = self._any(value.is_not(None))
+        has_unsealed = self._any(value.is_not(None), _sql.key_version(value).is_(None))
+        plain_is_binary = isinstance(_implemented(plan.existing_type, self._dialect), _Binary)
+        if has_unsealed and not plain_is_binary:
+            raise RotationError(
+                f"{self._owner.fullname}.{name} is a binary column and holds values that are not "
+                "sealed. If they are plaintext, pass existing_type=sa.LargeBinary() and a reader="
+            )
+        if has_unsealed:
+            return "plain"
+        return "sealed" if has or not plain_is_binary else None
+
+    def _any(self, *conditions: Any) -> bool:
+        plan = self._plan
+        owner = table_clause(plan.table_name, schema=plan.schema)
+        statement = select(literal(1)).select_from(owner).where(*conditions).limit(1)
+        return self._connection.execute(statement).first() is not None
+
+    def _refuse_what_would_be_lost(self) -> None:
+        """Refuse constraints and indexes that would go with the column, or mean nothing on it."""
+        plan = self._plan
+        inspector = inspect(self._connection)
+        where = (plan.table_name, plan.schema)
+        having = [
+            *(
+                ("foreign key", found["name"], found["constrained_columns"])
+                for found in inspector.get_foreign_keys(*where)
+            ),
+            *(
+                ("unique constraint", found["name"], found["column_names"])
+                for found in inspector.get_unique_constraints(*where)
+            ),
+            *(
+                ("index", found["name"], [c for c in found["column_names"] if c is not None])
+                for found in inspector.get_indexes(*where)
+            ),
+        ]
+        for kind, name, columns in having:
+            if plan.column_name in columns:
+                raise RotationError(
+                    f"the {kind} {name} has {plan.full_name}; sealed values are all different, so "
+                    "it would say nothing about them. Drop it in a revision before this one"
+                )
+
+    # -- filling -----------------------------------------------------------------------------------
+
+    def _add(self) -> None:
+        plan = self._plan
+        type_ = plan.sealed_type if plan.to_sealed else plan.existing_type
+        comment = self._columns[plan.column_name].get("comment")
+        added: Column[Any] = Column(plan.through, type_, nullable=True, comment=comment)
+        self._operations.add_column(plan.table_name, added, schema=plan.schema)
+        self._look()
+
+    def _worker(self, *, compare: bool) -> BackfillWorker:
+        plan = self._plan
+        plain, sealed = (
+            (plan.column_name, plan.through) if plan.to_sealed else (plan.through, plan.column_name)
+        )
+        columns: list[Column[Any]] = [
+            *(Column(c.name, c.type, primary_key=c.primary_key) for c in self._owner.columns),
+            Column(sealed, plan.sealed_type),
+            Column(plain, plan.existing_type),
+        ]
+        owner = Table(plan.table_name, MetaData(), *columns, schema=plan.schema)
+        return BackfillWorker(
+            owner,
+            owner.c[sealed],
+            PlainColumn(
+                plain,
+                plan.existing_type,
+                plan.sealed_type.column_codec(self._dialect).codec,
+                self._dialect,
+                plan.reader,
+                plan.writer,
+            ),
+            self._keyring,
+            self._dialect,
+            to_sealed=plan.to_sealed,
+            compare=compare,
+        )
+
+    def _fill(self, *, compare: bool = False) -> Failures:
+        """Fill the second column in committed batches. A column without values needs no key."""
+        failures = Failures()
+        columns = [self._plan.column_name, *([self._plan.through] if compare else [])]
+        if not any(self._any(column(name).is_not(None)) for name in columns):
+            return failures
+        report = run_workers(
+            self._connection,
+            [self._worker(compare=compare)],
+            self._keyring(),
+            batch_size=self._plan.batch_size,
+            on_progress=self._log,
+        )
+        failures.named += report.failed
+        failures.count = max(report.failed_count, report.remaining)
+        return failures
+
+    def _log(self, progress: RotationProgress) -> None:
+        logger.info(
+            "%s %d values of %s so far", self._plan.verb, progress.rotated, self._plan.full_name
+        )
+
+    def _stop_if_failed(self, failures: Failures) -> None:
+        if not failures.count:
+            return
+        plan = self._plan
+        for failed in failures.named:
+            logger.error(
+                "%s of the row with primary key %r cannot be converted: %s",
+                plan.full_name,
+                failed.primary_key,
+                failed.error,
+            )
+        raise RotationError(
+            f"{failures.count} values of {plan.full_name} cannot be {plan.verb} (they were logged "
+            "by primary key). The column is as it was; what could be converted is kept in "
+            f"{plan.through}. The revision is not stamped: run it again when these rows are dealt "
+            "with, or pass the reader= that they need"
+        )
+
+    # -- the swap ----------------------------------------------------------------------------------
+
+    def _swap(self) -> None:
+        plan = self._plan
+        if self._any(column(plan.column_name).is_not(None)):
+            self._keyring()  # a missing keyring is an error of its own, not one of every row
+        try:
+            with Link(self._connection) as link, self._locked(link):
+                self._stop_if_failed(self._reconcile())
+                if self._dialect.name == "sqlite":
+                    self._rename_on_sqlite()
+                elif self._dialect.name == "postgresql":
+                    self._rename_on_postgresql()
+                else:
+                    self._rename_on_mysql()
+        except DBAPIError as error:
+            reason = (str(error.orig).splitlines() or [""])[0]
+            fault = f"{type(error.orig).__name__}: {reason}"
+        else:
+            logger.info(
+                "%s holds %s values now; the others are %s",
+                plan.full_name,
+                _contents(plan)[0],
+                "dropped" if plan.drop else f"kept in {plan.through}",
+            )
+            return
+        raise RotationError(
+            f"the database refused to swap {plan.full_name} and {plan.through}: {fault}. The "
+            "column is as it was. Run it again to go on"
+        )
+
+    @contextmanager
+    def _locked(self, link: Link) -> Iterator[None]:
+        """
+        Keep all writers out. What is done inside is one transaction, except on MariaDB and MySQL,
+        where each statement is one.
+        """
+        connection = link.connection
+        if self._dialect.name in ("mysql", "mariadb"):
+            connection.exec_driver_sql(f"LOCK TABLES {self._table} WRITE")
+            try:
+                yield
+            finally:
+                if not connection.invalidated:
+                    connection.exec_driver_sql("UNLOCK TABLES")
+            return
+        with self._without_foreign_keys(connection), link.transaction():
+            if self._dialect.name == "postgresql":
+                connection.exec_driver_sql(f"LOCK TABLE {self._table} IN ACCESS EXCLUSIVE MODE")
+            yield
+
+    @contextmanager
+    def _without_foreign_keys(self, connection: Connection) -> Iterator[None]:
+        """
+        Keep SQLite from deleting the rows of other tables that refer to this one when the copy of
+        the table takes its place: with foreign keys on, DROP TABLE deletes its rows first.
+        """
+        enforced = (
+            self._dialect.name == "sqlite"
+            and connection.exec_driver_sql("PRAGMA foreign_keys").scalar()
+        )
+        if enforced:
+            connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
+        try:
+            yield
+        finally:
+            if enforced:
+                connection.exec_driver_sql("PRAGMA foreign_keys = ON")
+
+    def _reconcile(self) -> Failures:
+        """Fill again what no longer agrees with its source: all rows are looked at."""
+        worker = self._worker(compare=True)
+        pace = Pace(self._plan.batch_size, None, None, 0, time.sleep)
+        failures = Failures()
+        after: PrimaryKey | None = None
+        more = True
+        while more:
+            limit = pace.limit
+            batch = worker.batch(self._connection, after, limit)
+            failures.add(batch.failed)
+            more = batch.rows >= limit
+            after = batch.last
+            pace.after(batch.rows, batch.size, 0)
+        # Whatever became of the passes: with this lock, a value that is not there is lost.
+        failures.count = max(failures.count, worker.count_stale(self._connection))
+        return failures
+
+    def _alter(self, change: str) -> None:
+        self._connection.exec_driver_sql(f"ALTER TABLE {self._table} {change}")
+
+    def _rename(self, old: str, new: str) -> None:
+        self._alter(f"RENAME COLUMN {self._quote(old)} TO {self._quote(new)}")
+
+    def _exchange_names(self) -> None:
+        plan = self._plan
+        if plan.drop:
+            self._alter(f"DROP COLUMN {self._quote(plan.column_name)}")
+            self._rename(plan.through, plan.column_name)
+        else:
+            aside = f"{plan.column_name}__aside"
+            self._rename(plan.column_name, aside)
+            self._rename(plan.through, plan.column_name)
+            self._rename(aside, plan.through)
+
+    @property
+    def _is_nullable(self) -> bool:
+        return bool(self._columns[self._plan.column_name]["nullable"])
+
+    def _rename_on_postgresql(self) -> None:
+        plan = self._plan
+        self._exchange_names()
+        if self._is_nullable:
+            return
+        self._alter(f"ALTER COLUMN {self._quote(plan.column_name)} SET NOT NULL")
+        if not plan.drop:
+            # Those who write the column from now on know nothing of the one that is kept.
+            self._alter(f"ALTER COLUMN {self._quote(plan.through)} DROP NOT NULL")
+
+    def _rename_on_mysql(self) -> None:
+        plan = self._plan
+        old, new = self._columns[plan.column_name], self._columns[plan.through]
+        changes = [self._change(plan.through, plan.column_name, new, nullable=self._is_nullable)]
+        if plan.drop:
+            changes.insert(0, f"DROP COLUMN {self._quote(plan.column_name)}")
+        else:
+            changes.append(self._change(plan.column_name, plan.through, old, nullable=True))
+        self._alter(", ".join(changes))
+
+    def _change(self, name: str, new_name: str, reflected: Any, *, nullable: bool) -> str:
+        column: Column[Any] = Column(
+            new_name, reflected["type"], nullable=nullable, comment=reflected.get("comment")
+        )
+        Table(self._plan.table_name, MetaData(), column, schema=self._plan.schema)
+        compiler: Any = CreateTable(column.table).compile(dialect=self._dialect)
+        return f"CHANGE COLUMN {self._quote(name)} {compiler.get_column_specification(column)}"
+
+    def _rename_on_sqlite(self) -> None:
+        plan = self._plan
+        self._exchange_names()
+        if self._is_nullable:
+            return
+        before = self._schema_on_sqlite()
+        with self._operations.batch_alter_table(
+            plan.table_name, schema=plan.schema, recreate="always"
+        ) as batch:
+            batch.alter_column(plan.column_name, existing_type=LargeBinary(), nullable=False)
+            if not plan.drop:
+                batch.alter_column(plan.through, nullable=True)
+        lost = before - self._schema_on_sqlite()
+        if lost:
+            raise RotationError(
+                f"{plan.full_name} is NOT NULL, which SQLite can set only on a copy of the table, "
+                f"and Alembic's copy would lose: {', '.join(sorted(lost))}. The column is as it "
+                "was. Make it nullable in a revision of your own before this one, and NOT NULL in "
+                "one after it"
+            )
+
+    def _schema_on_sqlite(self) -> Counter[str]:
+        """What the table has, for comparing it with its copy: objects by name, clauses by word."""
+        plan = self._plan
+        master = f"{self._quote(plan.schema)}.sqlite_master" if plan.schema else "sqlite_master"
+        statement = text(f"SELECT type, name, sql FROM {master} WHERE tbl_name = :name")  # noqa: S608
+        found: Counter[str] = Counter()
+        for type_, name, sql in self._connection.execute(statement, {"name": plan.table_name}):
+            if type_ == "table":
+                found.update(" ".join(word.upper().split()) for word in _CLAUSES.findall(sql))
+            elif sql is not None:
+                found[f"{type_} {name}"] += 1
+        return found
+
+    def _drop_what_is_left(self) -> None:
+        """The swap is done: drop the other column, unless it is to be kept."""
+        plan = self._plan
+        if plan.swap and plan.drop:
+            self._alter(f"DROP COLUMN {self._quote(plan.through)}")
+            logger.info("dropped %s, which %s had replaced", plan.through, plan.full_name)
+        else:
+            logger.info("%s is %s already; nothing to do", plan.full_name, _contents(plan)[0])
+
+
+_CLAUSES: Final = re.compile(
+    r"\b(?:CHECK|AUTOINCREMENT|COLLATE\s+\w+|ON\s+CONFLICT|STRICT|WITHOUT\s+ROWID|DEFAULT|UNIQUE"
+    r"|GENERATED|REFERENCES|DEFERRABLE)\b",
+    re.IGNORECASE,
+)
+"""The clauses of a CREATE TABLE that a copy made from what was reflected may lack."""
+
+
+def _contents(plan: Plan) -> tuple[Content, Content]:
+    """Return what the column is to hold, and what the other one holds then."""
+    return ("sealed", "plain") if plan.to_sealed else ("plain", "sealed")
+
+
+def _implemented(type_: TypeEngine[Any], dialect: Dialect) -> object:
+    """Return the type that a decorator stands for."""
+    impl = type_.dialect_impl(dialect)
+    return getattr(impl, "impl_instance", impl)
