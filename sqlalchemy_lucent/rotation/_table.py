@@ -34,7 +34,7 @@ from .targets import TargetColumn, TargetTable
 
 PrimaryKey = tuple[Any, ...]
 
-_ROW_LOCKING: Final = frozenset({"postgresql", "mysql", "mariadb"})
+ROW_LOCKING: Final = frozenset({"postgresql", "mysql", "mariadb"})
 
 
 class Batch(NamedTuple):
@@ -96,7 +96,7 @@ class TableWorker:
         self.name = target.name
         self.primary_key = target.primary_key
         self._dialect = dialect
-        self._locking = dialect.name in _ROW_LOCKING
+        self._locking = dialect.name in ROW_LOCKING
         clause = target.clause
         sealed = {found.name for found in target.columns}
         plain = [c for c in clause.c if c.name not in sealed]
