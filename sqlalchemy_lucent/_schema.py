@@ -8,6 +8,7 @@ are passed on, because both may quote the document; the path and the types are t
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Generic, TypeVar, get_args
@@ -120,7 +121,8 @@ def _explain(error: Exception) -> str:
             path = f"a {found['part']} in {path}"
         fault = _SPEAKABLE_FAULT.match(message)
         return f"{path}: {fault[1] if fault else 'the value breaks a rule of its type'}"
-    if hasattr(error, "errors"):  # pydantic.ValidationError
+    pydantic = sys.modules.get("pydantic")
+    if pydantic is not None and isinstance(error, pydantic.ValidationError):
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         path = "$"
         for part in first["loc"]:

@@ -80,7 +80,11 @@ _FORMS: Final[dict[str, dict[str, str]]] = {
         "format_byte": f"substr({{value}}, {{colon}} + 1, 1) = x'{_FORMAT}'",
         "key_version": "CAST(substr({value}, 1, {colon} - 1) AS TEXT)",
         "key_id": f"lower(hex(substr({{value}}, {{colon}} + 2, {KEY_ID_SIZE})))",
-        "alphabet": "{key_version} NOT GLOB '*[^A-Za-z0-9._-]*'",
+        "alphabet": (
+            # GLOB stops at a NUL, and so does not see what is behind it.
+            "instr(substr({value}, 1, {colon} - 1), x'00') = 0"
+            " AND {key_version} NOT GLOB '*[^A-Za-z0-9._-]*'"
+        ),
     },
     "postgresql": {
         "colon": r"position('\x3a'::bytea in {value})",
@@ -88,7 +92,7 @@ _FORMS: Final[dict[str, dict[str, str]]] = {
         "format_byte": (rf"substring({{value}} from {{colon}} + 1 for 1) = '\x{_FORMAT}'::bytea"),
         "key_version": "encode(substring({value} from 1 for {colon} - 1), 'escape')",
         "key_id": f"encode(substring({{value}} from {{colon}} + 2 for {KEY_ID_SIZE}), 'hex')",
-        "alphabet": "{key_version} ~ '^[A-Za-z0-9._-]+$'",
+        "alphabet": "{key_version} !~ '[^A-Za-z0-9._-]'",
     },
     # The collation matters: by default 'V1' and 'v1' would be one version.
     "mysql": {
@@ -97,7 +101,7 @@ _FORMS: Final[dict[str, dict[str, str]]] = {
         "format_byte": f"SUBSTRING({{value}}, {{colon}} + 1, 1) = x'{_FORMAT}'",
         "key_version": "CONVERT(SUBSTRING({value}, 1, {colon} - 1) USING ascii) COLLATE ascii_bin",
         "key_id": f"LOWER(HEX(SUBSTRING({{value}}, {{colon}} + 2, {KEY_ID_SIZE})))",
-        "alphabet": "{key_version} REGEXP '^[A-Za-z0-9._-]+$'",
+        "alphabet": "{key_version} NOT REGEXP '[^A-Za-z0-9._-]'",
     },
 }
 _FORMS["mariadb"] = _FORMS["mysql"]

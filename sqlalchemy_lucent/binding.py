@@ -127,6 +127,7 @@ class _Declaration:
         for identifier, listener in (
             ("before_insert", attribute.before_insert),
             ("before_update", attribute.before_update),
+            ("after_update", attribute.after_update),
             ("mapper_configured", attribute.check_mapping),
         ):
             # On a mixin or base that is not mapped itself, `propagate` reaches what is.
@@ -242,6 +243,21 @@ class _RowBound(hybrid_property[Any], _DCAttributeOptions):
                 why = f"{', '.join(moved)} of that row would change beneath it"
                 self._rehome(mapper, target, stored, why)
 
+    def after_update(self, mapper: Mapper[Any], connection: object, target: Any) -> None:
+        """Refuse, too, what a listener of the model's own changed after :meth:`before_update`."""
+        state = cast("InstanceState[Any]", inspect(target))
+        keys = [key for key, _ in self._bound_columns(mapper)]
+        moved = [key for key in keys if state.attrs[key].history.has_changes()]
+        stored = getattr(target, self.sealed_key) if moved else None
+        if isinstance(stored, Sealed):
+            try:
+                stored.open(row=self._current_row(target))
+            except TamperedError:
+                pass
+            else:
+                return
+            raise self._refusal(mapper, f"{', '.join(moved)} of that row changed beneath it")
+
     def _rehome(self, mapper: Mapper[Any], target: Any, stored: Sealed, why: str) -> None:
         """Have a value that was loaded sealed for the row that the object has now."""
         if stored._is_open():
@@ -253,7 +269,10 @@ class _RowBound(hybrid_property[Any], _DCAttributeOptions):
             pass
         else:
             return
-        raise UnsupportedOperationError(
+        raise self._refusal(mapper, why)
+
+    def _refusal(self, mapper: Mapper[Any], why: str) -> UnsupportedOperationError:
+        return UnsupportedOperationError(
             f"{_sealed_column(mapper, self.sealed_key)} is sealed for its row, and {why}: read "
             f"the attribute {self.key!r} before you change the row, so that it is sealed anew in "
             "the same flush, or set it"

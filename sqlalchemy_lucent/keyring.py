@@ -188,7 +188,7 @@ class Keyring:
     :param keys: master keys by version. A version is 1 to 32 characters of ``A-Z a-z 0-9 . _ -``;
         a key is 32 bytes, or their base64, base64url (padded or not) or hex text.
     :param primary: the version that seals. May be left out when there is one key only.
-    :raises InvalidKeyError: a version or key breaks its rule, or one key has two versions.
+    :raises InvalidKeyError: a version or key breaks its rule.
     :raises ConfigurationError: no key, or a primary that is not among them.
 
     A keyring never shows a key: ``repr`` gives versions and fingerprints, copies are the keyring

@@ -958,16 +958,23 @@ def _prefix(sealed: bytes) -> bytes:
 
 def _token(sealed: Any) -> str | None:
     """Return the token of a value, from its first bytes."""
-    prefix = _prefix(bytes(sealed))
+    prefix = _prefix(bytes(sealed or b""))
+    return prefix.hex() if _is_token(prefix) else None
+
+
+def _is_token(prefix: bytes) -> bool:
     envelope = parse(prefix)
-    return prefix.hex() if envelope is not None and len(envelope.nonce) == NONCE_SIZE else None
+    return envelope is not None and len(envelope.nonce) == NONCE_SIZE and not envelope.body
 
 
 def _token_bytes(token: object) -> bytes:
     try:
-        return bytes.fromhex(cast("str", token))
+        prefix = bytes.fromhex(cast("str", token))
     except (TypeError, ValueError):
-        pass
+        prefix = b""
+    # A whole one, because so many bytes are compared as it has.
+    if _is_token(prefix):
+        return prefix
     raise InvalidKeyError("expected= takes the token of a SecretInfo")
 
 

@@ -106,6 +106,12 @@ class Link:
             self._connection.close()
             self._connection = None
         connection = self._engine.connect()
+        if _is_in_transaction(connection):
+            connection.close()
+            raise RotationError(
+                "the engine gives a connection that is inside a transaction already, as that of a "
+                "SQLite memory database does within one thread: end that transaction first"
+            )
         try:
             connection.execution_options(isolation_level="AUTOCOMMIT")
             self._begin_outermost(connection)

@@ -301,10 +301,15 @@ class _Run:
         while more:
             started = time.monotonic()
             batch, limit = self._attempt(partial(self._batch, worker, after))
-            after = batch.last
+            before, after = after, batch.last
             self._rotated += batch.written
             failures.add(batch.failed)
             more = batch.rows >= limit
+            if more and batch.last == before:
+                raise RotationError(
+                    f"the rows of {worker.name} cannot be gone through in order: the database does "
+                    "not find its primary key behind itself, as with an inexact type (FLOAT)"
+                )
             if batch.rows:
                 self._tell(worker, failures)
                 self._pace.after(batch.rows, batch.size, time.monotonic() - started)

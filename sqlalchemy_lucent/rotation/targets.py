@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from sqlalchemy import Column, Connection, Engine, MetaData, Table, column, inspect, table
+from sqlalchemy import ARRAY, Column, Connection, Engine, MetaData, Table, column, inspect, table
 from sqlalchemy.orm import ColumnProperty, Mapper, QueryableAttribute, registry
 from sqlalchemy.sql.expression import ColumnClause, TableClause
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from ..exceptions import RotationError
 from ..models import LucentBase
@@ -124,7 +125,31 @@ def _columns_of(tables: list[Table], named: str) -> Iterator[Column[Any]]:
 
 
 def _encrypted(owner: Table) -> list[Column[Any]]:
+    for found in owner.columns:
+        if _seals_beneath(found.type):
+            raise RotationError(
+                f"{found} seals its values through a type that hides it (a variant, a "
+                "TypeDecorator over EncryptedJSON, or an ARRAY of it), which cannot be rotated; "
+                "declare the column as EncryptedJSON itself"
+            )
     return [column for column in owner.columns if isinstance(column.type, EncryptedJSON)]
+
+
+def _seals_beneath(type_: TypeEngine[Any]) -> bool:
+    """Say whether the type seals some values in a way that it does not tell itself."""
+    if isinstance(type_, EncryptedJSON):
+        variants = type_._variant_mapping.values()
+        return any(
+            not isinstance(variant, EncryptedJSON)
+            or (variant.contexts, variant.bound_to) != (type_.contexts, type_.bound_to)
+            for variant in variants
+        )
+    beneath = [*type_._variant_mapping.values()]
+    if isinstance(type_, TypeDecorator):
+        beneath.append(type_.impl)  # type: ignore[arg-type]
+    if isinstance(type_, ARRAY):
+        beneath.append(type_.item_type)
+    return any(isinstance(t, EncryptedJSON) or _seals_beneath(t) for t in beneath)
 
 
 def _not_a_target(type_: type[Any]) -> RotationError:

@@ -42,6 +42,8 @@ FOREIGN = [
     b"\xff\xfe:\x01",
     b"v1:\x02" + b"x" * 40,
     b"a b:\x01xxxx",
+    b"v\x00\xff:\x01xxxx",
+    b"v1\n:\x01xxxx",
 ]
 
 

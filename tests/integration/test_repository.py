@@ -318,6 +318,17 @@ def test_set_with_the_token_of_what_is_stored(secrets: LucentSecrets) -> None:
     assert secrets.require(KEY) == 2
 
 
+@pytest.mark.parametrize("cut", [0, 1, 2, 10, -2])
+def test_part_of_a_token_is_no_token(secrets: LucentSecrets, cut: int) -> None:
+    token = secrets.set(KEY, 1)
+    for part in (token[:cut], token + "00"):
+        with pytest.raises(InvalidKeyError, match="takes the token"):
+            secrets.set(KEY, 2, expected=part)
+        with pytest.raises(InvalidKeyError, match="takes the token"):
+            secrets.delete(KEY, expected=part)
+    assert secrets.require(KEY) == 1
+
+
 def test_set_that_expects_nothing(secrets: LucentSecrets) -> None:
     secrets.set(KEY, 1, expected=None)
     with pytest.raises(ConflictError):

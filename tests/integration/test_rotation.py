@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 from sqlalchemy import (
+    ARRAY,
+    JSON,
     URL,
     Column,
     Connection,
@@ -42,7 +44,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, registry
-from sqlalchemy.types import TypeEngine
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from sqlalchemy_lucent import (
     Bound,
@@ -800,3 +802,45 @@ def test_a_report_is_json_ready_whatever_the_primary_key(engine: Engine, promote
         "dry_run": False,
         "ok": False,
     }
+
+
+class Wrapped(TypeDecorator[Any]):
+    impl = EncryptedJSON
+    cache_ok = True
+
+
+@pytest.mark.parametrize(
+    "type_",
+    [
+        JSON().with_variant(EncryptedJSON(), "sqlite"),
+        EncryptedJSON().with_variant(EncryptedJSON(context="elsewhere"), "sqlite"),
+        Wrapped(context="hidden.value"),
+        ARRAY(EncryptedJSON(context="hidden.value")),
+    ],
+    ids=["variant", "other-context", "decorator", "array"],
+)
+@pytest.mark.parametrize("ask", [rotate, status, verify])
+def test_a_column_that_hides_its_encryption_is_refused_and_not_passed_over(
+    type_: Any, ask: Callable[..., Any]
+) -> None:
+    hidden = Table("hidden", MetaData(), Column("id", Integer, primary_key=True))
+    hidden.append_column(Column("value", type_))
+    hidden.append_column(Column("plain", EncryptedJSON))
+    engine = create_engine("sqlite://")
+    with pytest.raises(RotationError, match="value seals its values through a type"):
+        ask(engine, hidden.metadata)
+    engine.dispose()
+
+
+def test_an_engine_whose_only_connection_is_in_a_transaction_is_refused(keyring: Keyring) -> None:
+    engine = create_engine("sqlite://")
+    single = Table("single", MetaData(), Column("id", Integer, primary_key=True))
+    single.append_column(Column("value", EncryptedJSON))
+    single.metadata.create_all(engine)
+    with Session(engine) as session:
+        session.execute(insert(single).values(id=1, value={"n": 1}))
+        with pytest.raises(RotationError, match="inside a transaction already"):
+            rotate(engine, single)
+        session.rollback()
+        assert session.scalars(select(single.c.id)).all() == []
+    engine.dispose()

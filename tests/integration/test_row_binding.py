@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy
-from sqlalchemy import Engine, ForeignKey, LargeBinary, String, insert, select, text, update
+from sqlalchemy import Engine, ForeignKey, LargeBinary, String, event, insert, select, text, update
 from sqlalchemy import type_coerce as coerce
 from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -87,6 +87,7 @@ class AbstractVault(Base):
     __abstract__ = True
 
     id: Mapped[str] = mapped_column(primary_key=True)
+    note: Mapped[str | None]
     secret: Mapped[Any] = row_bound("id")
 
 
@@ -226,6 +227,25 @@ def test_a_row_moves_freely_where_nothing_is_sealed(engine: Engine, expire_on_co
         session.commit()
         assert integration.backup is None
         assert session.scalars(select(Integration.backup)).all() == [None]
+
+
+def test_a_listener_of_the_model_cannot_move_a_row_beneath_its_value(session: Session) -> None:
+    vault = Vault(id="x", secret={"n": 1})
+    session.add(vault)
+    session.commit()
+
+    def move(mapper: Any, connection: Any, target: Vault) -> None:
+        target.id = "y"
+
+    event.listen(Vault, "before_update", move)
+    try:
+        vault.note = "changed"
+        with pytest.raises(UnsupportedOperationError, match="id of that row changed beneath it"):
+            session.commit()
+    finally:
+        event.remove(Vault, "before_update", move)
+    session.rollback()
+    assert session.scalars(select(Vault)).one().secret == {"n": 1}
 
 
 def test_value_survives_refresh_and_expire(session: Session) -> None:

@@ -210,3 +210,21 @@ def test_pydantic_is_imported_only_for_types_that_need_it() -> None:
         "assert 'pydantic' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_an_error_that_has_errors_of_its_own_is_not_quoted() -> None:
+    class ManyError(Exception):
+        errors = ("x",)
+
+    @dataclasses.dataclass
+    class Refusing:
+        a: str
+
+        def __post_init__(self) -> None:
+            raise ManyError(self.a)
+
+    marker = uuid.uuid4().hex
+    with pytest.raises(SchemaMismatchError) as caught:
+        Schema(Refusing).load({"a": marker})
+    assert marker not in "".join(traceback.format_exception(caught.value))
+    assert caught.value.__context__ is None
