@@ -24,12 +24,19 @@ def database_url() -> str:
     return str(url)
 
 
+def is_ours(name: str | None, type_: str, parent_names: object) -> bool:
+    """Leave the other tables of the database alone."""
+    return type_ != "table" or name in LucentBase.metadata.tables
+
+
 def run(connection: Connection | None = None, url: str | None = None) -> None:
     context.configure(
         connection=connection,
         url=url,
         target_metadata=LucentBase.metadata,
         render_item=lucent_migrations.render_item,
+        autogenerate_plugins=["alembic.autogenerate.*", "sqlalchemy_lucent.*"],
+        include_name=is_ours,
         # A rotation commits as it goes; each revision on its own keeps that apart from the others.
         transaction_per_migration=True,
     )

@@ -109,7 +109,7 @@ class EngineCodec:
         )
         restored = self.loads(data)
         try:
-            comes_back = _same(restored, value)
+            comes_back = same_value(restored, value)
         except Exception:  # noqa: BLE001  (a value's own methods may raise anything)
             comes_back = False
         if comes_back:
@@ -176,7 +176,7 @@ def _dumps_carefully(value: JSONValue) -> bytes:
         if fault is None:
             text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             data = text.encode("utf-8")
-            if _same(_decode(data), value):
+            if same_value(_decode(data), value):
                 return data
             fault = f"$: a value of type {type(value).__name__} does not come back equal from JSON"
     except Exception as error:  # noqa: BLE001  (a value's own methods may raise anything)
@@ -233,12 +233,12 @@ def member_path(path: str, name: str) -> str:
     return f"{path}.{name}" if _SPEAKABLE_NAME.fullmatch(name) else f"{path}[?]"
 
 
-def _same(left: JSONValue, right: JSONValue) -> bool:
+def same_value(left: JSONValue, right: JSONValue) -> bool:
     """Compare with types: ``1``, ``1.0`` and ``True`` differ, and so do ``0.0`` and ``-0.0``."""
     if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(_same(left[k], right[k]) for k in left)
+        return left.keys() == right.keys() and all(same_value(left[k], right[k]) for k in left)
     if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(_same, left, right))
+        return len(left) == len(right) and all(map(same_value, left, right))
     if isinstance(left, float) and isinstance(right, float):
         return left == right and math.copysign(1, left) == math.copysign(1, right)
     return bool(left == right) and isinstance(left, (bool, float)) == isinstance(

@@ -235,23 +235,24 @@ class _RowBound(hybrid_property[Any], _DCAttributeOptions):
             if moved or state.attrs[self.sealed_key].history.has_changes():
                 # Anew, because after merge() it still names the object that was merged from.
                 self.write(target, stored.value)
-        elif moved and not (stored is None and self.sealed_key in state.dict):
-            self._rehome(
-                mapper, target, stored, f"{', '.join(moved)} of that row would change beneath it"
-            )
+        elif moved:
+            # Loads the value if it is not there: it may be NULL, and then nothing is sealed.
+            stored = getattr(target, self.sealed_key)
+            if stored is not None:
+                why = f"{', '.join(moved)} of that row would change beneath it"
+                self._rehome(mapper, target, stored, why)
 
-    def _rehome(self, mapper: Mapper[Any], target: Any, stored: Sealed | None, why: str) -> None:
+    def _rehome(self, mapper: Mapper[Any], target: Any, stored: Sealed, why: str) -> None:
         """Have a value that was loaded sealed for the row that the object has now."""
-        if stored is not None:
-            if stored._is_open():
-                self.write(target, stored._opened)
-                return
-            try:
-                stored._open_once(self._current_row(target))
-            except TamperedError:
-                pass
-            else:
-                return
+        if stored._is_open():
+            self.write(target, stored._opened)
+            return
+        try:
+            stored._open_once(self._current_row(target))
+        except TamperedError:
+            pass
+        else:
+            return
         raise UnsupportedOperationError(
             f"{_sealed_column(mapper, self.sealed_key)} is sealed for its row, and {why}: read "
             f"the attribute {self.key!r} before you change the row, so that it is sealed anew in "

@@ -37,7 +37,6 @@ from sqlalchemy import (
     literal,
     or_,
     select,
-    tuple_,
     update,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
@@ -46,6 +45,7 @@ from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.sql.dml import Insert
 
 from ._envelope import MAX_VERSION_LENGTH, NONCE_SIZE, header_size, parse
+from ._keyset import is_behind
 from ._schema import Schema
 from .events import AccessHandler, Action, SecretAccess
 from .exceptions import (
@@ -113,7 +113,7 @@ class LucentSecrets:
     :param model: a mapped class made with :class:`LucentSecretMixin`.
     :param on_access: is told of each use of a secret, see :mod:`sqlalchemy_lucent.events`. With
         one, a write happens in a savepoint, so that it is undone if the handler raises.
-    :raises ConfigurationError: `keyring` or `on_access` is of another kind.
+    :raises ConfigurationError: `session`, `keyring` or `on_access` is of another kind.
 
     Every method takes a :class:`SecretKey` or its text, and raises
     :exc:`InvalidKeyError` for one that breaks a rule.
@@ -132,6 +132,11 @@ class LucentSecrets:
     ) -> None:
         if keyring is not None and not isinstance(keyring, Keyring):
             raise ConfigurationError(f"keyring= takes a Keyring, not {type(keyring).__name__}")
+        given: object = session
+        if not isinstance(given, (Session, scoped_session)):
+            name = type(given).__name__
+            hint = "; AsyncLucentSecrets takes it" if name.startswith("Async") else ""
+            raise ConfigurationError(f"session= takes a Session, not {name}{hint}")
         if python_inspect.iscoroutinefunction(on_access):
             raise ConfigurationError(
                 "on_access= takes a plain function, also with an AsyncSession: it is given the "
@@ -469,19 +474,7 @@ class LucentSecrets:
         columns, parts = self._key_columns[fixed:], key[fixed:]
         if not columns:
             return false()
-        if self._dialect.name not in _MYSQL:
-            return tuple_(*columns) > tuple_(*map(literal, parts))
-        # MySQL and MariaDB find no place in the index for a row value, only for each of its cases;
-        # SQLite and PostgreSQL do not for the cases.
-        return or_(
-            *(
-                and_(
-                    *(c == part for c, part in zip(columns[:last], parts[:last], strict=True)),
-                    columns[last] > parts[last],
-                )
-                for last in range(len(columns))
-            )
-        )
+        return is_behind(columns, [literal(part) for part in parts], self._dialect)
 
     def _has_token(self, token: ColumnElement[bytes]) -> ColumnElement[bool]:
         size = func.length(token)
@@ -702,6 +695,10 @@ class AsyncLucentSecrets:
         model: type[LucentSecretMixin] = LucentSecret,
         on_access: AccessHandler | None = None,
     ) -> None:
+        if not hasattr(session, "sync_session"):
+            raise ConfigurationError(
+                f"session= takes an AsyncSession, not {type(session).__name__}"
+            )
         self._session = session
         self._secrets = LucentSecrets(
             session.sync_session, keyring=keyring, model=model, on_access=on_access

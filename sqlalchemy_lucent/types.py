@@ -104,10 +104,15 @@ class ColumnCodec:
 
     def seal(self, value: Any, row: bytes = b"", keyring: Keyring | None = None) -> bytes:
         """Return the stored bytes of a value."""
-        if self.schema is not None and value is not None:
-            value = self.schema.dump(value)
-        keys = (keyring or default_keyring()).for_context(self.contexts[0])
-        return keys.seal(self.codec.dumps(value), row)
+        try:
+            if self.schema is not None and value is not None:
+                value = self.schema.dump(value)
+            document = self.codec.dumps(value)
+        except SerializationError as error:
+            fault = str(error)
+        else:
+            return (keyring or default_keyring()).for_context(self.contexts[0]).seal(document, row)
+        raise SerializationError(f"{self.contexts[0]}: {fault}")
 
     def open(self, data: Any, row: bytes = b"", keyring: Keyring | None = None) -> Any:
         """Return the value of stored bytes."""

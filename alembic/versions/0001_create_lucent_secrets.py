@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from alembic import context, op
 
+from sqlalchemy_lucent import RotationError
+
 revision = "0001"
 down_revision = None
 branch_labels = None
@@ -22,4 +24,10 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Drop the table if it is empty; with ``-x drop_secrets=yes``, whatever it holds."""
     told = context.get_x_argument(as_dictionary=True).get("drop_secrets") == "yes"
-    op.drop_lucent_secrets(force=told)
+    try:
+        op.drop_lucent_secrets(force=told)
+    except RotationError as error:
+        fault = f"{error}. In this environment that is: alembic -x drop_secrets=yes downgrade base"
+    else:
+        return
+    raise RotationError(fault)

@@ -45,7 +45,7 @@ class Link:
 
     def __init__(self, bind: Engine | Connection) -> None:
         if not isinstance(bind, (Engine, Connection)):
-            raise RotationError(f"the bind is an Engine or a Connection, not {type(bind).__name__}")
+            raise not_a_bind(bind)
         self._engine = bind if isinstance(bind, Engine) else None
         self._connection = bind if isinstance(bind, Connection) else None
         self._restored_level: Any = None
@@ -170,3 +170,10 @@ def _is_transient(error: DBAPIError, dialect_name: str) -> bool:
     if dialect_name == "postgresql":
         return getattr(original, "sqlstate", None) in _TRANSIENT_SQLSTATES
     return bool(original.args) and original.args[0] in _TRANSIENT_MYSQL_CODES
+
+
+def not_a_bind(bind: object) -> RotationError:
+    """Return the error for what is neither an engine nor a connection."""
+    name = type(bind).__name__
+    hint = "; there are arotate() and averify() for it" if name.startswith("Async") else ""
+    return RotationError(f"the bind is an Engine or a Connection, not {name}{hint}")

@@ -18,11 +18,13 @@ from sqlalchemy import (
     cast,
     func,
     literal,
+    not_,
     or_,
     select,
 )
 
 from .._envelope import NONCE_SIZE, header_size
+from .._keyset import is_behind
 from ..exceptions import ConfigurationError, DecryptionError, RotationError
 from ..keyring import Keyring
 from ..types import as_bytes, encode_row, open_in_contexts
@@ -32,7 +34,7 @@ from .targets import TargetColumn, TargetTable
 
 PrimaryKey = tuple[Any, ...]
 
-_ROW_LOCKING: Final = frozenset({"postgresql", "mysql", "mariadb"})
+ROW_LOCKING: Final = frozenset({"postgresql", "mysql", "mariadb"})
 
 
 class Batch(NamedTuple):
@@ -93,7 +95,8 @@ class TableWorker:
         self.target = target
         self.name = target.name
         self.primary_key = target.primary_key
-        self._locking = dialect.name in _ROW_LOCKING
+        self._dialect = dialect
+        self._locking = dialect.name in ROW_LOCKING
         clause = target.clause
         sealed = {found.name for found in target.columns}
         plain = [c for c in clause.c if c.name not in sealed]
@@ -201,9 +204,11 @@ class TableWorker:
         """The conditions that a row is behind `after`, and not behind `upto`."""
         conditions = []
         if after is not None:
-            conditions.append(_compared(self.primary_key, "after", behind=True))
+            parameters = _parameters(self.primary_key, "after")
+            conditions.append(is_behind(self.primary_key, parameters, self._dialect))
         if upto is not None:
-            conditions.append(_compared(self.primary_key, "upto", behind=False))
+            parameters = _parameters(self.primary_key, "upto")
+            conditions.append(not_(is_behind(self.primary_key, parameters, self._dialect)))
         return conditions
 
     def parameters(
@@ -303,23 +308,8 @@ def _open_in_contexts(
     return open_in_contexts(contexts, sealed, row, keyring)
 
 
-def _compared(
-    columns: Sequence[ColumnElement[Any]], name: str, *, behind: bool
-) -> ColumnElement[bool]:
-    """
-    Return ``(a, b) > (x, y)``, or ``<=``, spelled out: each database's planner can use an index.
-
-    Row values would be shorter, but MySQL and MariaDB scan the table for them.
-    """
-    parameters = [
+def _parameters(columns: Sequence[ColumnElement[Any]], name: str) -> list[ColumnElement[Any]]:
+    return [
         bindparam(f"lucent_{name}_{position}", type_=column.type)
         for position, column in enumerate(columns)
     ]
-    *rest, (last_column, last) = zip(columns, parameters, strict=True)
-    condition = last_column > last if behind else last_column <= last
-    for column_, value in reversed(rest):
-        if behind:
-            condition = and_(column_ >= value, or_(column_ > value, condition))
-        else:
-            condition = and_(column_ <= value, or_(column_ < value, condition))
-    return condition

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, Engine, func, select
 
 from .. import _sql
+from .._envelope import VERSION_PATTERN
 from ..exceptions import KeyInUseError, RotationError
 from ..keyring import Keyring, default_keyring
 from ._async import run_sync
+from ._link import not_a_bind
 from ._pace import Pace
 from ._table import PrimaryKey, TableWorker
 from .engine import DEFAULT_BATCH_SIZE
@@ -101,8 +103,10 @@ def retire_check(
         every MetaData that the key was used for.
     :param settle: seconds between the two counts; 0 counts once.
     :raises KeyInUseError: how many values need the version, per column.
-    :raises RotationError: `targets` has no encrypted column.
+    :raises RotationError: `targets` has no encrypted column, or an argument is wrong.
     """
+    if not isinstance(version, str) or not VERSION_PATTERN.fullmatch(version):
+        raise RotationError("retire_check() takes a key version, such as 'v1'")
     if isinstance(settle, bool) or not isinstance(settle, (int, float)) or settle < 0:
         raise RotationError("settle is a number of seconds, 0 or more")
     if settle and isinstance(bind, Connection) and bind.in_transaction():
@@ -202,4 +206,4 @@ def _connected(bind: Engine | Connection) -> Iterator[Connection]:
         with bind.connect() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
     else:
-        raise RotationError(f"the bind is an Engine or a Connection, not {type(bind).__name__}")
+        raise not_a_bind(bind)

@@ -26,6 +26,7 @@ from sqlalchemy import (
     cast,
     column,
     func,
+    literal,
     or_,
     select,
     table,
@@ -33,11 +34,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeEngine
 
-from .._json import Codec, JSONValue, _same
+from .._json import Codec, JSONValue, same_value
+from .._keyset import is_behind
 from ..exceptions import DecryptionError, LucentError
 from ..keyring import Keyring
 from ..types import EncryptedJSON, as_bytes, encode_row, open_in_contexts
-from ._table import _ROW_LOCKING, Batch, PrimaryKey, _compared
+from ._table import ROW_LOCKING, Batch, PrimaryKey
 from .report import FailedRow
 
 Reader = Callable[[Any], JSONValue]
@@ -143,7 +145,7 @@ class PlainColumn:
 
     def agree(self, one: bytes, other: bytes) -> bool:
         """Say whether two documents hold the same value."""
-        return one == other or _same(self._codec.loads(one), self._codec.loads(other))
+        return one == other or same_value(self._codec.loads(one), self._codec.loads(other))
 
 
 class _Worker:
@@ -156,7 +158,8 @@ class _Worker:
         assert isinstance(type_, EncryptedJSON)
         self._keyring = keyring
         self._type = type_
-        self._locking = dialect.name in _ROW_LOCKING
+        self._dialect = dialect
+        self._locking = dialect.name in ROW_LOCKING
         bound = [owner.c[name] for name in type_.bound_to]
         typed = dict.fromkeys([*owner.primary_key.columns, *bound])
         names = dict.fromkeys(c.name for c in owner.columns if c not in typed)
@@ -189,13 +192,14 @@ class _Worker:
             .order_by(*self.primary_key)
             .limit(limit)
         )
-        parameters: dict[str, Any] = {}
         if after is not None:
-            statement = statement.where(_compared(self.primary_key, "after", behind=True))
-            parameters = {f"lucent_after_{n}": part for n, part in enumerate(after)}
+            values_after = [
+                literal(part, c.type) for c, part in zip(self.primary_key, after, strict=True)
+            ]
+            statement = statement.where(is_behind(self.primary_key, values_after, self._dialect))
         if lock and self._locking:
             statement = statement.with_for_update(skip_locked=skip_locked, key_share=True)
-        return connection.execute(statement, parameters).all()
+        return connection.execute(statement).all()
 
     def _key(self, row: Sequence[Any]) -> PrimaryKey:
         return tuple(row[: len(self.primary_key)])

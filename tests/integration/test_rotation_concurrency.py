@@ -134,18 +134,19 @@ def test_rows_can_be_inserted_between_those_of_a_batch_in_hand(
     impatient(other)
     with engine.begin() as connection:
         connection.execute(update(ledger).values(id=ledger.c.id * 10 + 1000, bound=None))
-    inserted: list[int] = []
+    left = [1005, 1095]  # between the rows of the first batch, and behind the last row
 
     @event.listens_for(engine, "before_cursor_execute")
     def insert_meanwhile(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        if statement.startswith("UPDATE"):
+        if statement.startswith("UPDATE") and left:
             with other.begin() as connection:
-                connection.execute(insert(ledger).values(id=1005 + len(inserted), free=1))
-            inserted.append(1)
+                connection.execute(insert(ledger).values(id=left.pop(0), free=1))
 
-    assert rotate(engine, ledger.c.free, keyring=promoted, batch_size=5, retries=0).ok
-    assert len(inserted) > 1
-    other.dispose()
+    try:
+        report = rotate(engine, ledger.c.free, keyring=promoted, batch_size=5, retries=0)
+    finally:
+        other.dispose()
+    assert (report.ok, report.rotated, left) == (True, 12, [])
 
 
 @pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)

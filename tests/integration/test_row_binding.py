@@ -210,6 +210,24 @@ def test_value_is_required_unless_nullable(session: Session) -> None:
         session.flush()
 
 
+@pytest.mark.parametrize("expire_on_commit", [True, False])
+def test_a_row_moves_freely_where_nothing_is_sealed(engine: Engine, expire_on_commit: bool) -> None:
+    Base.metadata.create_all(engine)
+    with Session(engine, expire_on_commit=expire_on_commit) as session:
+        session.add_all([Tenant(id=name) for name in "abc"])
+        integration = Integration(tenant_id="a", credentials={"n": 1})
+        session.add(integration)
+        session.flush()
+        integration.tenant_id = "b"
+        integration.credentials = {"n": 2}
+        session.commit()
+        assert integration.credentials == {"n": 2}
+        integration.tenant_id = "c"
+        session.commit()
+        assert integration.backup is None
+        assert session.scalars(select(Integration.backup)).all() == [None]
+
+
 def test_value_survives_refresh_and_expire(session: Session) -> None:
     vault = Vault(id="x", secret={"n": 1})
     session.add(vault)

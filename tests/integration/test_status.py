@@ -44,6 +44,12 @@ def rows_of(engine: Engine) -> list[tuple[str, str | None, str | None, int]]:
     ]
 
 
+@pytest.mark.parametrize("version", [1, None, "", "v 1", "v1:"])
+def test_retire_check_refuses_what_is_no_version(engine: Engine, version: Any) -> None:
+    with pytest.raises(RotationError, match="takes a key version"):
+        retire_check(engine, version, ledger)
+
+
 def test_values_are_counted_by_column_version_and_fingerprint(
     engine: Engine, keyring: Keyring, promoted: Keyring
 ) -> None:

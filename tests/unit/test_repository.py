@@ -124,3 +124,18 @@ def test_metadata_says_nothing_about_the_value() -> None:
         assert isinstance(info, SecretInfo)
         assert "hunter2" not in repr(info)
     engine.dispose()
+
+
+@pytest.mark.parametrize("session", [None, object(), "sqlite://"])
+def test_what_is_no_session_is_refused_at_once(session: Any) -> None:
+    with pytest.raises(ConfigurationError, match="takes a Session"):
+        LucentSecrets(session)
+    with pytest.raises(ConfigurationError, match="takes an AsyncSession"):
+        AsyncLucentSecrets(session)
+
+
+def test_the_repositories_name_each_other_for_the_wrong_session() -> None:
+    with Session() as session, pytest.raises(ConfigurationError, match="not Session"):
+        AsyncLucentSecrets(session)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="AsyncLucentSecrets takes it"):
+        LucentSecrets(AsyncSession())  # type: ignore[arg-type]
