@@ -77,7 +77,7 @@ def test_encryption_and_decryption_undo_each_other() -> None:
 
 
 @pytest.mark.parametrize("options", [{"swap": False}, {"drop": False}])
-def test_the_reverse_of_a_part_goes_all_the_way_back(options: dict[str, bool]) -> None:
+def test_the_reverse_of_a_part_goes_all_the_way_back(options: dict[str, Any]) -> None:
     reverse = EncryptColumnOp("users", "token", existing_type=sa.Text(), **options).reverse()
 
     assert reverse.swap
