@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,8 +17,21 @@ import sqlalchemy as sa
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from cryptography.fernet import Fernet, MultiFernet
-from sqlalchemy import Column, Engine, Integer, MetaData, String, Table, Text, create_engine, event
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+)
 from sqlalchemy.dialects import mysql, postgresql
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.types import TypeEngine
 from sqlalchemy_utils.types.encrypted.encrypted_type import (
     AesEngine,
@@ -332,6 +347,28 @@ def test_a_column_that_a_bare_alter_made_binary_is_not_taken_for_sealed(engine: 
 
     encrypt(engine, sa.LargeBinary(), reader=json.loads)
     assert read(engine, sealed_table()) == {1: {"a": 1}}
+
+
+def test_over_an_async_driver(run_async: Callable[[Any], None]) -> None:
+    plain, sealed = plain_table(sa.JSON(), nullable=False), sealed_table()
+
+    def convert(connection: Connection, operation: Any) -> None:
+        operations = Operations(MigrationContext.configure(connection))
+        operation("users", "credentials", existing_type=sa.JSON(), operations=operations)
+
+    async def work(engine: AsyncEngine) -> None:
+        async with engine.begin() as connection:
+            await connection.run_sync(plain.metadata.create_all)
+            rows = [{"id": n, "credentials": value} for n, value in VALUES.items()]
+            await connection.execute(plain.insert(), rows)
+        for operation, table in ((encrypt_column, sealed), (decrypt_column, plain)):
+            async with engine.connect() as connection:
+                await connection.run_sync(convert, operation)
+            async with engine.connect() as connection:
+                stored = await connection.execute(sa.select(table.c.id, table.c.credentials))
+                assert {row.id: row.credentials for row in stored} == VALUES
+
+    run_async(work)
 
 
 def test_inside_batch_alter_table(engine: Engine) -> None:
@@ -665,3 +702,63 @@ def test_progress_goes_through_alembics_logging(
         encrypt(engine, sa.JSON())
 
     assert "sealed 6 values of users.credentials so far" in caplog.text
+
+
+# -- writers meanwhile -----------------------------------------------------------------------------
+
+
+def test_no_write_that_was_committed_is_lost(engine: Engine) -> None:
+    plain = plain_table(sa.JSON(), nullable=False)
+    rows = 400
+    fill(engine, plain, {n: {"n": 0} for n in range(1, rows + 1)})
+    committed: dict[int, int] = dict.fromkeys(range(1, rows + 1), 0)
+    started, stop = threading.Event(), threading.Event()
+
+    def write() -> None:
+        for turn in itertools.count(1):
+            number = turn * 7 % rows + 1
+            try:
+                with engine.begin() as connection:
+                    # A locked table makes the writer wait; one that has been swapped ends it.
+                    assert not swapped(connection)
+                    connection.execute(
+                        plain.update().where(plain.c.id == number).values(credentials={"n": turn})
+                    )
+            except (DBAPIError, AssertionError):
+                if swapped_now(engine) or stop.is_set():
+                    return
+                continue  # locked for too long: nothing was committed
+            committed[number] = turn
+            started.set()
+            if stop.is_set():
+                return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert started.wait(30)
+    try:
+        encrypt(engine, sa.JSON(), batch_size=20)
+    finally:
+        stop.set()
+        writer.join()
+
+    stored = read(engine, plain_table(sa.LargeBinary()))
+    raw = {n: data.encode() if isinstance(data, str) else data for n, data in stored.items()}
+    codec = EncryptedJSON(context="users.credentials").column_codec(engine.dialect)
+    found = {
+        # A write after the swap, on a database that stores text in a binary column.
+        n: (json.loads(data) if data.startswith(b"{") else codec.open(data))["n"]
+        for n, data in raw.items()
+    }
+    assert found == committed
+    assert max(committed.values()) > 1
+
+
+def swapped(connection: Connection) -> bool:
+    columns = {column["name"]: column for column in sa.inspect(connection).get_columns("users")}
+    return isinstance(columns["credentials"]["type"], sa.types._Binary)
+
+
+def swapped_now(engine: Engine) -> bool:
+    with engine.connect() as connection:
+        return swapped(connection)

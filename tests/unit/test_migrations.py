@@ -1,0 +1,93 @@
+"""Operations as values: how they render, what they show, what undoes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import render_python_code
+from alembic.operations.ops import UpgradeOps
+
+from sqlalchemy_lucent.migrations import (
+    DecryptColumnOp,
+    EncryptColumnOp,
+    RebindEncryptedColumnOp,
+    RotateEncryptedColumnOp,
+)
+
+
+@pytest.mark.parametrize(
+    ("operation", "code"),
+    [
+        (
+            EncryptColumnOp("users", "token", existing_type=sa.JSON),
+            "op.encrypt_column('users', 'token', existing_type=sa.JSON())",
+        ),
+        (
+            EncryptColumnOp(
+                "users",
+                "token",
+                existing_type=sa.String(50),
+                schema="app",
+                context="people.token",
+                bound_to=["id"],
+                through="token_sealed",
+                swap=False,
+                drop=False,
+                batch_size=10,
+            ),
+            (
+                "op.encrypt_column('users', 'token', existing_type=sa.String(length=50), "
+                "schema='app', context='people.token', bound_to=('id',), through='token_sealed', "
+                "swap=False, drop=False, batch_size=10)"
+            ),
+        ),
+        (
+            DecryptColumnOp("users", "token", existing_type=sa.Text(), bound_to={"id": sa.Uuid()}),
+            (
+                "op.decrypt_column('users', 'token', existing_type=sa.Text(), "
+                "bound_to={'id': sa.Uuid()})"
+            ),
+        ),
+        (
+            RebindEncryptedColumnOp("users", "token", from_context="users.old"),
+            "op.rebind_encrypted_column('users', 'token', from_context='users.old')",
+        ),
+        (
+            RotateEncryptedColumnOp("users", "token", bound_to={"id": sa.Uuid()}),
+            "op.rotate_encrypted_column('users', 'token', bound_to={'id': sa.Uuid()})",
+        ),
+    ],
+)
+def test_an_operation_renders_as_it_is_called(operation: Any, code: str) -> None:
+    assert code in render_python_code(UpgradeOps([operation]))
+
+
+def test_encryption_and_decryption_undo_each_other() -> None:
+    encrypt = EncryptColumnOp(
+        "users", "token", existing_type=sa.Text(), reader=str, writer=repr, through="other"
+    )
+
+    decrypt = encrypt.reverse()
+
+    assert isinstance(decrypt, DecryptColumnOp)
+    assert (decrypt.reader, decrypt.writer, decrypt.through) == (str, repr, "other")
+    assert decrypt.reverse().to_diff_tuple() == encrypt.to_diff_tuple()
+
+
+@pytest.mark.parametrize("options", [{"swap": False}, {"drop": False}])
+def test_the_reverse_of_a_part_goes_all_the_way_back(options: dict[str, Any]) -> None:
+    reverse = EncryptColumnOp("users", "token", existing_type=sa.Text(), **options).reverse()
+
+    assert reverse.swap
+    assert reverse.drop
+
+
+def test_the_reverse_of_a_rebinding_exchanges_the_contexts() -> None:
+    operation = RebindEncryptedColumnOp("users", "token", from_context="users.old")
+
+    reverse = operation.reverse()
+
+    assert (reverse.from_context, reverse.own_context) == ("users.token", "users.old")
+    assert reverse.reverse().to_diff_tuple() == operation.to_diff_tuple()
