@@ -1,5 +1,4 @@
-"""
-AES-256-GCM and HKDF-SHA256: the only module that imports ``cryptography``.
+"""AES-256-GCM and HKDF-SHA256: the only module that imports ``cryptography``.
 
 Nothing here is an algorithm of ours. A subkey is RFC 5869's HKDF of the master key with the
 column's context as ``info``; a value is sealed by AES-256-GCM (NIST SP 800-38D) under that subkey.
@@ -34,8 +33,7 @@ def random_master_key() -> bytes:
 
 
 class MasterKey:
-    """
-    One master key, as what is derived from it.
+    """One master key, as what is derived from it.
 
     ``key_id`` is the 4 bytes that tell one master key from another without showing either.
     """
@@ -65,8 +63,7 @@ class MasterKey:
 
 
 class Subkey:
-    """
-    The AES key of one (master key, context), ready to use.
+    """The AES key of one (master key, context), ready to use.
 
     Each column has its own, so that the bound of 2^32 random nonces under one key
     (NIST SP 800-38D, 8.3) holds per column and key version, not for a whole database.
@@ -80,8 +77,7 @@ class Subkey:
         self.associated_data = length_prefixed(header, context)
 
     def seal(self, plaintext: bytes, row: bytes = b"") -> bytes:
-        """
-        Return the stored bytes for `plaintext`; `row` is the length-prefixed row context.
+        """Return the stored bytes for `plaintext`; `row` is the length-prefixed row context.
 
         :raises SerializationError: `plaintext` has 2^31 bytes or more, past what the library of
             the cipher takes.
@@ -99,8 +95,7 @@ class Subkey:
         raise SerializationError(f"$: a document of {len(plaintext)} bytes is too long to seal")
 
     def open(self, sealed: bytes, row: bytes = b"") -> bytes | None:
-        """
-        Return the plaintext, or ``None`` if `sealed` is not authentic here.
+        """Return the plaintext, or ``None`` if `sealed` is not authentic here.
 
         `sealed` must begin with this subkey's header.
         """

@@ -1,5 +1,4 @@
-"""
-Turn a column from plaintext to sealed or back, in steps that a kill at any instant leaves whole.
+"""Turn a column from plaintext to sealed or back, in steps that a kill at any instant leaves whole.
 
 1. Add a second column.
 2. Fill it from the first, in committed batches.
@@ -90,8 +89,7 @@ class Plan:
 
 
 def convert_column(operations: Operations, plan: Plan) -> None:
-    """
-    Do what is left to do of `plan`, over a connection in AUTOCOMMIT mode.
+    """Do what is left to do of `plan`, over a connection in AUTOCOMMIT mode.
 
     :raises RotationError: something is missing or in the way, or there are values that cannot be
         converted; nothing was written, or the column is as it was.
@@ -356,9 +354,10 @@ class _Conversion:
 
     @contextmanager
     def _locked(self, link: Link) -> Iterator[None]:
-        """
-        Keep all writers out. What is done inside is one transaction, except on MariaDB and MySQL,
-        where each statement is one.
+        """Keep all writers out.
+
+        What is done inside is one transaction, except on MariaDB and MySQL, where each statement
+        is one.
         """
         connection = link.connection
         if self._dialect.name in ("mysql", "mariadb"):
@@ -376,9 +375,10 @@ class _Conversion:
 
     @contextmanager
     def _without_foreign_keys(self, connection: Connection) -> Iterator[None]:
-        """
-        Keep SQLite from deleting the rows of other tables that refer to this one when the copy of
-        the table takes its place: with foreign keys on, DROP TABLE deletes its rows first.
+        """Keep SQLite from deleting rows of other tables that refer to this one.
+
+        When the copy of the table takes its place and foreign keys are on, DROP TABLE deletes the
+        rows first.
         """
         enforced = (
             self._dialect.name == "sqlite"

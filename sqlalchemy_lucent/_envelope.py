@@ -1,5 +1,4 @@
-"""
-The stored bytes: pack and parse, nothing else.
+"""The stored bytes: pack and parse, nothing else.
 
 ::
 
@@ -51,8 +50,7 @@ def header_size(sealed: bytes) -> int:
 
 
 def parse(sealed: bytes) -> Envelope | None:
-    """
-    Take `sealed` apart, or return ``None`` if it does not begin as a sealed value does.
+    """Take `sealed` apart, or return ``None`` if it does not begin as a sealed value does.
 
     The format byte is part of that beginning: text with a colon in it, such as ``user:password``,
     must not have its first half taken for a key version and shown. A value cut short behind its
@@ -75,8 +73,7 @@ def parse(sealed: bytes) -> Envelope | None:
 
 
 def length_prefixed(*parts: bytes) -> bytes:
-    """
-    Join `parts`, each behind its length (4 bytes, big-endian).
+    """Join `parts`, each behind its length (4 bytes, big-endian).
 
     No two different tuples give the same bytes, which is what associated data needs.
     """

@@ -1,5 +1,4 @@
-"""
-The strict JSON codec: what goes in comes out equal, or is refused.
+"""The strict JSON codec: what goes in comes out equal, or is refused.
 
 No quick encoder is strict: orjson turns NaN into ``null``, and a tuple, a UUID or an Enum into
 something else. So each document is read back and compared before it is sealed, which costs less
@@ -85,8 +84,7 @@ STRICT: Final = StrictCodec()
 
 
 class EngineCodec:
-    """
-    The codec of an engine made with ``json_serializer=`` or ``json_deserializer=``.
+    """The codec of an engine made with ``json_serializer=`` or ``json_deserializer=``.
 
     What these functions make of a value is their own affair, except that it must come back equal:
     each document is read back and compared before it is sealed.
@@ -150,8 +148,7 @@ def _serialize(serializer: Callable[[JSONValue], str | bytes], value: JSONValue)
 
 
 def _unwrap(value: object) -> JSONValue:
-    """
-    Give orjson the plain value of an instance of a subclass, such as a MutableDict.
+    """Give orjson the plain value of an instance of a subclass, such as a MutableDict.
 
     orjson would take it by itself, but an OrderedDict in the wrong order; and the careful way
     takes ten times as long for what is written back after every edit.

@@ -11,8 +11,7 @@ from sqlalchemy import ColumnElement, Dialect, and_, or_, tuple_
 def is_behind(
     columns: Sequence[ColumnElement[Any]], values: Sequence[ColumnElement[Any]], dialect: Dialect
 ) -> ColumnElement[bool]:
-    """
-    Return ``(a, b) > (x, y)``, the condition of keyset pagination, as the index serves it.
+    """Return ``(a, b) > (x, y)``, the condition of keyset pagination, as the index serves it.
 
     MySQL and MariaDB find no place in the index for a row value, only for each of its cases;
     SQLite and PostgreSQL do not for the cases.

@@ -1,5 +1,4 @@
-"""
-Opened values that do not print themselves.
+"""Opened values that do not print themselves.
 
 ``create_engine(echo="debug")`` logs result rows after they were opened, also with
 ``hide_parameters=True``, and a logger or a debugger prints whatever it is handed. So an opened
@@ -40,8 +39,7 @@ class RedactedList(list[Any]):
 
 
 class RedactedStr(str):
-    """
-    A ``str`` that does not print itself.
+    """A ``str`` that does not print itself.
 
     ``f"Bearer {token}"`` and ``"Bearer " + token`` give the text; ``str(token)``, ``"%s" % token``
     and ``print(token)`` do not.

@@ -1,5 +1,4 @@
-"""
-Typed values: a dataclass, TypedDict, msgspec Struct or pydantic model in place of plain JSON.
+"""Typed values: a dataclass, TypedDict, msgspec Struct or pydantic model in place of plain JSON.
 
 msgspec converts all of them but pydantic's, which convert themselves. Neither library's messages
 are passed on, because both may quote the document; the path and the types are taken out of them.
@@ -29,8 +28,7 @@ _PATH: Final = re.compile(r" - at (?:`(?P<part>key|value)` in )?`(?P<path>\$[^`]
 
 
 class Schema(Generic[T]):
-    """
-    Converts between JSON documents and values of one type.
+    """Converts between JSON documents and values of one type.
 
     :param type_: the type, or an annotation made of such types: ``list[Account]``.
     :raises ConfigurationError: it is none that can be converted.
@@ -63,8 +61,7 @@ class Schema(Generic[T]):
         raise ConfigurationError(f"{_name(type_)} cannot be used as a schema: {fault}")
 
     def load(self, document: Any) -> T:
-        """
-        Return the value that `document` holds: a JSON value, or its UTF-8 text as bytes.
+        """Return the value that `document` holds: a JSON value, or its UTF-8 text as bytes.
 
         :raises SchemaMismatchError: it does not fit the type; the message gives the path of the
             fault, and never the value.
@@ -77,8 +74,7 @@ class Schema(Generic[T]):
         raise SchemaMismatchError(f"a document does not fit {_name(self.type)}: {fault}")
 
     def dump(self, value: T) -> Any:
-        """
-        Return `value` as a JSON value.
+        """Return `value` as a JSON value.
 
         :raises SerializationError: it is not of the type, or would not come back equal.
         """

@@ -1,5 +1,4 @@
-"""
-SQL expressions over sealed bytes: what a database can say about a value without a key.
+"""SQL expressions over sealed bytes: what a database can say about a value without a key.
 
 One :class:`~sqlalchemy.sql.functions.FunctionElement` each, with a form per dialect, serves the
 generated ``key_version`` column, ``column.key_version`` in queries, indexes and the rotation.
@@ -38,8 +37,7 @@ class key_id(FunctionElement[str]):  # noqa: N801
 
 
 class RefusedComparison(BinaryExpression[bool]):
-    """
-    A sealed column compared with a column: an expression that has a truth value, and no SQL.
+    """A sealed column compared with a column: an expression that has a truth value, and no SQL.
 
     SQLAlchemy itself looks for columns in lists and dicts, where Python compares them with ``==``
     and asks the result for its truth. So this one case is refused when it is compiled, while every

@@ -1,5 +1,4 @@
-"""
-Row-bound attributes: values that open in the row they were sealed for, and nowhere else.
+"""Row-bound attributes: values that open in the row they were sealed for, and nowhere else.
 
 ::
 
@@ -51,8 +50,7 @@ _DATACLASS_OPTIONS: Final = (
 def row_bound(
     *bound_to: str, name: str | None = None, nullable: bool = False, **options: Any
 ) -> Mapped[Any]:
-    """
-    Declare an encrypted attribute of a Declarative class, bound to columns of its row.
+    """Declare an encrypted attribute of a Declarative class, bound to columns of its row.
 
     :param bound_to: names of the columns of the same table whose values the secret is bound to:
         str, int or UUID columns whose values are known before the row is written.
@@ -81,8 +79,7 @@ def row_bound(
 
 
 def bound_rows(model: type[Any], rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """
-    Prepare dicts with plain values of row-bound attributes for ORM bulk statements.
+    """Prepare dicts with plain values of row-bound attributes for ORM bulk statements.
 
     ``session.execute(insert(Model), bound_rows(Model, rows))`` works on every supported
     SQLAlchemy; from 2.1 on, ``session.execute(insert(Model), rows)`` does the same by itself.
@@ -317,8 +314,7 @@ def _sealed_column(mapper: Mapper[Any], sealed_key: str) -> Any:
 
 
 def _apply_default(mapper: Mapper[Any], key: str, target: Any) -> None:
-    """
-    Give the object its Python-side default now; SQLAlchemy would only when the row is written,
+    """Give the object its Python-side default now; SQLAlchemy would only when the row is written,
     and by then the value is sealed.
     """
     if getattr(target, key) is not None:
@@ -343,8 +339,7 @@ def _python_type(column: Column[Any]) -> type[Any] | None:
 
 
 def _checked(column: Column[Any], value: Any) -> Any:
-    """
-    Return `value` if the database gives it back as it is.
+    """Return `value` if the database gives it back as it is.
 
     A UUID given as text would come back as a UUID, and its text form may be another.
     """

@@ -1,5 +1,4 @@
-"""
-``Lucent``: the configuration of the source document, ``secrets: enabled, masterKey, keyVersion``.
+"""``Lucent``: the source document's configuration, ``secrets: enabled, masterKey, keyVersion``.
 
 ::
 
@@ -26,8 +25,7 @@ if TYPE_CHECKING:  # without greenlet, which only async programs need, it does n
 
 @dataclass(frozen=True, init=False, slots=True)
 class SecretsConfig:
-    """
-    Whether secrets are on, and under which keys.
+    """Whether secrets are on, and under which keys.
 
     :param enabled: whether :meth:`Lucent.secrets` gives a repository.
     :param master_key: the one master key, in any form that :class:`Keyring` takes. Empty is taken
@@ -74,8 +72,7 @@ class SecretsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LucentConfig:
-    """
-    The configuration: one section, ``secrets``; off if left out.
+    """The configuration: one section, ``secrets``; off if left out.
 
     :raises ConfigurationError: the section is not a :class:`SecretsConfig`.
     """
@@ -91,8 +88,7 @@ class LucentConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> LucentConfig:
-        """
-        Read a plain dict, as any settings library gives it.
+        """Read a plain dict, as any settings library gives it.
 
         ``{"secrets": {"enabled": True, "master_key": …, "key_version": "v1"}}``; the spelling of
         the source document (``masterKey``, ``keyVersion``) is taken too.
@@ -114,8 +110,7 @@ class LucentConfig:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> LucentConfig:
-        """
-        Read the keyring from the environment; secrets are enabled if there is one.
+        """Read the keyring from the environment; secrets are enabled if there is one.
 
         :raises ConfigurationError: a variable is set and breaks a rule.
         """
@@ -143,8 +138,7 @@ def _refuse_unknown(mapping: object, known: set[str], where: str) -> None:
 
 @dataclass(frozen=True, init=False, slots=True)
 class Lucent:
-    """
-    The entry point of the source document.
+    """The entry point of the source document.
 
     :param config: a :class:`LucentConfig`, or the plain dict of one.
     """

@@ -1,5 +1,4 @@
-"""
-Access events: what an audit is told of each use of a secret, and never its value.
+"""Access events: what an audit is told of each use of a secret, and never its value.
 
 ::
 
@@ -42,8 +41,7 @@ Action: TypeAlias = Literal["read", "write", "delete", "rotate"]
 
 @dataclass(frozen=True)
 class SecretAccess:
-    """
-    One use of one secret.
+    """One use of one secret.
 
     `key_version` is that of the value read or written; ``None`` for a deletion and for what is
     missing. `time` is in UTC. `outcome` is ``ok``, ``missing``, ``conflict`` (a compare-and-swap

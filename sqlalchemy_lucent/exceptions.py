@@ -1,5 +1,4 @@
-"""
-The errors that this package raises: one base, one tree.
+"""The errors that this package raises: one base, one tree.
 
 ::
 
@@ -50,8 +49,7 @@ class InvalidKeyError(LucentError, ValueError):
 
 
 class SerializationError(LucentError, TypeError, ValueError):
-    """
-    A value that JSON would not give back equal.
+    """A value that JSON would not give back equal.
 
     The message gives the path of the fault (``$.tokens[2].expiry``) and the type found there,
     never the value.

@@ -1,5 +1,4 @@
-"""
-Master keys by version, where they come from, and the process default.
+"""Master keys by version, where they come from, and the process default.
 
 The newest key seals: a :class:`Keyring` holds any number of master keys and exactly one of them,
 the *primary*, seals new values. Every other one opens what was sealed before.
@@ -50,8 +49,7 @@ _HEX: Final = re.compile(r"[0-9A-Fa-f]{64}", re.ASCII)
 
 
 def generate_master_key() -> str:
-    """
-    Return a new master key: 32 random bytes as unpadded base64url (43 characters).
+    """Return a new master key: 32 random bytes as unpadded base64url (43 characters).
 
     Keep it outside the database and keep a backup: without it, nothing sealed under it opens.
     """
@@ -87,8 +85,7 @@ def _check_version(version: object) -> str:
 
 
 def _read_keys(pairs: Collection[tuple[object, object]]) -> dict[str, _aead.MasterKey]:
-    """
-    Return the master keys of `pairs`, by version.
+    """Return the master keys of `pairs`, by version.
 
     An entry that is refused is named by its position: its version is not repeated, because with
     the two swapped by mistake that would be the key.
@@ -182,8 +179,7 @@ def _shape(data: bytes) -> str:
 
 
 class Keyring:
-    """
-    An immutable set of master keys by version, one of them primary.
+    """An immutable set of master keys by version, one of them primary.
 
     :param keys: master keys by version. A version is 1 to 32 characters of ``A-Z a-z 0-9 . _ -``;
         a key is 32 bytes, or their base64, base64url (padded or not) or hex text.
@@ -233,8 +229,7 @@ class Keyring:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
-        """
-        Read a keyring from the environment.
+        """Read a keyring from the environment.
 
         Either ``LUCENT_SECRETS_KEY`` with optional ``LUCENT_SECRETS_KEY_VERSION`` (``v1`` if not
         set), or ``LUCENT_SECRETS_KEYS="v2:KEY,v1:KEY"``, whose first key is the primary. Each may
@@ -299,8 +294,7 @@ class Keyring:
         return (self._primary, *(v for v in self._master_keys if v != self._primary))
 
     def fingerprint(self, version: str) -> str:
-        """
-        Return the 8 hex digits that tell the key of `version` from another key.
+        """Return the 8 hex digits that tell the key of `version` from another key.
 
         They are the key id that every value sealed under the key carries, and say nothing
         about the key.
@@ -310,16 +304,14 @@ class Keyring:
         return self._master_keys[self._require(version)].key_id.hex()
 
     def with_primary(self, version: str) -> Keyring:
-        """
-        Return a keyring of the same keys in which `version` seals.
+        """Return a keyring of the same keys in which `version` seals.
 
         :raises ConfigurationError: the keyring lacks `version`.
         """
         return self._of(self._master_keys, version)
 
     def adding(self, version: str, key: bytes | str) -> Keyring:
-        """
-        Return a keyring that has `key` too; the primary stays what it is.
+        """Return a keyring that has `key` too; the primary stays what it is.
 
         :raises ConfigurationError: the keyring has `version` already. A key is never replaced
             under its name: values sealed under the old one would be lost.
@@ -335,8 +327,7 @@ class Keyring:
         return self._of({**self._master_keys, name: added}, self._primary)
 
     def without(self, version: str) -> Keyring:
-        """
-        Return a keyring that lacks `version`. Check first that no row needs it.
+        """Return a keyring that lacks `version`. Check first that no row needs it.
 
         :raises ConfigurationError: the keyring lacks `version`, or it is the primary.
         """
@@ -441,8 +432,7 @@ _from_environment: Keyring | None = None
 
 
 def set_default_keyring(keyring: Keyring | Callable[[], Keyring] | None) -> None:
-    """
-    Set the keyring that the process uses where none is passed.
+    """Set the keyring that the process uses where none is passed.
 
     :param keyring: a keyring; or a callable that returns one, called at each use, so that keys can
         change while the process runs (let it cache); or ``None`` to go back to the environment,
@@ -459,8 +449,7 @@ def set_default_keyring(keyring: Keyring | Callable[[], Keyring] | None) -> None
 
 
 def default_keyring() -> Keyring:
-    """
-    Return the process's keyring: what was set, else :meth:`Keyring.from_env`, read once.
+    """Return the process's keyring: what was set, else :meth:`Keyring.from_env`, read once.
 
     :raises ConfigurationError: none is configured, or the callable failed or returned something
         else.

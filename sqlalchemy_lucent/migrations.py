@@ -981,9 +981,9 @@ def setup(plugin: Any) -> None:
 
 
 def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> Any:
-    """
-    Put conversions in the place of bare type changes; where the schema is up to date, add what is
-    to be done for values.
+    """Put conversions in the place of bare type changes.
+
+    Where the schema is up to date, add what is to be done for values.
 
     A rotation shares its revision with no change of schema, and the tables may not be there yet.
     """

@@ -1,5 +1,4 @@
-"""
-``LucentSecret``: the model of table ``lucent_secrets``, and the mixin to put it elsewhere.
+"""``LucentSecret``: the model of table ``lucent_secrets``, and the mixin to put it elsewhere.
 
 ::
 
@@ -36,8 +35,7 @@ from .types import EncryptedJSON
 
 
 def byte_wise_string(length: int) -> String:
-    """
-    Return a string type that every database compares and sorts byte for byte.
+    """Return a string type that every database compares and sorts byte for byte.
 
     By default MySQL would take ``apiKey`` and ``apikey`` for one key, and PostgreSQL would sort by
     the rules of the server's locale.
@@ -92,8 +90,7 @@ def key_version_type() -> String:
 
 
 def computed_key_version(column_name: str) -> Computed:
-    """
-    Return what makes a column hold the key version of the sealed column `column_name`.
+    """Return what makes a column hold the key version of the sealed column `column_name`.
 
     The database computes it from the stored bytes at each write, so the two cannot disagree.
     """
@@ -123,8 +120,7 @@ def utc_now() -> datetime:
 
 
 class LucentSecretMixin:
-    """
-    The columns of a table of scoped secrets.
+    """The columns of a table of scoped secrets.
 
     The four parts of the :class:`SecretKey` are the primary key, and the payload is bound to them.
     ``key_version`` is computed by the database from the payload, so that the two cannot disagree.

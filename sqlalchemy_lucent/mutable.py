@@ -1,6 +1,5 @@
 # ruff: noqa: D102  (the methods do what those of dict and list do)
-"""
-Change tracking: edits inside a document, at any depth, are written at the next flush.
+"""Change tracking: edits inside a document, at any depth, are written at the next flush.
 
 ::
 
@@ -78,8 +77,7 @@ class Owner:
         return value
 
     def changed(self) -> None:
-        """
-        Mark the attribute as modified.
+        """Mark the attribute as modified.
 
         :raises UnsupportedOperationError: the attribute does not hold this document any more.
         """
@@ -276,8 +274,7 @@ _PICKLED: Final = "lucent.tracked"
 
 
 def track_mapped_columns(mapper: Mapper[Any], class_: type[Any]) -> None:
-    """
-    Listen on each attribute of a mapper that asks for tracking: a ``mapper_configured`` listener.
+    """Listen on each attribute of a mapper that asks for tracking (``mapper_configured``).
 
     It looks at the column's type as it is in the end, so copies of columns and types are covered.
     """

@@ -1,5 +1,4 @@
-"""
-The repository of scoped secrets: ``LucentSecrets`` and ``AsyncLucentSecrets``.
+"""The repository of scoped secrets: ``LucentSecrets`` and ``AsyncLucentSecrets``.
 
 Statements are written once, in the synchronous class; the asynchronous one runs it on the
 synchronous session below its ``AsyncSession``, as SQLAlchemy does itself. Both take part in the
@@ -89,8 +88,7 @@ _UNSET: Final = _Unset.UNSET
 
 @dataclass(frozen=True)
 class SecretInfo:
-    """
-    What is known of a secret without opening it.
+    """What is known of a secret without opening it.
 
     `token` names the stored value for ``expected=``: another with each write and each rotation.
     `key_version` and `token` are ``None`` if the stored bytes are not sealed.
@@ -104,8 +102,7 @@ class SecretInfo:
 
 
 class LucentSecrets:
-    """
-    Secrets under scoped keys, over a :class:`~sqlalchemy.orm.Session`.
+    """Secrets under scoped keys, over a :class:`~sqlalchemy.orm.Session`.
 
     :param session: the caller's session, or a registry of sessions such as Flask-SQLAlchemy's
         ``db.session``; it is never committed or rolled back here.
@@ -161,8 +158,7 @@ class LucentSecrets:
         *,
         expected: str | Literal[_Unset.UNSET] | None = _UNSET,
     ) -> str:
-        """
-        Store `value` under `key`, and return the token of what is stored now.
+        """Store `value` under `key`, and return the token of what is stored now.
 
         One statement. Without `expected` it is an upsert, safe under concurrent callers: the last
         one to commit wins.
@@ -188,8 +184,7 @@ class LucentSecrets:
         return _token(bytes(sealed)) or ""
 
     def get(self, key: _Key) -> Any:
-        """
-        Return the value stored under `key`, or ``None``.
+        """Return the value stored under `key`, or ``None``.
 
         :raises DecryptionError: the value does not open; the subclass says why.
         """
@@ -207,8 +202,7 @@ class LucentSecrets:
     def require(self, key: _Key, *, as_: type[_T]) -> _T: ...
 
     def require(self, key: _Key, *, as_: type[_T] | None = None) -> Any:
-        """
-        Return the value stored under `key`.
+        """Return the value stored under `key`.
 
         :param as_: the type to return it as: a dataclass, TypedDict, msgspec Struct or pydantic
             model.
@@ -232,8 +226,7 @@ class LucentSecrets:
         return None if row is None else _info(row)
 
     def delete(self, key: _Key, *, expected: str | Literal[_Unset.UNSET] = _UNSET) -> bool:
-        """
-        Delete the secret under `key`; say whether there was one.
+        """Delete the secret under `key`; say whether there was one.
 
         :param expected: delete only if the stored value still has this token.
         :raises ConflictError: another value is stored than `expected` says, or none.
@@ -253,8 +246,7 @@ class LucentSecrets:
         return deleted
 
     def copy(self, source: _Key, target: _Key) -> None:
-        """
-        Store the secret under `source` under `target` too, sealed for it.
+        """Store the secret under `source` under `target` too, sealed for it.
 
         :raises SecretNotFoundError: there is none under `source`.
         :raises ConflictError: there is one under `target`.
@@ -269,8 +261,7 @@ class LucentSecrets:
             raise _conflict(target)
 
     def move(self, source: _Key, target: _Key) -> None:
-        """
-        Store the secret under `source` under `target` instead, sealed for it; one UPDATE.
+        """Store the secret under `source` under `target` instead, sealed for it; one UPDATE.
 
         :raises SecretNotFoundError: there is none under `source`.
         :raises ConflictError: there is one under `target`, or another writer changed `source`
@@ -290,8 +281,7 @@ class LucentSecrets:
             raise _conflict(target if taken else source)
 
     def rotate(self, key: _Key, to: Keyring | None = None) -> str:
-        """
-        Seal the secret under `key` anew and return the key version that it has then.
+        """Seal the secret under `key` anew and return the key version that it has then.
 
         :param to: the keyring whose primary seals; the repository's own if left out.
         :raises SecretNotFoundError: there is none.
@@ -303,8 +293,7 @@ class LucentSecrets:
     # -- many secrets ----------------------------------------------------------------------------
 
     def set_many(self, values: Mapping[SecretKey, Any] | Mapping[str, Any]) -> None:
-        """
-        Store each value under its key, as :meth:`set` does, with one statement for all.
+        """Store each value under its key, as :meth:`set` does, with one statement for all.
 
         :raises SerializationError: JSON would not give a value back equal; nothing is written.
         :raises InvalidKeyError: a key breaks a rule, or stands there twice, as a key and its text.
@@ -326,8 +315,7 @@ class LucentSecrets:
                 self._tell("write", key, each.key_version, "ok")
 
     def get_many(self, keys: Iterable[_Key]) -> dict[SecretKey, Any]:
-        """
-        Return the values stored under `keys`, in that order; keys without one are left out.
+        """Return the values stored under `keys`, in that order; keys without one are left out.
 
         :raises DecryptionError: a value does not open; the subclass says why.
         """
@@ -342,8 +330,7 @@ class LucentSecrets:
         return values
 
     def rotate_many(self, keys: Iterable[_Key], to: Keyring | None = None) -> dict[SecretKey, str]:
-        """
-        Seal the secrets under `keys` anew, as :meth:`rotate` does, and return their key versions.
+        """Seal the secrets under `keys` anew, as :meth:`rotate` does; return their key versions.
 
         :raises SecretNotFoundError: one is missing; nothing is written.
         :raises DecryptionError: one does not open; nothing is written.
@@ -377,8 +364,7 @@ class LucentSecrets:
     def delete_many(
         self, *, scope: str, owner_id: str | int | uuid.UUID, provider: str | None = None
     ) -> int:
-        """
-        Delete the secrets of an owner (a tenant leaves), or those of one provider; return how many.
+        """Delete an owner's secrets (a tenant leaves), or those of one provider; return how many.
 
         :raises InvalidKeyError: a part breaks a rule.
         """
@@ -416,8 +402,7 @@ class LucentSecrets:
         limit: int | None = None,
         after: _Key | None = None,
     ) -> builtins.list[SecretInfo]:
-        """
-        Return what is known of the secrets whose keys begin with the given parts, in key order.
+        """Return what is known of the secrets whose keys begin with the given parts, in key order.
 
         Opens none of them.
 
@@ -444,8 +429,7 @@ class LucentSecrets:
         owner_id: str | int | uuid.UUID | None = None,
         provider: str | None = None,
     ) -> int:
-        """
-        Count the secrets whose keys begin with the given parts.
+        """Count the secrets whose keys begin with the given parts.
 
         :raises InvalidKeyError: a part breaks a rule, or is given without the parts before it.
         """
@@ -592,8 +576,7 @@ class LucentSecrets:
     def _replace_many(
         self, stored: Mapping[SecretKey, Sealed], renewed: Mapping[SecretKey, Sealed]
     ) -> builtins.list[SecretKey]:
-        """
-        Compare-and-swap each value, with one statement; return the keys of those that others
+        """Compare-and-swap each value, with one statement; return the keys of those that others
         changed in between.
 
         The old bytes are compared for databases that take no row lock: a concurrent writer wins.
@@ -677,8 +660,7 @@ class LucentSecrets:
 
 
 class AsyncLucentSecrets:
-    """
-    Secrets under scoped keys, over an :class:`~sqlalchemy.ext.asyncio.AsyncSession`.
+    """Secrets under scoped keys, over an :class:`~sqlalchemy.ext.asyncio.AsyncSession`.
 
     The same methods as :class:`LucentSecrets`, to be awaited. `on_access` is a plain function here
     too, and is given the synchronous session.
@@ -819,8 +801,7 @@ class AsyncLucentSecrets:
 
 @functools.lru_cache(maxsize=32)
 def _select_payload(table: Table) -> Select[Any]:
-    """
-    Return the SELECT of one payload, with a parameter for each part of the key.
+    """Return the SELECT of one payload, with a parameter for each part of the key.
 
     Kept, because building it anew takes a third of the time of a whole `require`.
     """
@@ -831,8 +812,7 @@ def _select_payload(table: Table) -> Select[Any]:
 
 @functools.lru_cache(maxsize=256)
 def _is_one_of(table: Table, size: int) -> ColumnElement[bool]:
-    """
-    Return whether a key is one of `size` given as parameters; kept for the same reason.
+    """Return whether a key is one of `size` given as parameters; kept for the same reason.
 
     Not `(a, b, …) IN (…)`: SQLite scans the table for it, and PostgreSQL plans twice as long.
     """
@@ -916,8 +896,7 @@ def _two_keys(source: _Key, target: _Key) -> tuple[SecretKey, SecretKey]:
 
 
 def _batches(keys: Sequence[SecretKey]) -> Iterator[tuple[int, dict[str, str]]]:
-    """
-    Give the parameters of :func:`_is_one_of` for `keys`, batch by batch.
+    """Give the parameters of :func:`_is_one_of` for `keys`, batch by batch.
 
     The last key of a batch fills it up to a power of two, so that there are few sizes.
     """

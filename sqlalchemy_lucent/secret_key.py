@@ -26,8 +26,7 @@ class _Parts(NamedTuple):
 
 
 class SecretKey(_Parts):
-    """
-    The key of a secret: an immutable tuple of four strings, hashable and ordered.
+    """The key of a secret: an immutable tuple of four strings, hashable and ordered.
 
     :param scope: what kind of owner it is, such as ``tenant``, ``user`` or ``app``.
     :param owner_id: which owner; a UUID or int is taken by its text form.
@@ -62,8 +61,7 @@ class SecretKey(_Parts):
 
     @classmethod
     def parse(cls, text: str) -> SecretKey:
-        """
-        Return the key that `text` spells; the inverse of ``str(key)``.
+        """Return the key that `text` spells; the inverse of ``str(key)``.
 
         :raises InvalidKeyError: `text` is not four valid parts joined by colons.
         """
@@ -81,8 +79,7 @@ class SecretKey(_Parts):
 
     @classmethod
     def of(cls, key: SecretKey | str) -> SecretKey:
-        """
-        Return `key` itself, or parse it if it is text.
+        """Return `key` itself, or parse it if it is text.
 
         :raises InvalidKeyError: it is neither, or breaks a rule.
         """
@@ -96,8 +93,7 @@ class SecretKey(_Parts):
 
 
 def check_part(part_name: str, part: object) -> str:
-    """
-    Return `part` as a plain ``str``.
+    """Return `part` as a plain ``str``.
 
     :raises InvalidKeyError: naming the part and the rule that it breaks.
     """

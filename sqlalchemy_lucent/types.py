@@ -1,5 +1,4 @@
-"""
-``EncryptedJSON``: a drop-in for :class:`sqlalchemy.JSON` whose values are sealed.
+"""``EncryptedJSON``: a drop-in for :class:`sqlalchemy.JSON` whose values are sealed.
 
 ::
 
@@ -54,8 +53,7 @@ RowPart = str | int | uuid.UUID
 
 
 def encode_row(parts: Sequence[RowPart], names: Sequence[str] = ()) -> bytes:
-    """
-    Return the row context: each part's text form, length-prefixed.
+    """Return the row context: each part's text form, length-prefixed.
 
     :raises ConfigurationError: a part is missing or of another type. Floats, decimals and dates
         are refused, because databases give them back in forms of their own.
@@ -129,8 +127,7 @@ class ColumnCodec:
 
 
 def as_bytes(value: Any) -> bytes:
-    """
-    Return what a driver gave as bytes: some give a memoryview, and SQLite gives text or a number
+    """Return what a driver gave as bytes: some give a memoryview, and SQLite gives text or a number
     for a plaintext that was never sealed.
     """
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -156,8 +153,7 @@ def open_in_contexts(contexts: Sequence[str], data: Any, row: bytes, keyring: Ke
 
 
 class Sealed:
-    """
-    A stored value that was not opened: what lazy and row-bound columns give.
+    """A stored value that was not opened: what lazy and row-bound columns give.
 
     Holds ciphertext only; ``repr`` and pickles show no plaintext. Equal and hashed by its bytes.
     """
@@ -171,8 +167,7 @@ class Sealed:
         self._codec = codec
 
     def open(self, *, row: Sequence[RowPart] | None = None, keyring: Keyring | None = None) -> Any:
-        """
-        Open the value.
+        """Open the value.
 
         :param row: the values of the columns that it is bound to, in the order of ``bound_to``;
             for a row-bound column only.
@@ -242,8 +237,7 @@ class Sealed:
 
 
 class Bound:
-    """
-    A plain value on its way into a row-bound column, with the row that it belongs to.
+    """A plain value on its way into a row-bound column, with the row that it belongs to.
 
     The ORM attribute makes these itself; in Core, write
     ``insert(table).values(payload=Bound(value, row=(tenant_id, name)), …)``.
@@ -277,8 +271,7 @@ class Bound:
 
 
 class EncryptedComparator(TypeDecorator.Comparator[Any]):
-    """
-    What SQL may do with a sealed column: test for NULL, and tell the key version.
+    """What SQL may do with a sealed column: test for NULL, and tell the key version.
 
     Every operator is refused when the expression is built; a column compared with a column, when
     it is compiled. What SQLAlchemy does not ask a type about is not seen here, and works on the
@@ -317,8 +310,7 @@ _NULL_TESTS: Final = frozenset({operators.eq, operators.ne, operators.is_, opera
 
 
 class EncryptedJSON(TypeDecorator[Any]):
-    """
-    A column of JSON values, each sealed with AES-256-GCM and bound to its column.
+    """A column of JSON values, each sealed with AES-256-GCM and bound to its column.
 
     :param none_as_null: as in :class:`sqlalchemy.JSON`: store Python ``None`` as SQL NULL rather
         than as the (sealed) JSON value ``null``.
@@ -385,8 +377,7 @@ class EncryptedJSON(TypeDecorator[Any]):
 
     @classmethod
     def mutable(cls, none_as_null: bool = False, **options: Any) -> EncryptedJSON:
-        """
-        Return a type whose ``dict`` and ``list`` values write edits at any depth at the next flush.
+        """Return a type whose ``dict`` and ``list`` values write edits at any depth at flush.
 
         See :mod:`sqlalchemy_lucent.mutable`. The parameters are those of the class.
 
@@ -428,8 +419,7 @@ class EncryptedJSON(TypeDecorator[Any]):
                 event.listen(parent, "after_parent_attach", _derive_context)
 
     def _attached(self, context: str) -> EncryptedJSON:
-        """
-        Return the type for a column of this name: a copy, so that one instance may be given
+        """Return the type for a column of this name: a copy, so that one instance may be given
         to any number of columns.
         """
         if self.context is not None and (not self._context_is_derived or self.context == context):
@@ -446,8 +436,7 @@ class EncryptedJSON(TypeDecorator[Any]):
 
     @property
     def contexts(self) -> tuple[str, ...]:
-        """
-        The context that values are sealed under, then those that are opened too.
+        """The context that values are sealed under, then those that are opened too.
 
         :raises ConfigurationError: the type has no context.
         """
@@ -515,8 +504,7 @@ class EncryptedJSON(TypeDecorator[Any]):
         )
 
     def with_variant(self, type_: Any, *dialect_names: str) -> EncryptedJSON:
-        """
-        As in SQLAlchemy, but only another EncryptedJSON is a variant of this type.
+        """As in SQLAlchemy, but only another EncryptedJSON is a variant of this type.
 
         :raises UnsupportedOperationError: `type_` would store plaintext on that database.
         """
@@ -594,8 +582,7 @@ def _derive_context(column: Column[Any], table: Any) -> None:
 
 
 def _hide_unsealed_parameters(context: ExceptionContext) -> None:
-    """
-    Take the parameters out of an error that was raised before they were sealed.
+    """Take the parameters out of an error that was raised before they were sealed.
 
     Another column's bind processor, a default or a missing parameter may fail before this type
     has seen a value, and SQLAlchemy prints the row's parameters with the error. Those of an error

@@ -1,5 +1,4 @@
-"""
-Rotation: re-encrypt under the primary key, count rows per key, prove that every row opens.
+"""Rotation: re-encrypt under the primary key, count rows per key, prove that every row opens.
 
 ``targets`` finds the columns; ``_table`` reads and re-seals rows, ``_write`` writes them back and
 ``_inplace`` does both at once on SQLite; ``_link`` has the connection, ``_pace`` the throttle;

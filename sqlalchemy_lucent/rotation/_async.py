@@ -1,5 +1,4 @@
-"""
-Run the synchronous engine over an async engine or connection.
+"""Run the synchronous engine over an async engine or connection.
 
 SQLAlchemy's asyncio extension is imported when it is used: it needs greenlet, which programs
 without asyncio may not have.

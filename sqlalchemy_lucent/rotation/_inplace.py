@@ -1,5 +1,4 @@
-"""
-SQLite: let the UPDATE itself open and seal, with functions registered on the driver's connection.
+"""SQLite: let the UPDATE itself open and seal, by functions registered on the connection.
 
 The values never leave the database's process, and the statement is atomic by itself: there is no
 read to compare with, and no concurrent writer.

@@ -32,8 +32,7 @@ _TRANSIENT_MYSQL_CODES: Final = frozenset({1205, 1213, 1969, 3024, 1020})
 
 
 class Link:
-    """
-    A connection in AUTOCOMMIT mode, on which :meth:`transaction` begins and commits.
+    """A connection in AUTOCOMMIT mode, on which :meth:`transaction` begins and commits.
 
     SQLAlchemy's own transaction does not serve: the connection may be Alembic's, inside its
     autocommit block, where that transaction is a stand-in that commits nothing.

@@ -16,8 +16,7 @@ _LARGEST_BATCH: Final = 50_000
 
 
 class Pace:
-    """
-    The throttle of a rotation.
+    """The throttle of a rotation.
 
     :param batch_size: rows per batch; where it begins, if there is a batch time.
     :param batch_time: seconds that a batch should take; its size follows.

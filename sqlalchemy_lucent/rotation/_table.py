@@ -122,8 +122,7 @@ class TableWorker:
         self.read(connection, None, 0, stale_only=True, lock=lock)
 
     def check_keys(self, connection: Connection) -> None:
-        """
-        Refuse a table with rows that no primary key leads to: SQLite allows NULL in one.
+        """Refuse a table with rows that no primary key leads to: SQLite allows NULL in one.
 
         :raises RotationError: there is such a row.
         """

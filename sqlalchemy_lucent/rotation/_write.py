@@ -1,5 +1,4 @@
-"""
-Write re-sealed values back, where the row still holds what was read: a form per database.
+"""Write re-sealed values back, where the row still holds what was read: a form per database.
 
 Each was chosen by measurement (``tests/bench/bench_rotation.py``). All of them compare the old
 header and nonce, and say how many values they wrote.
@@ -36,8 +35,7 @@ _Row = tuple[Any, ...]
 
 
 class Changes:
-    """
-    New bytes for the same columns of some rows, and how the old ones began; a list per column.
+    """New bytes for the same columns of some rows, and how the old ones began; a list per column.
 
     Lists of bytes, not an object per row: the garbage collector does not look into them.
     """
@@ -95,8 +93,7 @@ _SELF_UPDATING: Final = text(
 
 
 def _compares_alike(type_: TypeEngine[Any], dialect: Dialect) -> bool:
-    """
-    Say whether MySQL compares a column of `type_` with a column of a derived table by its index.
+    """Say whether MySQL compares a column of `type_` with a column of a derived table by its index.
 
     Where the connection's collation is not the column's, it fails or reads the whole table.
     """
@@ -215,8 +212,7 @@ class ArrayWriter:
 
 
 class BinaryArrayWriter(ArrayWriter):
-    """
-    The same for psycopg, which sends bytes in a list as hexadecimal text unless told otherwise.
+    """The same for psycopg, which sends bytes in a list as hexadecimal text unless told otherwise.
 
     SQLAlchemy has no way to tell it, so the compiled statement is given to the driver. Large values
     are written three times as fast for it.
@@ -248,8 +244,7 @@ _BYTES_PARAMETER: Final = re.compile(r"(%\(lucent_(?:old|new)_\d+\))s")
 
 
 class JoinWriter:
-    """
-    MySQL and MariaDB: one UPDATE of the table joined to a derived table of the changes.
+    """MySQL and MariaDB: one UPDATE of the table joined to a derived table of the changes.
 
     Written as text, because compiling a thousand SELECTs costs SQLAlchemy more than the database
     needs for running them.

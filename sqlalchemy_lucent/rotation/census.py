@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 def status(
     bind: Engine | Connection, targets: Target | Iterable[Target] | None = None
 ) -> StatusReport:
-    """
-    Count values per table, column, key version and fingerprint, by SQL alone.
+    """Count values per table, column, key version and fingerprint, by SQL alone.
 
     Needs no key and opens nothing. SQL NULL is not a value and is not counted.
 
@@ -69,8 +68,7 @@ def needs_rotation(
     *,
     keyring: Keyring | None = None,
 ) -> bool:
-    """
-    Say whether any value is not under the primary key; opens nothing.
+    """Say whether any value is not under the primary key; opens nothing.
 
     :raises RotationError: `targets` has no encrypted column.
     """
@@ -89,8 +87,7 @@ def retire_check(
     *,
     settle: float = 0.0,
 ) -> None:
-    """
-    Raise while any value is sealed under `version`, whatever key that was.
+    """Raise while any value is sealed under `version`, whatever key that was.
 
     A count sees what is committed. A transaction that is open meanwhile may have sealed a value
     under `version` and commit it right afterwards: with `settle`, it counts, waits, and counts
@@ -141,8 +138,7 @@ def verify(
     keyring: Keyring | None = None,
     sample: int | None = None,
 ) -> VerifyReport:
-    """
-    Open every value and report what does not open; nothing is written.
+    """Open every value and report what does not open; nothing is written.
 
     :param bind: an engine or a connection.
     :param targets: as for :func:`rotate`.

@@ -1,5 +1,4 @@
-"""
-Conversions of a column, batch by batch: plaintext to sealed, sealed to plaintext, one context to
+"""Conversions of a column, batch by batch: plaintext to sealed, sealed to plaintext, one context to
 another. Each is a worker that the engine drives as it drives a rotation's.
 
 A worker deals in documents: the UTF-8 JSON that is sealed. Text that is a JSON document already is
@@ -54,8 +53,7 @@ class ConversionError(LucentError):
 
 
 class PlainColumn:
-    """
-    Reads and writes a plaintext column of one type, one value at a time.
+    """Reads and writes a plaintext column of one type, one value at a time.
 
     A value is fetched as the driver gives it and converted here, so that one that cannot be read
     fails by itself and not with its batch, in an error that shows nothing of it.
@@ -256,8 +254,7 @@ class _Worker:
 
 
 class BackfillWorker(_Worker):
-    """
-    Fill one column of a table from another.
+    """Fill one column of a table from another.
 
     :param owner: the table, with its primary key, both columns and those that values are bound to.
     :param sealed: the sealed one of the two.
@@ -375,8 +372,7 @@ class BackfillWorker(_Worker):
 
 
 class RebindWorker(_Worker):
-    """
-    Seal values of an earlier context under the column's own, and under the primary key.
+    """Seal values of an earlier context under the column's own, and under the primary key.
 
     Whether a value is of the earlier context only opening it can tell: each pass opens all.
     """

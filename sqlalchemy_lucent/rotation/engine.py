@@ -89,8 +89,7 @@ def rotate(
     stop_when: Callable[[RotationProgress], object] | None = None,
     dry_run: bool = False,
 ) -> RotationReport:
-    """
-    Re-encrypt every value that is not under the primary key, in batches, online.
+    """Re-encrypt every value that is not under the primary key, in batches, online.
 
     Each batch is a short transaction of its own, so a run may be killed at any instant and the
     next one goes on. A value is replaced only while the row still holds what was read: a
@@ -141,8 +140,7 @@ async def arotate(
     keyring: Keyring | None = None,
     **options: Any,
 ) -> RotationReport:
-    """
-    Do what :func:`rotate` does, with the same options, over an async engine or connection.
+    """Do what :func:`rotate` does, with the same options, over an async engine or connection.
 
     Between batches, and while the database works, the event loop runs. `on_progress` and
     `stop_when` are ordinary functions.

@@ -91,8 +91,7 @@ class RotationReport:
 
 @dataclass(frozen=True)
 class StatusRow:
-    """
-    How many values of a column are sealed under one key.
+    """How many values of a column are sealed under one key.
 
     ``key_version`` and ``fingerprint`` are ``None`` for values that are not sealed: plaintext, or
     what another library wrote.

@@ -34,8 +34,7 @@ class TargetColumn:
 
 @dataclass(frozen=True)
 class TargetTable:
-    """
-    A table with the encrypted columns to work on.
+    """A table with the encrypted columns to work on.
 
     `clause` is a light copy of the table, whose sealed columns are what the driver gives: it has
     no ``onupdate``, so that writing through it changes nothing but what is named.
@@ -50,8 +49,7 @@ class TargetTable:
 def resolve_targets(
     targets: Target | Iterable[Target] | None, bind: Engine | Connection
 ) -> list[TargetTable]:
-    """
-    Return the tables to work on; the metadata of :class:`LucentBase` if `targets` is ``None``.
+    """Return the tables to work on; the metadata of :class:`LucentBase` if `targets` is ``None``.
 
     :param bind: its option ``schema_translate_map`` says which schemas are meant.
     :raises RotationError: there is no encrypted column among them, or a table has no primary key.
