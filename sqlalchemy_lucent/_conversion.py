@@ -43,6 +43,7 @@ from sqlalchemy.schema import CreateTable
 from sqlalchemy.types import TypeEngine, _Binary
 
 from . import _sql
+from ._dialects import is_mysql
 from .exceptions import RotationError
 from .keyring import default_keyring
 from .rotation import RotationProgress
@@ -360,7 +361,7 @@ class _Conversion:
         is one.
         """
         connection = link.connection
-        if self._dialect.name in ("mysql", "mariadb"):
+        if is_mysql(self._dialect):
             connection.exec_driver_sql(f"LOCK TABLES {self._table} WRITE")
             try:
                 yield

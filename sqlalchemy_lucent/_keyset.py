@@ -7,6 +7,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Dialect, and_, or_, tuple_
 
+from ._dialects import is_mysql
+
 
 def is_behind(
     columns: Sequence[ColumnElement[Any]], values: Sequence[ColumnElement[Any]], dialect: Dialect
@@ -16,7 +18,7 @@ def is_behind(
     MySQL and MariaDB find no place in the index for a row value, only for each of its cases;
     SQLite and PostgreSQL do not for the cases.
     """
-    if len(columns) > 1 and dialect.name not in ("mysql", "mariadb"):
+    if len(columns) > 1 and not is_mysql(dialect):
         return tuple_(*columns) > tuple_(*values)
     return or_(
         *(

@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar, Final, Literal
 
@@ -339,6 +339,14 @@ def _invoke(operation: MigrateOperation, operations: AbstractOperations | None) 
     invoke(operation)
 
 
+def _in_batch(
+    function: Callable[..., None], operations: BatchOperations, column_name: str, kw: dict[str, Any]
+) -> None:
+    """Call one of the functions above for the table and schema of a batch."""
+    batch = operations.impl
+    function(batch.table_name, column_name, schema=batch.schema, **kw, operations=operations)
+
+
 @Operations.register_operation("create_lucent_secrets")
 class CreateLucentSecretsOp(MigrateOperation):
     """Create the table of scoped secrets."""
@@ -476,10 +484,7 @@ class RotateEncryptedColumnOp(_ColumnOp):
         cls, operations: BatchOperations, column_name: str, **kw: Any
     ) -> None:
         """See :func:`rotate_encrypted_column`; the table and schema are those of the batch."""
-        batch = operations.impl
-        rotate_encrypted_column(
-            batch.table_name, column_name, schema=batch.schema, **kw, operations=operations
-        )
+        _in_batch(rotate_encrypted_column, operations, column_name, kw)
 
     def reverse(self) -> RotateEncryptedColumnOp:
         """Return the same operation: a rotation goes to the primary, whichever that is then."""
@@ -552,6 +557,11 @@ class _ConvertColumnOp(_ColumnOp):
             batch_size=self.batch_size,
         )
 
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        """Return what ``alembic check`` shows."""
+        name = "encrypt_column" if self.to_sealed else "decrypt_column"
+        return (name, self.schema, self.table_name, self.column_name, self.existing_type)
+
     def options_of_reverse(self) -> dict[str, Any]:
         """Return the arguments of the reverse: whatever this left, it ends where this began."""
         names = ("existing_type", "schema", "context", "bound_to", "reader", "writer", "through")
@@ -573,27 +583,11 @@ class EncryptColumnOp(_ConvertColumnOp):
     @classmethod
     def batch_encrypt_column(cls, operations: BatchOperations, column_name: str, **kw: Any) -> None:
         """See :func:`encrypt_column`; the table and schema are those of the batch."""
-        encrypt_column(
-            operations.impl.table_name,
-            column_name,
-            schema=operations.impl.schema,
-            **kw,
-            operations=operations,
-        )
+        _in_batch(encrypt_column, operations, column_name, kw)
 
     def reverse(self) -> DecryptColumnOp:
         """Return the operation that brings the plaintext column back."""
         return DecryptColumnOp(self.table_name, self.column_name, **self.options_of_reverse())
-
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        """Return what ``alembic check`` shows."""
-        return (
-            "encrypt_column",
-            self.schema,
-            self.table_name,
-            self.column_name,
-            self.existing_type,
-        )
 
 
 @Operations.register_operation("decrypt_column")
@@ -611,27 +605,11 @@ class DecryptColumnOp(_ConvertColumnOp):
     @classmethod
     def batch_decrypt_column(cls, operations: BatchOperations, column_name: str, **kw: Any) -> None:
         """See :func:`decrypt_column`; the table and schema are those of the batch."""
-        decrypt_column(
-            operations.impl.table_name,
-            column_name,
-            schema=operations.impl.schema,
-            **kw,
-            operations=operations,
-        )
+        _in_batch(decrypt_column, operations, column_name, kw)
 
     def reverse(self) -> EncryptColumnOp:
         """Return the operation that encrypts the column again."""
         return EncryptColumnOp(self.table_name, self.column_name, **self.options_of_reverse())
-
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        """Return what ``alembic check`` shows."""
-        return (
-            "decrypt_column",
-            self.schema,
-            self.table_name,
-            self.column_name,
-            self.existing_type,
-        )
 
 
 @Operations.register_operation("rebind_encrypted_column")
@@ -675,13 +653,7 @@ class RebindEncryptedColumnOp(_ColumnOp):
         cls, operations: BatchOperations, column_name: str, **kw: Any
     ) -> None:
         """See :func:`rebind_encrypted_column`; the table and schema are those of the batch."""
-        rebind_encrypted_column(
-            operations.impl.table_name,
-            column_name,
-            schema=operations.impl.schema,
-            **kw,
-            operations=operations,
-        )
+        _in_batch(rebind_encrypted_column, operations, column_name, kw)
 
     def reverse(self) -> RebindEncryptedColumnOp:
         """Return the operation with the contexts exchanged."""

@@ -26,6 +26,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, validates
 from sqlalchemy.types import TypeDecorator
 
+from ._dialects import is_mysql
 from ._envelope import MAX_VERSION_LENGTH
 from ._sql import key_version
 from .binding import row_bound
@@ -57,7 +58,7 @@ class UTCDateTime(TypeDecorator[datetime]):
 
     def load_dialect_impl(self, dialect: Dialect) -> Any:
         """DATETIME(6) on MySQL and MariaDB, whose DATETIME drops the fraction."""
-        if dialect.name in ("mysql", "mariadb"):
+        if is_mysql(dialect):
             return dialect.type_descriptor(mysql.DATETIME(fsp=6))
         return dialect.type_descriptor(DateTime(timezone=True))
 

@@ -43,6 +43,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.sql.dml import Insert
 
+from ._dialects import is_mysql
 from ._envelope import MAX_VERSION_LENGTH, NONCE_SIZE, header_size, parse
 from ._keyset import is_behind
 from ._schema import Schema
@@ -552,7 +553,7 @@ class LucentSecrets:
             preserve_rowcount=True
         )
         count = self._write([key], statement, self._row(key, sealed))
-        if self._dialect.name not in _MYSQL:
+        if not is_mysql(self._dialect):
             return count > 0
         # MySQL counts 1 for a row that it left alone too. What is stored tells: nobody else can
         # have made the same bytes.
@@ -831,12 +832,9 @@ def _select_payloads(table: Table, size: int) -> Select[Any]:
     return select(*columns).where(_is_one_of(table, size))
 
 
-_MYSQL: Final = frozenset({"mysql", "mariadb"})
-
-
 def _insert(table: Table, dialect: Dialect, renewed: Sequence[str]) -> Insert:
     """Return an INSERT that takes over the columns `renewed` where the key is taken already."""
-    if dialect.name in _MYSQL:
+    if is_mysql(dialect):
         # Callers that insert one new key at once wait for the first, and go on when it commits. If
         # it rolls back, InnoDB leaves each of them a lock on the gap where the row was, and ends
         # the deadlock (error 1213) by undoing one of their transactions as a whole. No form of

@@ -34,6 +34,7 @@ from sqlalchemy.sql.elements import ColumnClause, ColumnElement, Null
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from . import _sql
+from ._dialects import is_mysql
 from ._envelope import Envelope, length_prefixed, parse
 from ._json import STRICT, Codec, EngineCodec
 from ._redacted import redact
@@ -522,7 +523,7 @@ class EncryptedJSON(TypeDecorator[Any]):
         """LONGBLOB on MySQL and MariaDB, where BLOB ends at 64 KiB; LargeBinary elsewhere."""
         # Every statement that has a value of this type comes here before it is executed.
         event.listen(dialect, "handle_error", _hide_unsealed_parameters)
-        if dialect.name in ("mysql", "mariadb"):
+        if is_mysql(dialect):
             return dialect.type_descriptor(LONGBLOB())
         return dialect.type_descriptor(LargeBinary())
 

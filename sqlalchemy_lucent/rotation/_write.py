@@ -29,6 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.sql.expression import ColumnClause
 from sqlalchemy.types import TypeEngine, _Binary
 
+from .._dialects import is_mysql
 from .targets import TargetTable
 
 _Row = tuple[Any, ...]
@@ -74,7 +75,7 @@ def writer_for(connection: Connection, target: TargetTable) -> Writer:
     if dialect.name == "postgresql":
         in_psycopg = dialect.driver in ("psycopg", "psycopg_async")
         return BinaryArrayWriter(target, dialect) if in_psycopg else ArrayWriter(target)
-    if dialect.name not in ("mysql", "mariadb"):
+    if not is_mysql(dialect):
         return RowWriter(target)
     names = {"name": str(target.clause.name), "schema": target.clause.schema}
     kept = connection.scalars(_SELF_UPDATING, names).all()
