@@ -329,6 +329,14 @@ def test_part_of_a_token_is_no_token(secrets: LucentSecrets, cut: int) -> None:
     assert secrets.require(KEY) == 1
 
 
+def test_bytes_that_are_not_sealed_have_no_token(secrets: LucentSecrets, session: Session) -> None:
+    secrets.set(KEY, 1)
+    for foreign in (b"", b"v1:", b'{"a": 1}'):
+        overwrite(session, KEY, foreign)
+        (info,) = secrets.list()
+        assert (info.token, info.key_version) == (None, None)
+
+
 def test_set_that_expects_nothing(secrets: LucentSecrets) -> None:
     secrets.set(KEY, 1, expected=None)
     with pytest.raises(ConflictError):
