@@ -69,10 +69,12 @@ class Subkey:
     (NIST SP 800-38D, 8.3) holds per column and key version, not for a whole database.
     """
 
-    __slots__ = ("_aead", "associated_data", "header")
+    __slots__ = ("_aead", "_nonce_at", "_nonce_end", "associated_data", "header")
 
     def __init__(self, key: bytes, *, header: bytes, context: bytes) -> None:
         self._aead = AESGCM(key)
+        self._nonce_at = len(header)
+        self._nonce_end = len(header) + NONCE_SIZE
         self.header = header
         self.associated_data = length_prefixed(header, context)
 
@@ -99,14 +101,12 @@ class Subkey:
 
         `sealed` must begin with this subkey's header.
         """
-        nonce_end = len(self.header) + NONCE_SIZE
+        nonce_end = self._nonce_end
         if len(sealed) < nonce_end + TAG_SIZE:
             return None
         try:
             return self._aead.decrypt(
-                sealed[len(self.header) : nonce_end],
-                sealed[nonce_end:],
-                self.associated_data + row,
+                sealed[self._nonce_at : nonce_end], sealed[nonce_end:], self.associated_data + row
             )
         except InvalidTag:
             return None

@@ -77,4 +77,4 @@ def length_prefixed(*parts: bytes) -> bytes:
 
     No two different tuples give the same bytes, which is what associated data needs.
     """
-    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    return b"".join([len(part).to_bytes(4, "big") + part for part in parts])

@@ -21,7 +21,6 @@ from sqlalchemy import (
     inspect,
     literal_column,
 )
-from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, validates
 from sqlalchemy.types import TypeDecorator
@@ -43,10 +42,8 @@ def byte_wise_string(length: int) -> String:
     """
     return (
         String(length)
-        .with_variant(postgresql.VARCHAR(length, collation="C"), "postgresql")
-        .with_variant(
-            mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_bin"), "mysql", "mariadb"
-        )
+        .with_variant(String(length, collation="C"), "postgresql")
+        .with_variant(String(length, collation="utf8mb4_bin"), "mysql", "mariadb")
     )
 
 
@@ -59,7 +56,9 @@ class UTCDateTime(TypeDecorator[datetime]):
     def load_dialect_impl(self, dialect: Dialect) -> Any:
         """DATETIME(6) on MySQL and MariaDB, whose DATETIME drops the fraction."""
         if is_mysql(dialect):
-            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
+            from sqlalchemy.dialects.mysql import DATETIME  # with that database only
+
+            return dialect.type_descriptor(DATETIME(fsp=6))
         return dialect.type_descriptor(DateTime(timezone=True))
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
@@ -84,9 +83,7 @@ class UTCDateTime(TypeDecorator[datetime]):
 def key_version_type() -> String:
     """Return the type of a generated ``key_version`` column."""
     return String(MAX_VERSION_LENGTH).with_variant(
-        mysql.VARCHAR(MAX_VERSION_LENGTH, charset="ascii", collation="ascii_bin"),
-        "mysql",
-        "mariadb",
+        String(MAX_VERSION_LENGTH, collation="ascii_bin"), "mysql", "mariadb"
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import enum
 import functools
+import importlib
 import inspect as python_inspect
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +39,6 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.sql.dml import Insert
@@ -135,7 +135,7 @@ class LucentSecrets:
             name = type(given).__name__
             hint = "; AsyncLucentSecrets takes it" if name.startswith("Async") else ""
             raise ConfigurationError(f"session= takes a Session, not {name}{hint}")
-        if python_inspect.iscoroutinefunction(on_access):
+        if on_access is not None and python_inspect.iscoroutinefunction(on_access):
             raise ConfigurationError(
                 "on_access= takes a plain function, also with an AsyncSession: it is given the "
                 "synchronous session, and nothing would await a coroutine"
@@ -179,7 +179,7 @@ class LucentSecrets:
                 written = self._insert_absent(key, sealed)
             else:
                 written = self._replace(key, _token_bytes(expected), sealed)
-            self._tell("write", key, sealed.key_version, "ok" if written else "conflict")
+            self._tell("write", key, sealed, "ok" if written else "conflict")
         if not written:
             raise _conflict(key)
         return _token(bytes(sealed)) or ""
@@ -257,7 +257,7 @@ class LucentSecrets:
         renewed = self._seal(target, value, self._keyring)
         with self._undone_by_handler():
             written = self._insert_absent(target, renewed)
-            self._tell("write", target, renewed.key_version, "ok" if written else "conflict")
+            self._tell("write", target, renewed, "ok" if written else "conflict")
         if not written:
             raise _conflict(target)
 
@@ -276,7 +276,7 @@ class LucentSecrets:
         with self._undone_by_handler():
             moved = not taken and self._replace(source, _prefix(bytes(sealed)), renewed, target)
             outcome = "ok" if moved else "conflict"
-            self._tell("write", target, renewed.key_version, outcome)
+            self._tell("write", target, renewed, outcome)
             self._tell("delete", source, None, outcome)
         if not moved:
             raise _conflict(target if taken else source)
@@ -307,13 +307,16 @@ class LucentSecrets:
             by_key[key] = value
         if not by_key:
             return
-        sealed = {key: self._seal(key, value, self._keyring) for key, value in by_key.items()}
+        codec = self._codec
+        sealed = {
+            key: self._seal(key, value, self._keyring, codec) for key, value in by_key.items()
+        }
         # In key order, so that two callers lock the same rows in the same order.
         rows = [self._row(key, sealed[key]) for key in sorted(sealed)]
         with self._undone_by_handler():
             self._write(sealed, self._upsert(), rows)
             for key, each in sealed.items():
-                self._tell("write", key, each.key_version, "ok")
+                self._tell("write", key, each, "ok")
 
     def get_many(self, keys: Iterable[_Key]) -> dict[SecretKey, Any]:
         """Return the values stored under `keys`, in that order; keys without one are left out.
@@ -513,9 +516,9 @@ class LucentSecrets:
         except (DecryptionError, SerializationError) as error:
             refusal = error
         else:
-            self._tell("read", key, sealed.key_version, "ok")
+            self._tell("read", key, sealed, "ok")
             return value
-        self._tell("read", key, sealed.key_version, type(refusal).__name__)
+        self._tell("read", key, sealed, type(refusal).__name__)
         raise refusal
 
     def _open(self, key: SecretKey, sealed: Sealed) -> Any:
@@ -533,8 +536,14 @@ class LucentSecrets:
         assert isinstance(type_, EncryptedJSON)
         return type_.column_codec(self._dialect)
 
-    def _seal(self, key: SecretKey, value: Any, keyring: Keyring | None) -> Sealed:
-        codec = self._codec
+    def _seal(
+        self,
+        key: SecretKey,
+        value: Any,
+        keyring: Keyring | None,
+        codec: ColumnCodec | None = None,
+    ) -> Sealed:
+        codec = codec or self._codec
         return Sealed(codec.seal(value, encode_row(key), keyring), codec)
 
     @staticmethod
@@ -544,12 +553,12 @@ class LucentSecrets:
 
     def _upsert(self) -> Insert:
         """Return the dialect's one-statement upsert; `created_at` stays that of the first write."""
-        return _insert(self._table, self._dialect, ("payload", "updated_at"))
+        return _insert(self._table, self._dialect.name, ("payload", "updated_at"))
 
     def _insert_absent(self, key: SecretKey, sealed: Sealed) -> bool:
         """Insert the secret unless there is one; say whether it was inserted."""
         # SQLAlchemy keeps the row count of an INSERT only if it is told to.
-        statement = _insert(self._table, self._dialect, ()).execution_options(
+        statement = _insert(self._table, self._dialect.name, ()).execution_options(
             preserve_rowcount=True
         )
         count = self._write([key], statement, self._row(key, sealed))
@@ -637,8 +646,12 @@ class LucentSecrets:
 
     # -- telling ---------------------------------------------------------------------------------
 
-    def _tell(self, action: Action, key: SecretKey, version: str | None, outcome: str) -> None:
+    def _tell(
+        self, action: Action, key: SecretKey, version: Sealed | str | None, outcome: str
+    ) -> None:
         if self._on_access is not None:
+            if isinstance(version, Sealed):
+                version = version.key_version
             access = SecretAccess(action, key, version, utc_now(), outcome)
             session = self._session
             self._on_access(access, session() if isinstance(session, scoped_session) else session)
@@ -832,9 +845,16 @@ def _select_payloads(table: Table, size: int) -> Select[Any]:
     return select(*columns).where(_is_one_of(table, size))
 
 
-def _insert(table: Table, dialect: Dialect, renewed: Sequence[str]) -> Insert:
-    """Return an INSERT that takes over the columns `renewed` where the key is taken already."""
-    if is_mysql(dialect):
+@functools.lru_cache(maxsize=32)
+def _insert(table: Table, dialect_name: str, renewed: tuple[str, ...]) -> Insert:
+    """Return an INSERT that takes over the columns `renewed` where the key is taken already.
+
+    Kept, because building it takes as long as running it. A dialect is imported with its database
+    only, because importing all three takes as long as the rest of the package.
+    """
+    if dialect_name in ("mysql", "mariadb"):
+        from sqlalchemy.dialects import mysql
+
         # Callers that insert one new key at once wait for the first, and go on when it commits. If
         # it rolls back, InnoDB leaves each of them a lock on the gap where the row was, and ends
         # the deadlock (error 1213) by undoing one of their transactions as a whole. No form of
@@ -845,8 +865,8 @@ def _insert(table: Table, dialect: Dialect, renewed: Sequence[str]) -> Insert:
         return mysql_insert.on_duplicate_key_update(
             {name: mysql_insert.inserted[name] for name in renewed} or {"scope": table.c.scope}
         )
-    if dialect.name in ("postgresql", "sqlite"):
-        module = postgresql if dialect.name == "postgresql" else sqlite
+    if dialect_name in ("postgresql", "sqlite"):
+        module = importlib.import_module(f"sqlalchemy.dialects.{dialect_name}")
         insert: Any = module.insert(table)
         statement: Insert = (
             insert.on_conflict_do_update(
@@ -858,7 +878,7 @@ def _insert(table: Table, dialect: Dialect, renewed: Sequence[str]) -> Insert:
         )
         return statement
     raise UnsupportedOperationError(
-        f"LucentSecrets has no upsert for the dialect {dialect.name!r}; "
+        f"LucentSecrets has no upsert for the dialect {dialect_name!r}; "
         "there is one for sqlite, postgresql, mysql and mariadb"
     )
 

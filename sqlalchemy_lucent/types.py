@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NoReturn
 
 from sqlalchemy import JSON, Column, DefaultClause, LargeBinary, Table, event
-from sqlalchemy.dialects.mysql import LONGBLOB
 from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Mapper
@@ -59,24 +58,28 @@ def encode_row(parts: Sequence[RowPart], names: Sequence[str] = ()) -> bytes:
     :raises ConfigurationError: a part is missing or of another type. Floats, decimals and dates
         are refused, because databases give them back in forms of their own.
     """
-    encoded = []
-    for position, part in enumerate(parts):
-        if isinstance(part, (str, int, uuid.UUID)) and not isinstance(part, bool):
+    return length_prefixed(
+        *[
             # Not str(): a subclass may print itself as something else, as an Enum member does.
-            text = part if isinstance(part, str) else _exact_text(part)
-            encoded.append(text.encode("utf-8", "surrogatepass"))
-            continue
-        name = names[position] if position < len(names) else f"number {position + 1}"
-        fault = "has no value yet" if part is None else f"is of type {type(part).__name__}"
-        raise ConfigurationError(
-            f"binding column {name} {fault}; a row-bound value needs a str, int or UUID that is "
-            "known before the row is written (a natural key, or a UUID made in Python)"
-        )
-    return length_prefixed(*encoded)
+            part.encode("utf-8", "surrogatepass")
+            if isinstance(part, str)
+            else _exact_text(part, position, names)
+            for position, part in enumerate(parts)
+        ]
+    )
 
 
-def _exact_text(part: int | uuid.UUID) -> str:
-    return int.__repr__(part) if isinstance(part, int) else str(part)
+def _exact_text(part: object, position: int, names: Sequence[str]) -> bytes:
+    if isinstance(part, int) and not isinstance(part, bool):
+        return int.__repr__(part).encode("ascii")
+    if isinstance(part, uuid.UUID):
+        return str(part).encode("ascii")
+    name = names[position] if position < len(names) else f"number {position + 1}"
+    fault = "has no value yet" if part is None else f"is of type {type(part).__name__}"
+    raise ConfigurationError(
+        f"binding column {name} {fault}; a row-bound value needs a str, int or UUID that is "
+        "known before the row is written (a natural key, or a UUID made in Python)"
+    )
 
 
 _JSON_NULL: Final = b"null"
@@ -110,11 +113,14 @@ class ColumnCodec:
         except SerializationError as error:
             fault = str(error)
         else:
-            return (keyring or default_keyring()).for_context(self.contexts[0]).seal(document, row)
+            keys = (keyring or default_keyring()).for_context(self.contexts[0])
+            return keys.primary.seal(document, row)
         raise SerializationError(f"{self.contexts[0]}: {fault}")
 
     def open(self, data: Any, row: bytes = b"", keyring: Keyring | None = None) -> Any:
-        """Return the value of stored bytes."""
+        """Return the value of stored bytes; ``None`` for SQL NULL."""
+        if data is None:
+            return None
         document = open_in_contexts(self.contexts, data, row, keyring or default_keyring())
         if self.schema is None:
             value = self.codec.loads(document)
@@ -140,12 +146,11 @@ def open_in_contexts(contexts: Sequence[str], data: Any, row: bytes, keyring: Ke
     """Return the plaintext of `data` under the first of `contexts` that it was sealed in."""
     if type(data) is not bytes:
         data = as_bytes(data)
-    first, *earlier = contexts
     try:
-        return keyring.for_context(first).open(data, row)
+        return keyring.for_context(contexts[0]).open(data, row)
     except TamperedError as error:
         refusal = error
-    for context in earlier:
+    for context in contexts[1:]:
         try:
             return keyring.for_context(context).open(data, row)
         except TamperedError:
@@ -463,27 +468,30 @@ class EncryptedJSON(TypeDecorator[Any]):
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], bytes | None]:
         """Return the function that seals parameters."""
         column = self.column_codec(dialect)
-        none_as_null = self.none_as_null
+        seal, bound_to = column.seal, column.bound_to
+        none_as_null, json_null = self.none_as_null, JSON.NULL
 
         def process(value: Any) -> bytes | None:
             row = b""
-            if isinstance(value, Bound):
+            kind = type(value)
+            if kind is Bound:
                 row = _row_of(value, column)
                 value = value.value
-            elif isinstance(value, Sealed):
+                kind = type(value)
+            elif kind is Sealed:
                 return _reuse(value, column)
-            elif column.bound_to:
-                if value is None or isinstance(value, Null):
+            elif bound_to:
+                if value is None or kind is Null:
                     return None
                 raise _unbound(column)
             if value is None:
                 if none_as_null:
                     return None
-            elif value is JSON.NULL:
+            elif value is json_null:
                 value = None
-            elif isinstance(value, Null):
+            elif kind is Null:
                 return None
-            return column.seal(value, row)
+            return seal(value, row)
 
         return process
 
@@ -492,8 +500,7 @@ class EncryptedJSON(TypeDecorator[Any]):
         column = self.column_codec(dialect)
         if self.lazy or self.bound_to:
             return lambda data: None if data is None else Sealed(as_bytes(data), column)
-        open_ = column.open
-        return lambda data: None if data is None else open_(data)
+        return column.open
 
     def literal_processor(self, dialect: Dialect) -> NoReturn:
         """Refuse: a literal would put the value into SQL text, and errors about it into logs."""
@@ -524,6 +531,8 @@ class EncryptedJSON(TypeDecorator[Any]):
         # Every statement that has a value of this type comes here before it is executed.
         event.listen(dialect, "handle_error", _hide_unsealed_parameters)
         if is_mysql(dialect):
+            from sqlalchemy.dialects.mysql import LONGBLOB  # with that database only
+
             return dialect.type_descriptor(LONGBLOB())
         return dialect.type_descriptor(LargeBinary())
 

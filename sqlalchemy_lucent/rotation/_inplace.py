@@ -14,11 +14,14 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    LargeBinary,
     Select,
     Update,
     and_,
+    bindparam,
     case,
     func,
+    literal,
     or_,
     select,
     update,
@@ -51,27 +54,41 @@ class InPlaceWorker(TableWorker):
 
     def batch(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Batch:
         """Re-seal the next `limit` stale rows behind `after`."""
-        bounds = self.parameters(after, None, limit)
-        keys = connection.execute(self._selection(after), bounds).all()
-        if not keys:
+        rows, last = self._reach(connection, after, limit)
+        if last is None:
             return Batch(0, None, 0, (), 0)
-        last = tuple(keys[-1])
         with self._registered(connection):
             connection.execute(self._update(after), self.parameters(after, last))
-        written = sum(function.written for function in self._functions)
+        counts = [function.done() for function in self._functions]
+        written = sum(values for values, _ in counts)
         failed: Sequence[FailedRow] = ()
-        if len(self._functions) > 1 or written < len(keys):
+        if len(self._functions) > 1 or written < rows:
             # What is stale now is what does not open.
             left = self.read(connection, after, None, upto=last, stale_only=True)
             failed = self.reseal(left).failed
-        size = sum(function.size for function in self._functions)
-        return Batch(len(keys), last, written, failed, size)
+        return Batch(rows, last, written, failed, sum(size for _, size in counts))
 
-    def _selection(self, after: PrimaryKey | None) -> Select[Any]:
-        kind = ("keys", after is None)
+    def _reach(
+        self, connection: Connection, after: PrimaryKey | None, limit: int
+    ) -> tuple[int, PrimaryKey | None]:
+        """Return how many stale rows the next batch has, and the primary key of the last one."""
+        # A whole batch needs its last row only.
+        skipping = {**self.parameters(after, None, 1), "lucent_skip": limit - 1}
+        last = connection.execute(self._selection(after, last_only=True), skipping).first()
+        if last is not None:
+            return limit, tuple(last)
+        bounds = self.parameters(after, None, limit)
+        keys = connection.execute(self._selection(after, last_only=False), bounds).all()
+        return len(keys), tuple(keys[-1]) if keys else None
+
+    def _selection(self, after: PrimaryKey | None, *, last_only: bool) -> Select[Any]:
+        kind = ("last" if last_only else "keys", after is None)
         if kind not in self._statements:
             stale = select(*self.primary_key).where(self.any_stale())
-            self._statements[kind] = self.in_order(stale, after, None, 1)
+            statement = self.in_order(stale, after, None, 1)
+            if last_only:
+                statement = statement.offset(bindparam("lucent_skip"))
+            self._statements[kind] = statement
         return self._statements[kind]
 
     def _update(self, after: PrimaryKey | None) -> Update:
@@ -95,7 +112,7 @@ class InPlaceWorker(TableWorker):
         assert isinstance(driver, sqlite3.Connection)
         for function in self._functions:
             function.begin()
-            driver.create_function(function.function_name, -1, function)
+            driver.create_function(function.function_name, -1, function.called)
         refused: DBAPIError | None = None
         try:
             yield
@@ -114,7 +131,7 @@ class InPlaceWorker(TableWorker):
 
 
 class _Function:
-    """``reseal(value, binding columns…)`` as SQLite calls it."""
+    """``reseal(value, binding columns…)``; SQLite calls its `called`."""
 
     def __init__(
         self, function_name: str, worker: TableWorker, sealed: SealedColumn, connection: Connection
@@ -132,27 +149,46 @@ class _Function:
             column.type.dialect_impl(dialect).result_processor(dialect, None) for column in bound
         ]
         self.call: ColumnElement[Any] = getattr(func, function_name)(self.column, *bound)
-        # Text was never sealed, and the driver would fail to decode it if it is not UTF-8.
-        self.applies = and_(worker.is_stale(sealed), func.typeof(self.column) == "blob")
+        # Text was never sealed, and the driver would fail to decode it if it is not UTF-8. To
+        # SQLite, whatever is not bytes is less than bytes are.
+        self.applies = and_(worker.is_stale(sealed), self.column >= literal(b"", LargeBinary))
         self.begin()
 
     def begin(self) -> None:
         """Begin a statement."""
-        self.written = 0
-        self.size = 0
         self.raised: BaseException | None = None
+        self.called, self.done = self._counting()
 
-    def __call__(self, value: bytes, *bound: Any) -> bytes:
-        try:
-            renewed = self._renew(value, self._row_context(bound) if bound else b"")
-        except (DecryptionError, ConfigurationError):
-            return value
-        except BaseException as error:
-            self.raised = error  # an interrupt too: SQLite would make a common error of it
-            raise
-        self.written += 1
-        self.size += len(value)
-        return renewed
+    def _counting(self) -> tuple[Callable[..., bytes], Callable[[], tuple[int, int]]]:
+        """Return what SQLite calls, and what tells how many values and bytes were renewed by it."""
+        # Called for every value, so all that it needs is at hand.
+        renew = self._renew
+        written = size = 0
+
+        def reseal(value: bytes, row: bytes = b"") -> bytes:
+            nonlocal written, size
+            try:
+                renewed = renew(value, row)
+            except (DecryptionError, ConfigurationError):
+                return value
+            except BaseException as error:
+                self.raised = error  # an interrupt too: SQLite would make a common error of it
+                raise
+            written += 1
+            size += len(value)
+            return renewed
+
+        def reseal_bound(value: bytes, *bound: Any) -> bytes:
+            try:
+                row = self._row_context(bound)
+            except (DecryptionError, ConfigurationError):
+                return value
+            except BaseException as error:
+                self.raised = error
+                raise
+            return reseal(value, row)
+
+        return reseal_bound if self._bound_to else reseal, lambda: (written, size)
 
     def _row_context(self, bound: tuple[Any, ...]) -> bytes:
         parts = [

@@ -180,5 +180,5 @@ def _is_transient(error: DBAPIError, dialect_name: str) -> bool:
 def not_a_bind(bind: object) -> RotationError:
     """Return the error for what is neither an engine nor a connection."""
     name = type(bind).__name__
-    hint = "; there are arotate() and averify() for it" if name.startswith("Async") else ""
+    hint = "; there are arotate(), astatus() … for it" if name.startswith("Async") else ""
     return RotationError(f"the bind is an Engine or a Connection, not {name}{hint}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -16,6 +18,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     cast,
+    event,
     func,
     literal,
     not_,
@@ -28,6 +31,7 @@ from .._keyset import is_behind
 from ..exceptions import ConfigurationError, DecryptionError, RotationError
 from ..keyring import Keyring
 from ..types import as_bytes, encode_row, open_in_contexts
+from ._visible import refuse_hidden_rows
 from ._write import Changes, Writer, writer_for
 from .report import FailedRow
 from .targets import TargetColumn, TargetTable
@@ -35,6 +39,10 @@ from .targets import TargetColumn, TargetTable
 PrimaryKey = tuple[Any, ...]
 
 ROW_LOCKING: Final = frozenset({"postgresql", "mysql", "mariadb"})
+
+_BINARY_OIDS: Final = frozenset({16, 17, 20, 21, 23, 25, 1042, 1043, 2950})
+"""PostgreSQL's types whose values psycopg gives alike in either format: bool, bytea, int8, int2,
+int4, text, char, varchar, uuid. Of a type that it does not know, it gives text or bytes."""
 
 
 class Batch(NamedTuple):
@@ -60,6 +68,30 @@ class Resealed(NamedTuple):
     """Bytes of the values that were stale."""
 
 
+class _Renewed:
+    """What became of the stale values of one column: the rows' numbers, and lists beside them.
+
+    Lists of bytes, not an object per row: the garbage collector does not look into them.
+    """
+
+    __slots__ = ("name", "new", "numbers", "old", "size")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.numbers: list[int] = []
+        self.old: list[bytes] = []
+        self.new: list[bytes] = []
+        self.size = 0
+
+    def only(self, numbers: Sequence[int]) -> _Renewed:
+        """Return the part of it that these rows are."""
+        place = {number: place for place, number in enumerate(self.numbers)}
+        chosen = _Renewed(self.name)
+        chosen.old = [self.old[place[number]] for number in numbers]
+        chosen.new = [self.new[place[number]] for number in numbers]
+        return chosen
+
+
 class SealedColumn:
     """Opens and re-seals the values of one column."""
 
@@ -76,6 +108,7 @@ class SealedColumn:
         self.bound_columns = target.bound_to
         self._positions = [names.index(name) for name in target.bound_to]
         self.position = names.index(target.name)
+        self.renew = self._renewer()
 
     def row_context(self, row: Sequence[Any]) -> bytes:
         """Return the context that `row`, in the order of the select list, gives its value."""
@@ -83,13 +116,23 @@ class SealedColumn:
             return b""
         return encode_row([row[position] for position in self._positions], self.bound_to)
 
-    def renew(self, sealed: bytes, row: bytes) -> bytes:
-        """Return the same plaintext sealed under the primary key, or raise `DecryptionError`."""
-        return self.keys.seal(self.open(sealed, row), row)
+    def _renewer(self) -> Callable[[bytes, bytes], bytes]:
+        # Called for every value, so it looks nothing up.
+        open_value, seal = self.open, self.keys.primary.seal
+
+        def renew(sealed: bytes, row: bytes) -> bytes:
+            """Return the same plaintext sealed under the primary key, or raise why not."""
+            return seal(open_value(sealed, row), row)
+
+        return renew
 
 
 class TableWorker:
     """Reads, opens and re-seals the rows of one table. The caller has the transaction."""
+
+    upto: PrimaryKey | None = None
+    """The primary key up to which :meth:`batch` and :meth:`rehearse` go; to the end if ``None``.
+    Not for SQLite's worker, which gets no ranges."""
 
     def __init__(self, target: TargetTable, keyring: Keyring, dialect: Dialect) -> None:
         self.target = target
@@ -110,6 +153,7 @@ class TableWorker:
         self.columns = [SealedColumn(found, keyring, names) for found in target.columns]
         self._key_size = len(target.primary_key)
         self._writer: Writer | None = None
+        self._in_binary = False
         # Kept, because building a statement costs SQLAlchemy as much as running it.
         self._statements: dict[tuple[object, ...], Select[Any]] = {}
 
@@ -119,13 +163,21 @@ class TableWorker:
         """Fail now if the table or a column is missing or not ours to lock; write nothing."""
         self._writer = writer_for(connection, self.target)
         self.check_keys(connection)
-        self.read(connection, None, 0, stale_only=True, lock=lock)
+        statement = self._reading(None, None, 0, stale_only=True, lock=lock)
+        result = connection.execute(statement, self.parameters(None, None, 0))
+        if self._dialect.driver == "psycopg" and not self._dialect.is_async:
+            described = result.cursor.description or ()
+            self._in_binary = {column[1] for column in described} <= _BINARY_OIDS
+        result.close()
 
     def check_keys(self, connection: Connection) -> None:
-        """Refuse a table with rows that no primary key leads to: SQLite allows NULL in one.
+        """Refuse a table with rows that are not seen, or that no primary key leads to.
 
-        :raises RotationError: there is such a row.
+        The one is row-level security; the other is NULL in a primary key, which SQLite allows.
+
+        :raises RotationError: there is, or may be, such a row.
         """
+        refuse_hidden_rows(connection, self.target.clause.name, self.target.clause.schema)
         if connection.dialect.name != "sqlite":
             return
         lost = or_(*(part.is_(None) for part in self.primary_key))
@@ -139,11 +191,13 @@ class TableWorker:
     def is_stale(self, sealed: SealedColumn) -> ColumnElement[bool]:
         """The condition that a value is not under the primary key."""
         value = self.target.clause.c[sealed.name]
+        if self._dialect.name == "sqlite":
+            # The same without a call per row; bytes are more than all that is not bytes.
+            behind = (int.from_bytes(sealed.header) + 1).to_bytes(len(sealed.header))
+            header, end = (literal(bound, LargeBinary) for bound in (sealed.header, behind))
+            return or_(value < header, value >= end)
         prefix = func.substr(value, 1, len(sealed.header), type_=LargeBinary)
-        # "Distinct from", because SQLite's substr() of an empty value is NULL.
-        return and_(
-            value.is_not(None), prefix.is_distinct_from(literal(sealed.header, LargeBinary))
-        )
+        return and_(value.is_not(None), prefix != literal(sealed.header, LargeBinary))
 
     def any_stale(self) -> ColumnElement[bool]:
         """The condition that a row has a value which is not under the primary key."""
@@ -170,6 +224,22 @@ class TableWorker:
         lock: bool = True,
     ) -> Sequence[Row[Any]]:
         """Return rows behind the primary key `after`, in order; stale ones are locked."""
+        statement = self._reading(after, upto, limit, stale_only=stale_only, lock=lock)
+        parameters = self.parameters(after, upto, limit)
+        if not self._in_binary:
+            return connection.execute(statement, parameters).all()
+        with _binary_results(connection):
+            return connection.execute(statement, parameters).all()
+
+    def _reading(
+        self,
+        after: PrimaryKey | None,
+        upto: PrimaryKey | None,
+        limit: int | None,
+        *,
+        stale_only: bool,
+        lock: bool,
+    ) -> Select[Any]:
         kind = (after is None, upto is None, limit is None, stale_only, lock)
         if kind not in self._statements:
             if stale_only:
@@ -183,8 +253,7 @@ class TableWorker:
                 # lock that leaves alone those who insert rows with a foreign key to this one.
                 statement = statement.with_for_update(skip_locked=True, key_share=True)
             self._statements[kind] = statement
-        parameters = self.parameters(after, upto, limit)
-        return connection.execute(self._statements[kind], parameters).all()
+        return self._statements[kind]
 
     def in_order(
         self,
@@ -244,38 +313,73 @@ class TableWorker:
             else:
                 yield None
 
-    def reseal(self, rows: Sequence[Row[Any]]) -> Resealed:
+    def reseal(self, rows: Sequence[Sequence[Any]]) -> Resealed:
         """Seal the stale values of `rows` anew."""
-        changes: dict[tuple[str, ...], Changes] = {}
-        failed: list[FailedRow] = []
+        failed: list[tuple[int, FailedRow]] = []
+        renewed = [self._reseal_column(sealed, rows, failed) for sealed in self.columns]
+        failed.sort(key=itemgetter(0))  # in the order of the rows, whichever the column
+        size = sum(column.size for column in renewed)
+        return Resealed(self._changes(rows, renewed), [row for _, row in failed], size)
+
+    def _reseal_column(
+        self,
+        sealed: SealedColumn,
+        rows: Sequence[Sequence[Any]],
+        failed: list[tuple[int, FailedRow]],
+    ) -> _Renewed:
+        position, header, renew = sealed.position, sealed.header, sealed.renew
+        row_context = sealed.row_context if sealed.bound_columns else None
+        renewed = _Renewed(sealed.name)
         size = 0
-        for row in rows:
-            names: tuple[str, ...] = ()
-            old: tuple[bytes, ...] = ()
-            new: tuple[bytes, ...] = ()
-            for sealed in self.columns:
-                value = row[sealed.position]
+        for number, row in enumerate(rows):
+            value = row[position]
+            if type(value) is not bytes:
                 if value is None:
                     continue
                 value = as_bytes(value)
-                if value.startswith(sealed.header):
-                    continue
-                size += len(value)
-                try:
-                    renewed = sealed.renew(value, sealed.row_context(row))
-                except (DecryptionError, ConfigurationError) as error:
-                    failed.append(self._failure(row, sealed, error))
-                    continue
-                names += (sealed.name,)
-                # What is compared when it is written: the nonce is fresh for every seal, so this
-                # decides as well as the whole value would, and sends a few bytes.
-                old += (value[: header_size(value) + NONCE_SIZE],)
-                new += (renewed,)
-            if names:
-                if names not in changes:
-                    changes[names] = Changes(names, self._key_size)
-                changes[names].add(row, old, new)
-        return Resealed(list(changes.values()), failed, size)
+            if value.startswith(header):
+                continue
+            size += len(value)
+            try:
+                new = renew(value, b"" if row_context is None else row_context(row))
+            except (DecryptionError, ConfigurationError) as error:
+                failed.append((number, self._failure(row, sealed, error)))
+                continue
+            renewed.numbers.append(number)
+            # What is compared when it is written: the nonce is fresh for every seal, so this
+            # decides as well as the whole value would, and sends a few bytes.
+            renewed.old.append(value[: header_size(value) + NONCE_SIZE])
+            renewed.new.append(new)
+        renewed.size = size
+        return renewed
+
+    def _changes(self, rows: Sequence[Sequence[Any]], renewed: Sequence[_Renewed]) -> list[Changes]:
+        """Put what was renewed together, by which columns of a row were."""
+        if all(column.numbers == renewed[0].numbers for column in renewed):
+            numbers = renewed[0].numbers
+            return [self._changes_of(rows, renewed, numbers)] if numbers else []
+        names_of: dict[int, tuple[str, ...]] = {}
+        for column in renewed:
+            for number in column.numbers:
+                names_of[number] = (*names_of.get(number, ()), column.name)
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for number in sorted(names_of):
+            groups.setdefault(names_of[number], []).append(number)
+        return [
+            self._changes_of(rows, [c.only(numbers) for c in renewed if c.name in names], numbers)
+            for names, numbers in groups.items()
+        ]
+
+    def _changes_of(
+        self, rows: Sequence[Sequence[Any]], renewed: Sequence[_Renewed], numbers: list[int]
+    ) -> Changes:
+        chosen = rows if len(numbers) == len(rows) else [rows[number] for number in numbers]
+        return Changes(
+            names=tuple(column.name for column in renewed),
+            keys=[[row[part] for row in chosen] for part in range(self._key_size)],
+            old=[column.old for column in renewed],
+            new=[column.new for column in renewed],
+        )
 
     def _failure(self, row: Sequence[Any], sealed: SealedColumn, error: Exception) -> FailedRow:
         return FailedRow(
@@ -286,7 +390,7 @@ class TableWorker:
 
     def batch(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Batch:
         """Re-seal the next `limit` stale rows behind `after`."""
-        rows = self.read(connection, after, limit, stale_only=True)
+        rows = self.read(connection, after, limit, upto=self.upto, stale_only=True)
         changes, failed, size = self.reseal(rows)
         assert self._writer is not None
         written = sum(self._writer.write(connection, change) for change in changes)
@@ -295,10 +399,27 @@ class TableWorker:
 
     def rehearse(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Batch:
         """Do what :meth:`batch` does, but lock nothing and write nothing."""
-        rows = self.read(connection, after, limit, stale_only=True, lock=False)
+        rows = self.read(connection, after, limit, upto=self.upto, stale_only=True, lock=False)
         changes, failed, size = self.reseal(rows)
         last = self.primary_key_of(rows[-1]) if rows else None
         return Batch(len(rows), last, sum(len(c) * len(c.names) for c in changes), failed, size)
+
+
+@contextmanager
+def _binary_results(connection: Connection) -> Iterator[None]:
+    """Have psycopg fetch as bytes what it would fetch, and read, as hexadecimal text.
+
+    SQLAlchemy has no option for it, but shows each cursor to those who listen.
+    """
+
+    def fetch_in_binary(_connection: Any, cursor: Any, *_rest: Any) -> None:
+        cursor.format = 1
+
+    event.listen(connection, "before_cursor_execute", fetch_in_binary)
+    try:
+        yield
+    finally:
+        event.remove(connection, "before_cursor_execute", fetch_in_binary)
 
 
 def _open_in_contexts(

@@ -13,20 +13,28 @@ from typing import Any, Final, Protocol
 
 from sqlalchemy import (
     ARRAY,
+    CHAR,
+    NCHAR,
+    ColumnElement,
     Connection,
     Dialect,
+    Enum,
+    Float,
     Integer,
     LargeBinary,
+    Numeric,
     String,
+    TypeDecorator,
     Update,
     bindparam,
     column,
     func,
     literal_column,
     text,
+    tuple_,
     update,
 )
-from sqlalchemy.sql.expression import ColumnClause
+from sqlalchemy.sql.expression import ColumnClause, TableClause
 from sqlalchemy.types import TypeEngine, _Binary
 
 from .._dialects import is_mysql
@@ -38,25 +46,22 @@ _Row = tuple[Any, ...]
 class Changes:
     """New bytes for the same columns of some rows, and how the old ones began; a list per column.
 
-    Lists of bytes, not an object per row: the garbage collector does not look into them.
+    The rows are in the order of their primary keys.
     """
 
     __slots__ = ("keys", "names", "new", "old")
 
-    def __init__(self, names: tuple[str, ...], key_size: int) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        keys: Sequence[list[Any]],
+        old: Sequence[list[bytes]],
+        new: Sequence[list[bytes]],
+    ) -> None:
         self.names = names
-        self.keys: tuple[list[Any], ...] = tuple([] for _ in range(key_size))
-        self.old: tuple[list[bytes], ...] = tuple([] for _ in names)
-        self.new: tuple[list[bytes], ...] = tuple([] for _ in names)
-
-    def add(self, key: Sequence[Any], old: Sequence[bytes], new: Sequence[bytes]) -> None:
-        """Add a row."""
-        for values, part in zip(self.keys, key, strict=False):
-            values.append(part)
-        for prefixes, prefix in zip(self.old, old, strict=True):
-            prefixes.append(prefix)
-        for renewals, renewed in zip(self.new, new, strict=True):
-            renewals.append(renewed)
+        self.keys = keys
+        self.old = old
+        self.new = new
 
     def __len__(self) -> int:
         return len(self.old[0])
@@ -74,15 +79,18 @@ def writer_for(connection: Connection, target: TargetTable) -> Writer:
     dialect = connection.dialect
     if dialect.name == "postgresql":
         in_psycopg = dialect.driver in ("psycopg", "psycopg_async")
-        return BinaryArrayWriter(target, dialect) if in_psycopg else ArrayWriter(target)
+        return (BinaryArrayWriter if in_psycopg else ArrayWriter)(target, dialect)
     if not is_mysql(dialect):
         return RowWriter(target)
     names = {"name": str(target.clause.name), "schema": target.clause.schema}
-    kept = connection.scalars(_SELF_UPDATING, names).all()
+    kept = self_updating(connection, target.clause)
     if dialect.paramstyle in ("format", "pyformat") and all(
         _compares_alike(column.type, dialect) for column in target.primary_key
     ):
-        return JoinWriter(target, dialect, kept)
+        named = {column.name.lower() for column in target.primary_key}
+        primary = {name.lower() for name in connection.scalars(_PRIMARY, names)}
+        rows_first = bool(getattr(dialect, "is_mariadb", False)) and primary == named
+        return JoinWriter(target, dialect, kept, rows_first=rows_first)
     return RowWriter(target, kept)
 
 
@@ -93,20 +101,58 @@ _SELF_UPDATING: Final = text(
 )
 
 
+def self_updating(connection: Connection, clause: TableClause) -> Sequence[str]:
+    """Return the columns that an UPDATE has to set to themselves, if they are to stay."""
+    if not is_mysql(connection.dialect):
+        return ()
+    names = {"name": str(clause.name), "schema": clause.schema}
+    return connection.scalars(_SELF_UPDATING, names).all()
+
+
+_PRIMARY: Final = text(
+    "SELECT column_name AS name FROM information_schema.statistics WHERE table_name = :name"
+    " AND table_schema = coalesce(:schema, database()) AND index_name = 'PRIMARY'"
+)
+
+
 def _compares_alike(type_: TypeEngine[Any], dialect: Dialect) -> bool:
     """Say whether MySQL compares a column of `type_` with a column of a derived table by its index.
 
-    Where the connection's collation is not the column's, it fails or reads the whole table.
+    Where the connection's collation is not the column's, it fails or reads the whole table. Nor
+    may the column's character set be smaller than the connection's, unless all of its characters
+    have the same bytes in both.
     """
     implementation = type_.dialect_impl(dialect)
-    return isinstance(implementation, (Integer, _Binary)) or (
-        isinstance(implementation, String) and (implementation.collation or "").endswith("_bin")
-    )
+    if isinstance(implementation, String):
+        collation = implementation.collation or ""
+        return collation.startswith(("utf8mb4_", "ascii_")) and collation.endswith("_bin")
+    return isinstance(implementation, (Integer, _Binary))
 
 
 def _bind_processor(type_: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
     """Return what SQLAlchemy does to a parameter of `type_` before the driver has it."""
     return type_.dialect_impl(dialect).bind_processor(dialect)
+
+
+def _without_limits(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
+    """Return `type_` for a cast in PostgreSQL that leaves every key as it is.
+
+    The column in the database may be wider than the model says: a cast to the model's type would
+    cut the key off, or round it.
+    """
+    from sqlalchemy.dialects import postgresql  # with that database only
+
+    implementation = type_.dialect_impl(dialect)
+    if isinstance(type_, TypeDecorator):
+        return type_
+    if isinstance(implementation, String) and not isinstance(implementation, (CHAR, NCHAR, Enum)):
+        # Without a length it may be CITEXT, or another type with an equality of its own.
+        return String() if implementation.length is not None else type_
+    if isinstance(implementation, Numeric) and not isinstance(implementation, Float):
+        return Numeric() if implementation.asdecimal else Numeric(asdecimal=False)
+    if isinstance(type_, postgresql.TIMESTAMP):
+        return postgresql.TIMESTAMP(timezone=type_.timezone)
+    return type_
 
 
 class RowWriter:
@@ -160,32 +206,35 @@ class RowWriter:
 class ArrayWriter:
     """PostgreSQL: one ``UPDATE … FROM unnest(…)`` with an array for each column."""
 
-    def __init__(self, target: TargetTable) -> None:
+    def __init__(self, target: TargetTable, dialect: Dialect) -> None:
         self._target = target
+        self._key_types = [_without_limits(c.type, dialect) for c in target.primary_key]
         self._statements: dict[tuple[str, ...], Update] = {}
 
     def write(self, connection: Connection, changes: Changes) -> int:
         """Write `changes`."""
         if changes.names not in self._statements:
             self._statements[changes.names] = self._statement(changes.names)
-        parameters = {
+        parameters: dict[str, Any] = {
             f"lucent_{kind}_{position}": values
             for kind, columns in (("key", changes.keys), ("old", changes.old), ("new", changes.new))
             for position, values in enumerate(columns)
         }
+        for position, values in enumerate(changes.keys):
+            parameters[f"lucent_first_{position}"] = values[0]
+            parameters[f"lucent_last_{position}"] = values[-1]
         rows = self._execute(connection, self._statements[changes.names], parameters)
         return rows * len(changes.names)
 
     def _execute(
-        self, connection: Connection, statement: Update, parameters: dict[str, list[Any]]
+        self, connection: Connection, statement: Update, parameters: dict[str, Any]
     ) -> int:
         return connection.execute(statement, parameters).rowcount
 
     def _statement(self, names: tuple[str, ...]) -> Update:
         clause = self._target.clause
         types: dict[str, TypeEngine[Any]] = {
-            f"lucent_key_{position}": column.type
-            for position, column in enumerate(self._target.primary_key)
+            f"lucent_key_{position}": type_ for position, type_ in enumerate(self._key_types)
         }
         for position in range(len(names)):
             types[f"lucent_old_{position}"] = LargeBinary()
@@ -200,7 +249,8 @@ class ArrayWriter:
             *(
                 column == renewed.c[f"lucent_key_{position}"]
                 for position, column in enumerate(self._target.primary_key)
-            )
+            ),
+            *self._range(),
         )
         for position, name in enumerate(names):
             old = renewed.c[f"lucent_old_{position}"]
@@ -211,6 +261,20 @@ class ArrayWriter:
             )
         return statement
 
+    def _range(self) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+        # Without it, PostgreSQL may read the whole table to hash it, for each batch.
+        primary_key = self._target.primary_key
+        first, last = (
+            tuple_(
+                *(
+                    bindparam(f"lucent_{end}_{position}", type_=type_)
+                    for position, type_ in enumerate(self._key_types)
+                )
+            )
+            for end in ("first", "last")
+        )
+        return tuple_(*primary_key) >= first, tuple_(*primary_key) <= last
+
 
 class BinaryArrayWriter(ArrayWriter):
     """The same for psycopg, which sends bytes in a list as hexadecimal text unless told otherwise.
@@ -220,16 +284,20 @@ class BinaryArrayWriter(ArrayWriter):
     """
 
     def __init__(self, target: TargetTable, dialect: Dialect) -> None:
-        super().__init__(target)
+        super().__init__(target, dialect)
         self._dialect = dialect
-        self._processors = {
-            f"lucent_key_{position}": _bind_processor(ARRAY(column.type), dialect)
-            for position, column in enumerate(target.primary_key)
-        }
+        self._processors: dict[str, Callable[[Any], Any] | None] = {}
+        for position, key in enumerate(target.primary_key):
+            of_array = _bind_processor(ARRAY(key.type), dialect)
+            if isinstance(key.type, Integer):
+                of_array = _array_literal  # which psycopg takes three times as long to make
+            self._processors[f"lucent_key_{position}"] = of_array
+            for end in ("first", "last"):
+                self._processors[f"lucent_{end}_{position}"] = _bind_processor(key.type, dialect)
         self._texts: dict[Update, str] = {}
 
     def _execute(
-        self, connection: Connection, statement: Update, parameters: dict[str, list[Any]]
+        self, connection: Connection, statement: Update, parameters: dict[str, Any]
     ) -> int:
         text = self._texts.get(statement)
         if text is None:
@@ -241,6 +309,10 @@ class BinaryArrayWriter(ArrayWriter):
         return connection.exec_driver_sql(text, parameters).rowcount
 
 
+def _array_literal(numbers: Sequence[int]) -> str:
+    return "{" + ",".join(map(str, numbers)) + "}"
+
+
 _BYTES_PARAMETER: Final = re.compile(r"(%\(lucent_(?:old|new)_\d+\))s")
 
 
@@ -249,18 +321,35 @@ class JoinWriter:
 
     Written as text, because compiling a thousand SELECTs costs SQLAlchemy more than the database
     needs for running them.
+
+    MariaDB takes the changes as rows of VALUES. Told to begin with the rows to change, it changes
+    each as it finds it; by itself it begins with the derived table, and writes all changes to a
+    temporary table first. It must find them by the primary key, because it would wait for the lock
+    of any other row that it looks at.
     """
+
+    _MAX_ROWS: Final = 500
+    """Rows of a statement: MariaDB makes a subquery of a list of 1,000 (its variable
+    ``in_predicate_conversion_threshold``)."""
 
     _MAX_BYTES: Final = 1 << 20
     """Bytes of a statement, roughly: far below ``max_allowed_packet``, 16 MiB by default."""
 
-    def __init__(self, target: TargetTable, dialect: Dialect, kept: Sequence[str]) -> None:
+    def __init__(
+        self, target: TargetTable, dialect: Dialect, kept: Sequence[str], *, rows_first: bool
+    ) -> None:
         quote = dialect.identifier_preparer.quote
         self._kept = [f"t.{quote(name)}" for name in kept]
         self._target = target
         self._quote = quote
         self._table = dialect.identifier_preparer.format_table(target.clause)
         self._processors = [_bind_processor(c.type, dialect) for c in target.primary_key]
+        self._rows_first = rows_first
+        self._binary_keys = [
+            position
+            for position, column in enumerate(target.primary_key)
+            if isinstance(column.type.dialect_impl(dialect), _Binary)
+        ]
 
     def write(self, connection: Connection, changes: Changes) -> int:
         """Write `changes`."""
@@ -272,9 +361,12 @@ class JoinWriter:
         sizes = [sum(map(len, new)) for new in zip(*changes.new, strict=True)]
         written = 0
         for part in self._parts(rows, sizes):
-            parameters = tuple(itertools.chain.from_iterable(part))
+            parameters = list(itertools.chain.from_iterable(part))
+            if self._rows_first:
+                size = len(self._processors)
+                parameters += itertools.chain.from_iterable(row[:size] for row in part)
             statement = self._statement(changes.names, len(part))
-            result = connection.exec_driver_sql(statement, parameters)
+            result = connection.exec_driver_sql(statement, tuple(parameters))
             written += result.rowcount * len(changes.names)
         return written
 
@@ -282,7 +374,7 @@ class JoinWriter:
         part: list[_Row] = []
         total = 0
         for row, size in zip(rows, sizes, strict=True):
-            if part and total + size > self._MAX_BYTES:
+            if len(part) == self._MAX_ROWS or (part and total + size > self._MAX_BYTES):
                 yield part
                 part, total = [], 0
             part.append(row)
@@ -293,8 +385,12 @@ class JoinWriter:
         keys = range(len(self._target.primary_key))
         values = range(len(names))
         columns = [f"k{i}" for i in keys] + [f"o{i}" for i in values] + [f"n{i}" for i in values]
-        first = "SELECT " + ", ".join(f"%s AS {name}" for name in columns)
-        others = " UNION ALL SELECT " + ", ".join(["%s"] * len(columns))
+        # Some versions of the driver send bytes as text of the connection's character set, which a
+        # column of a derived table would refuse; what the first row has makes the column's type.
+        binary = [f"k{i}" for i in self._binary_keys] + columns[len(keys) :]
+        cast = dict.fromkeys(binary, "CAST(%s AS BINARY)")
+        first = "SELECT " + ", ".join(f"{cast.get(name, '%s')} AS {name}" for name in columns)
+        row = ", ".join(["%s"] * len(columns))
         joined = " AND ".join(
             f"t.{self._quote(column.name)} = v.k{i}"
             for i, column in enumerate(self._target.primary_key)
@@ -306,6 +402,15 @@ class JoinWriter:
         assigned = [f"{name} = v.n{i}" for i, name in enumerate(quoted)]
         assigned += [f"{name} = {name}" for name in self._kept]
         # Every part is a placeholder, or quoted by the dialect.
-        source = f"({first}{others * (rows - 1)}) AS v ON {joined}"
+        if self._rows_first:
+            others = ", ".join([f"({row})"] * (rows - 1))
+            source = f"{first} UNION ALL VALUES {others}" if others else first
+            table = f"{self._table} AS t FORCE INDEX (PRIMARY) STRAIGHT_JOIN"
+            key = ", ".join(f"t.{self._quote(column.name)}" for column in self._target.primary_key)
+            key_values = f"({', '.join(['%s'] * len(keys))})"
+            compared += f" AND ({key}) IN ({', '.join([key_values] * rows)})"
+        else:
+            source = first + f" UNION ALL SELECT {row}" * (rows - 1)
+            table = f"{self._table} AS t JOIN"
         changed = f"SET {', '.join(assigned)} WHERE {compared}"
-        return f"UPDATE {self._table} AS t JOIN {source} {changed}"
+        return f"UPDATE {table} ({source}) AS v ON {joined} {changed}"

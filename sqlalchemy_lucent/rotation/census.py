@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,11 @@ from .. import _sql
 from .._envelope import VERSION_PATTERN
 from ..exceptions import KeyInUseError, RotationError
 from ..keyring import Keyring, default_keyring
-from ._async import run_sync
+from ._async import run_sync, sleep_in_async
 from ._link import not_a_bind
 from ._pace import Pace
 from ._table import PrimaryKey, TableWorker
+from ._visible import refuse_hidden_rows
 from .engine import DEFAULT_BATCH_SIZE
 from .report import Failures, StatusReport, StatusRow, VerifyReport
 from .targets import Target, TargetTable, resolve_targets
@@ -41,7 +42,15 @@ def status(
         return StatusReport(tuple(row for table in tables for row in _count(connection, table)))
 
 
+async def astatus(
+    bind: AsyncEngine | AsyncConnection, targets: Target | Iterable[Target] | None = None
+) -> StatusReport:
+    """Do what :func:`status` does, over an async engine or connection."""
+    return await run_sync(bind, lambda sync: status(sync, targets))
+
+
 def _count(connection: Connection, target: TargetTable) -> Iterator[StatusRow]:
+    refuse_hidden_rows(connection, target.clause.name, target.clause.schema)
     for column in target.columns:
         value = target.clause.c[column.name]
         counted = (
@@ -74,10 +83,11 @@ def needs_rotation(
     """
     keyring = keyring or default_keyring()
     with _connected(bind) as connection:
-        return any(
-            TableWorker(target, keyring, connection.dialect).count_stale(connection)
-            for target in resolve_targets(targets, connection)
-        )
+        for target in resolve_targets(targets, connection):
+            refuse_hidden_rows(connection, target.clause.name, target.clause.schema)
+            if TableWorker(target, keyring, connection.dialect).count_stale(connection):
+                return True
+    return False
 
 
 def retire_check(
@@ -102,6 +112,30 @@ def retire_check(
     :raises KeyInUseError: how many values need the version, per column.
     :raises RotationError: `targets` has no encrypted column, or an argument is wrong.
     """
+    _retire_check(bind, version, targets, settle, time.sleep)
+
+
+async def aretire_check(
+    bind: AsyncEngine | AsyncConnection,
+    version: str,
+    targets: Target | Iterable[Target] | None = None,
+    *,
+    settle: float = 0.0,
+) -> None:
+    """Do what :func:`retire_check` does, over an async engine or connection.
+
+    While it waits, the event loop runs.
+    """
+    await run_sync(bind, lambda sync: _retire_check(sync, version, targets, settle, sleep_in_async))
+
+
+def _retire_check(
+    bind: Engine | Connection,
+    version: str,
+    targets: Target | Iterable[Target] | None,
+    settle: float,
+    sleep: Callable[[float], object],
+) -> None:
     if not isinstance(version, str) or not VERSION_PATTERN.fullmatch(version):
         raise RotationError("retire_check() takes a key version, such as 'v1'")
     if isinstance(settle, bool) or not isinstance(settle, (int, float)) or settle < 0:
@@ -115,7 +149,7 @@ def retire_check(
     if settle:
         if isinstance(bind, Connection):
             bind.rollback()  # the count began a transaction
-        time.sleep(settle)
+        sleep(settle)
         _raise_if_needed(bind, version, targets)
 
 

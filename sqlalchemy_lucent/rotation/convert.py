@@ -16,6 +16,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Dialect,
+    Integer,
     LargeBinary,
     String,
     Table,
@@ -31,14 +32,18 @@ from sqlalchemy import (
     table,
     update,
 )
+from sqlalchemy.sql.expression import ColumnClause
 from sqlalchemy.types import TypeEngine
 
+from .._envelope import NONCE_SIZE, header_size
 from .._json import Codec, JSONValue, same_value
 from .._keyset import is_behind
 from ..exceptions import DecryptionError, LucentError
 from ..keyring import Keyring
 from ..types import EncryptedJSON, as_bytes, encode_row, open_in_contexts
 from ._table import ROW_LOCKING, Batch, PrimaryKey
+from ._visible import refuse_hidden_rows
+from ._write import self_updating
 from .report import FailedRow
 
 Reader = Callable[[Any], JSONValue]
@@ -171,6 +176,14 @@ class _Worker:
         self.primary_key = tuple(self._clause.c[c.name] for c in owner.primary_key.columns)
         self._selected = [self._clause.c[c.name] for c in typed]
         self._bound = [list(typed).index(c) for c in bound]
+        self._kept: dict[str, ColumnClause[Any]] = {}
+
+    def _prepare(self, connection: Connection) -> None:
+        refuse_hidden_rows(connection, self._clause.name, self._clause.schema)
+        self._kept = {name: column(name) for name in self_updating(connection, self._clause)}
+        for own in self._kept.values():
+            if own.name not in self._clause.c:
+                self._clause.append_column(own)
 
     def _read(
         self,
@@ -222,8 +235,13 @@ class _Worker:
         name: str,
         type_: TypeEngine[Any],
         changes: Sequence[tuple[PrimaryKey, Any]],
+        old: Sequence[bytes] = (),
     ) -> None:
-        """Write a column of rows that are locked, one by one or as a table."""
+        """Write a column of rows that are locked, one by one or as a table.
+
+        :param old: how each value began that is to be replaced. A table that others inherit from
+            may have several rows of one primary key.
+        """
         if not changes:
             return
         statement = (
@@ -234,17 +252,25 @@ class _Worker:
                     for position, part in enumerate(self.primary_key)
                 )
             )
-            .values({name: bindparam("lucent_new", type_=type_)})
+            .values({name: bindparam("lucent_new", type_=type_), **self._kept})
         )
+        parameters: list[dict[str, Any]] = [
+            {
+                **{f"lucent_key_{position}": part for position, part in enumerate(key)},
+                "lucent_new": new,
+            }
+            for key, new in changes
+        ]
+        if old:
+            beginning = func.substr(
+                self._clause.c[name], 1, bindparam("lucent_size", type_=Integer), type_=LargeBinary
+            )
+            statement = statement.where(beginning == bindparam("lucent_old", type_=LargeBinary))
+            for each, prefix in zip(parameters, old, strict=True):
+                each |= {"lucent_old": prefix, "lucent_size": len(prefix)}
         connection.execute(
             statement,
-            [
-                {
-                    **{f"lucent_key_{position}": part for position, part in enumerate(key)},
-                    "lucent_new": new,
-                }
-                for key, new in changes
-            ],
+            parameters,
             # Types of others often lack `cache_ok`, which SQLAlchemy would warn of.
             execution_options={"compiled_cache": None},
         )
@@ -263,6 +289,7 @@ class BackfillWorker(_Worker):
     :param to_sealed: whether the plaintext is the source.
     :param compare: look at every row rather than at those that are not filled yet, and fill again
         what no longer agrees with its source: a writer may know of the source only.
+    :param written_since: with `compare`, the condition that a row is to be looked at.
     """
 
     def __init__(
@@ -275,11 +302,13 @@ class BackfillWorker(_Worker):
         *,
         to_sealed: bool,
         compare: bool = False,
+        written_since: ColumnElement[bool] | None = None,
     ) -> None:
         super().__init__(owner, sealed, keyring, dialect)
         self._plain = plain
         self._to_sealed = to_sealed
         self._compare = compare
+        self._written_since = written_since
         self._source = plain.name if to_sealed else sealed.name
         self._target = sealed.name if to_sealed else plain.name
         self._target_type: TypeEngine[Any] = LargeBinary() if to_sealed else plain.type
@@ -287,6 +316,7 @@ class BackfillWorker(_Worker):
 
     def prepare(self, connection: Connection, *, lock: bool = True) -> None:
         """Fail now if a column is missing, or the rows are not ours to lock; write nothing."""
+        self._prepare(connection)
         self._rows(connection, None, 0, lock=lock)
 
     def count_stale(self, connection: Connection) -> int:
@@ -322,6 +352,8 @@ class BackfillWorker(_Worker):
         condition = self._is_pending
         if self._compare:
             condition = or_(columns[self._source].is_not(None), columns[self._target].is_not(None))
+            if self._written_since is not None:
+                condition = and_(condition, self._written_since)
         return self._read(
             connection,
             self._values,
@@ -385,6 +417,7 @@ class RebindWorker(_Worker):
 
     def prepare(self, connection: Connection, *, lock: bool = True) -> None:
         """Fail now if the column is missing, or the rows are not ours to lock; write nothing."""
+        self._prepare(connection)
         self._rows(connection, None, 0, lock=lock)
 
     def count_stale(self, connection: Connection) -> int:
@@ -399,7 +432,7 @@ class RebindWorker(_Worker):
     def batch(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Batch:
         """Seal anew what is of an earlier context among the next `limit` rows behind `after`."""
         rows = self._rows(connection, after, limit, lock=True)
-        changes, failed = [], []
+        changes, old, failed = [], [], []
         for row in rows:
             if self._is_bound(row):
                 continue
@@ -407,9 +440,25 @@ class RebindWorker(_Worker):
                 changes.append((self._key(row), self._seal(self._open(row[-1], row), row)))
             except LucentError as error:
                 failed.append(self._failure(self._column, row, error))
-        self._set(connection, self._column, LargeBinary(), changes)
+            else:
+                sealed = as_bytes(row[-1])
+                old.append(sealed[: header_size(sealed) + NONCE_SIZE])
+        self._set(connection, self._column, LargeBinary(), changes, old)
         size = sum(len(as_bytes(row[-1])) for row in rows)
         return Batch(len(rows), self._last(rows), len(changes), failed, size)
+
+    def earlier_context(self, connection: Connection) -> str | None:
+        """Return the context of the first value that is of an earlier one."""
+        after: PrimaryKey | None = None
+        while rows := self._rows(connection, after, 1_000):
+            for row in rows:
+                if self._is_bound(row):
+                    continue
+                for context in self._type.contexts[1:]:
+                    if self._opens(row, context):
+                        return context
+            after = self._last(rows)
+        return None
 
     def contexts_of(self, connection: Connection, sample: int) -> list[str | None]:
         """Return, for the first `sample` values, the context that each opens under."""

@@ -5,20 +5,25 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from ..exceptions import RotationError
+from ..exceptions import LucentError, RotationError
 from ..keyring import Keyring, default_keyring
 from ._async import run_sync, sleep_in_async
 from ._inplace import InPlaceWorker, can_work_in_place
 from ._link import Link
 from ._pace import Pace
+from ._ranges import KeyRange, split
+from ._share import Sharing
 from ._table import Batch, PrimaryKey, TableWorker
+from ._task import Outcome, TableDescription, Task, Workplace, place_of
 from .report import FailedRow, Failures, RotationProgress, RotationReport
 from .targets import Target, TargetTable, resolve_targets
 
@@ -36,6 +41,18 @@ MAX_PASSES: Final = 20
 """Passes over a table. One finds everything, unless rows change meanwhile: a compare-and-swap that
 was lost, a row that somebody holds locked, or a process whose primary is still the old key, leaves
 stale rows behind the cursor."""
+
+DEFAULT_RANGES: Final = 16
+"""Ranges of a table at most, for an executor: some for each of a few workers, so that they end at
+about the same time."""
+
+_LEAST_ROWS: Final = 20_000
+"""Stale rows of a range at least, unless `ranges` is given: what one process re-seals in less than
+a second is not worth the start of a worker."""
+
+_TURN: Final = 5.0
+"""Seconds after which a worker hands its range back, so that the caller can tell progress, ask
+whether to stop, and hear an interrupt."""
 
 _FIRST_PAUSE: Final = 0.05  # seconds; doubled at each attempt, with jitter
 _LONGEST_PAUSE: Final = 4.0  # seconds between the attempts at a batch, or between passes
@@ -78,7 +95,7 @@ def rotate(
     bind: Engine | Connection,
     targets: Target | Iterable[Target] | None = None,
     *,
-    keyring: Keyring | None = None,
+    keyring: Keyring | Callable[[], Keyring] | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     batch_time: float | None = None,
     max_rate: float | None = None,
@@ -88,6 +105,9 @@ def rotate(
     on_progress: Callable[[RotationProgress], object] | None = None,
     stop_when: Callable[[RotationProgress], object] | None = None,
     dry_run: bool = False,
+    executor: Executor | Callable[[], Executor] | None = None,
+    ranges: int | None = None,
+    connect: Callable[[], Engine] | None = None,
 ) -> RotationReport:
     """Re-encrypt every value that is not under the primary key, in batches, online.
 
@@ -95,29 +115,49 @@ def rotate(
     next one goes on. A value is replaced only while the row still holds what was read: a
     concurrent writer always wins. A value that does not open is left as it is.
 
+    With `executor`, each table is cut into ranges of its primary key, which the executor's workers
+    re-encrypt; this process then makes the usual passes over what is left and the count that ends
+    a run. A range whose worker died, or whose fault may pass, is given to the executor again, and
+    in the end done by this process. On SQLite, which has one writer at a time, and for a table
+    that is one range, this process does the work alone. Workers make their own keyrings, which
+    must have the same keys and primary; none is sent to them.
+
     :param bind: an engine, or a connection that is in no transaction. A run on an engine goes on
         with another connection when its own is lost.
     :param targets: what to rotate: a MetaData, registry, Declarative base, mapped class, Table,
         Column or an iterable of them; the metadata of :class:`LucentBase` if left out.
     :param keyring: opens with all its keys, seals with its primary; the default keyring if left
-        out. One keyring serves the whole run.
+        out. One keyring serves the whole run. May be a function that returns it: the workers of
+        an executor call it too, and use their own default keyring otherwise.
     :param batch_size: rows per transaction at most, 1 or more. A table begins with 100, and
         large values make batches smaller: one aims at 16 MiB.
     :param batch_time: seconds that a transaction should take; the number of rows then follows,
         from `batch_size` on.
-    :param max_rate: rows per second at most, 1 or more.
+    :param max_rate: rows per second at most, 1 or more. With `executor` it is divided by the
+        number of ranges, which must be given: as many as there are workers.
     :param pause: seconds to wait after each batch.
     :param retries: further attempts at a batch that failed for a passing reason (a deadlock, a
         lock or statement timeout, a lost connection), each with half the rows.
     :param on_error: ``"report"`` goes on when a value does not open; ``"raise"`` ends the run
         with a :exc:`RotationError`, the batch in hand rolled back.
-    :param on_progress: called after each batch.
-    :param stop_when: called after each batch; something true ends the run there, and the report
-        says what remains.
+    :param on_progress: called after each batch. With `executor`, in this process, each time that a
+        worker has finished a range or worked on one for 5 seconds.
+    :param stop_when: called after each batch, or as `on_progress` is; something true ends the run
+        there, and the report says what remains. Workers come to the end of their 5 seconds.
     :param dry_run: open and seal everything in memory, and write nothing.
+    :param executor: a :class:`concurrent.futures.Executor` of processes (or Dask's, from
+        ``Client.get_executor()``), or a function that returns one, which is called again when a
+        process of it has died. Threads are allowed and gain nothing.
+    :param ranges: how many ranges a table is cut into at most, 1 or more. If left out, 16, with
+        20,000 stale rows in each at least.
+    :param connect: a function that returns a new engine, for the workers, which dispose of it.
+        They import it by its name. If left out, they make one of the URL alone, which must have
+        no password, nor an option that may hold one: it would be sent to them. Both must lead to
+        the database and schema of `bind`.
     :raises RotationError: nothing to rotate was found, an argument is wrong, the connection is in
-        a transaction, the database refuses (the message says what was done until then), or
-        (``"raise"``) a value does not open.
+        a transaction, the database refuses (the message says what was done until then), a worker
+        has another keyring, finds itself in another database or schema or cannot import what it
+        needs, or (``"raise"``) a value does not open.
     """
     options = RotationOptions(
         batch_size=batch_size,
@@ -130,39 +170,128 @@ def rotate(
         stop_when=stop_when,
         dry_run=dry_run,
     )
-    return _rotate(bind, targets, keyring, options, time.sleep)
+    own = _keyring_of(keyring)
+    if executor is None:
+        if ranges is not None or connect is not None:
+            raise RotationError("ranges= and connect= are for the workers of an executor=")
+        return _rotate(bind, targets, own, options, time.sleep)
+    if not isinstance(bind, Engine):
+        raise RotationError(
+            f"executor= needs the Engine, not a {type(bind).__name__}: each worker has a "
+            "connection of its own"
+        )
+    _check_ranges(ranges, options.max_rate)
+    if bind.dialect.name == "sqlite":
+        return _rotate(bind, targets, own, options, time.sleep)
+    make_keyring = None if isinstance(keyring, Keyring) else keyring
+    workplace = Workplace.of(bind, connect, make_keyring, own)
+    sharing = Sharing(executor, work_on_range)
+    try:
+        shared = _Shared(sharing, workplace, ranges)
+        return _rotate(bind, targets, own, options, time.sleep, shared)
+    finally:
+        sharing.close()
+
+
+def _check_ranges(ranges: int | None, max_rate: float | None) -> None:
+    if ranges is not None and (not _is_number(ranges, int) or ranges < 1):
+        raise RotationError("ranges is a whole number, 1 or more")
+    if max_rate is None:
+        return
+    if ranges is None:
+        raise RotationError(
+            "max_rate is divided by the number of ranges when there is an executor: "
+            "say with ranges= how many, as many as it has workers"
+        )
+    if max_rate < ranges:
+        raise RotationError("max_rate is 1 row per second or more for each of the ranges")
 
 
 async def arotate(
     bind: AsyncEngine | AsyncConnection,
     targets: Target | Iterable[Target] | None = None,
     *,
-    keyring: Keyring | None = None,
+    keyring: Keyring | Callable[[], Keyring] | None = None,
     **options: Any,
 ) -> RotationReport:
     """Do what :func:`rotate` does, with the same options, over an async engine or connection.
 
     Between batches, and while the database works, the event loop runs. `on_progress` and
-    `stop_when` are ordinary functions.
+    `stop_when` are ordinary functions. There is no `executor` here: its workers need an ordinary
+    engine, and so does waiting for them.
     """
+    if {"executor", "ranges", "connect"} & set(options):
+        raise RotationError(
+            "arotate() takes no executor=: run rotate() with an ordinary Engine in a thread, "
+            "await asyncio.to_thread(rotate, engine, targets, executor=...)"
+        )
     checked = RotationOptions(**options)
-    return await run_sync(
-        bind, lambda sync: _rotate(sync, targets, keyring, checked, sleep_in_async)
-    )
+    own = _keyring_of(keyring)
+    return await run_sync(bind, lambda sync: _rotate(sync, targets, own, checked, sleep_in_async))
+
+
+def _keyring_of(keyring: Keyring | Callable[[], Keyring] | None) -> Keyring:
+    if keyring is None:
+        return default_keyring()
+    if not isinstance(keyring, Keyring) and callable(keyring):
+        keyring = keyring()
+    if not isinstance(keyring, Keyring):
+        raise RotationError(
+            f"keyring= is a Keyring or a function that returns one, not a {type(keyring).__name__}"
+        )
+    return keyring
 
 
 def _rotate(
     bind: Engine | Connection,
     targets: Target | Iterable[Target] | None,
-    keyring: Keyring | None,
+    keyring: Keyring,
     options: RotationOptions,
     sleep: Callable[[float], object],
+    shared: _Shared | None = None,
 ) -> RotationReport:
-    keyring = keyring or default_keyring()
     link = Link(bind)
     tables = resolve_targets(targets, bind)
-    run = _Run(link, keyring, options, sleep)
+    run = _Run(link, keyring, options, sleep, shared)
     return run.guarded(lambda: run.over(tables))
+
+
+def work_on_range(payload: bytes) -> Outcome:
+    """Work for a turn on the range in `payload`, in a worker of an executor. Internal.
+
+    :raises RotationError: it cannot be begun here, or ends in a way that another attempt would.
+    """
+    try:
+        return _work_on(Task.loads(payload))
+    except (LucentError, MemoryError):
+        raise
+    except ImportError as error:
+        fault = f"{type(error).__name__}: {error}"
+    except Exception as error:  # noqa: BLE001
+        fault = type(error).__name__
+    # Not chained: what SQLAlchemy raises may show rows.
+    raise RotationError(f"a worker of the executor cannot go on ({fault})")
+
+
+def _work_on(task: Task) -> Outcome:
+    keyring = task.workplace.own_keyring()
+    engine = task.workplace.open()
+    ends = time.monotonic() + _TURN
+    options = replace(task.options, stop_when=lambda _: time.monotonic() >= ends)
+    try:
+        run = _Run(Link(engine), keyring, options, time.sleep)
+        return run.turn(task)
+    finally:
+        engine.dispose()
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """How a run shares its ranges out."""
+
+    sharing: Sharing
+    workplace: Workplace
+    ranges: int | None
 
 
 class Worker(Protocol):
@@ -187,10 +316,11 @@ def run_workers(
     *,
     batch_size: int,
     on_progress: Callable[[RotationProgress], object] | None,
+    passes: int | None = None,
 ) -> RotationReport:
     """Drive `workers` as :func:`rotate` drives its own. Internal."""
     options = RotationOptions(batch_size=batch_size, on_progress=on_progress)
-    run = _Run(Link(connection), keyring, options, time.sleep)
+    run = _Run(Link(connection), keyring, options, time.sleep, passes=passes)
     return run.guarded(lambda: run.drive(workers))
 
 
@@ -203,11 +333,15 @@ class _Run:
         keyring: Keyring,
         options: RotationOptions,
         sleep: Callable[[float], object],
+        shared: _Shared | None = None,
+        passes: int | None = None,
     ) -> None:
         self._link = link
         self._keyring = keyring
         self._options = options
         self._sleep = sleep
+        self._shared = shared
+        self._passes = 1 if options.dry_run else passes or MAX_PASSES
         self._pace = Pace(
             options.batch_size, options.batch_time, options.max_rate, options.pause, sleep
         )
@@ -215,6 +349,8 @@ class _Run:
         self._total = 0
         self._rotated = 0
         self._stopped = False
+        self._stopped_behind: PrimaryKey | None = None
+        self._taken_over: list[str] = []
 
     def guarded(self, work: Callable[[], RotationReport]) -> RotationReport:
         """Do `work` over the link; say where it stands if the database ends it."""
@@ -222,7 +358,7 @@ class _Run:
             with self._link:
                 return work()
         except DBAPIError as error:
-            fault = self.where_it_stands(error)
+            fault = self.where_it_stands(_first_line(error))
         raise RotationError(fault)
 
     def over(self, tables: list[TargetTable]) -> RotationReport:
@@ -250,14 +386,37 @@ class _Run:
             remaining,
             self._stopped,
             self._options.dry_run,
+            tuple(self._taken_over),
         )
 
-    def where_it_stands(self, error: DBAPIError) -> str:
+    def turn(self, task: Task) -> Outcome:
+        """Pass over the range of `task`, until ``stop_when`` ends it.
+
+        :raises RotationError: the connection leads elsewhere than the caller's.
+        """
+        table, range_ = task.table.target(), task.range
+        with ExitStack() as stack:
+            stack.push(self._link)  # is opened by the first attempt, and closed here
+            try:
+                self._attempt(lambda _: task.check_place(self._link.connection))
+                worker = self._attempt(lambda _: self._worker(table))
+                worker.upto = range_.upto
+                self._attempt(partial(self._prepare, worker))
+                failures = self._one_pass(worker, range_.after)
+            except DBAPIError as error:
+                # Nothing is written by a dry run, so the next attempt counts it again.
+                rotated = 0 if self._options.dry_run else self._rotated
+                passing = self._link.recovers_from(error)
+                return Outcome(rotated, Failures(), None, _first_line(error), passing)
+            rest = None
+            if self._stopped_behind is not None:
+                rest = KeyRange(self._stopped_behind, range_.upto)
+            return Outcome(self._rotated, failures, rest)
+
+    def where_it_stands(self, reason: str) -> str:
         """Say what the database refused, and what was done until then."""
-        # Only the first line: what follows it may repeat the row.
-        reason = (str(error.orig).splitlines() or [""])[0]
         return (
-            f"the database ended the rotation: {type(error.orig).__name__}: {reason}. "
+            f"the database ended the rotation: {reason}. "
             f"{self._rotated} values were re-encrypted before, and are committed; "
             "the batch in hand was rolled back. Run it again to go on"
         )
@@ -278,12 +437,15 @@ class _Run:
         """Pass over the table until a count finds nothing stale but what does not open."""
         failures = Failures()
         remaining = 0
-        for number in range(1 if self._options.dry_run else MAX_PASSES):
+        for number in range(self._passes):
             if number:
                 # What is left changes at the pace of those who write it, or hold it locked.
                 self._sleep(min(_FIRST_PAUSE * 2**number, _LONGEST_PAUSE))
             before = self._rotated
-            failures = self._one_pass(worker)
+            if number == 0 and self._shared is not None and isinstance(worker, TableWorker):
+                failures = self._shared_pass(worker, self._shared)
+            else:
+                failures = self._one_pass(worker)
             remaining = self._count(worker)
             if self._options.dry_run:
                 remaining = max(remaining - (self._rotated - before), failures.count)
@@ -291,10 +453,44 @@ class _Run:
                 break
         return failures, remaining
 
-    def _one_pass(self, worker: Worker) -> Failures:
+    def _shared_pass(self, worker: TableWorker, shared: _Shared) -> Failures:
+        """Pass over the table with the workers of an executor."""
+        failures = Failures()
+        ranges, least_rows = shared.ranges, 1
+        if ranges is None:
+            ranges, least_rows = DEFAULT_RANGES, _LEAST_ROWS
+        found = self._attempt(lambda _: split(self._link.connection, worker, ranges, least_rows))
+        if len(found) == 1 or self._stopped:
+            return self._one_pass(worker)
+        options = replace(self._options, on_progress=None, stop_when=None)
+        if options.max_rate is not None:
+            options = replace(options, max_rate=options.max_rate / len(found))
+        description = TableDescription.of(worker.target)
+        place = self._attempt(lambda _: place_of(self._link.connection))
+
+        def dump(range_: KeyRange) -> bytes:
+            return Task(shared.workplace, description, range_, options, place).dumps()
+
+        def took(outcome: Outcome) -> bool:
+            self._rotated += outcome.rotated
+            failures.merge(outcome.failures)
+            if outcome.fault is not None and not outcome.is_passing:
+                raise RotationError(self.where_it_stands(outcome.fault))
+            self._tell(worker, failures)
+            return not self._stopped
+
+        for piece in shared.sharing.over(found, dump, took):
+            self._taken_over.append(f"a range of {worker.name}: {piece.fault}")
+            worker.upto = piece.range.upto
+            failures.merge(self._one_pass(worker, piece.range.after))
+        worker.upto = None
+        return failures
+
+    def _one_pass(self, worker: Worker, after: PrimaryKey | None = None) -> Failures:
+        """Go through the rows behind `after`; note where, if ``stop_when`` ends it before."""
         failures = Failures()
         self._pace.begin_table()
-        after: PrimaryKey | None = None
+        self._stopped_behind = None
         more = not self._stopped
         while more:
             started = time.monotonic()
@@ -311,7 +507,9 @@ class _Run:
             if batch.rows:
                 self._tell(worker, failures)
                 self._pace.after(batch.rows, batch.size, time.monotonic() - started)
-            more = more and not self._stopped
+            if more and self._stopped:
+                self._stopped_behind = after
+                more = False
         return failures
 
     def _batch(self, worker: Worker, after: PrimaryKey | None, limit: int) -> tuple[Batch, int]:
@@ -367,6 +565,12 @@ class _Run:
 def _is_number(value: object, kind: type[int | float] | None = None) -> bool:
     kinds = (int, float) if kind is None else kind
     return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _first_line(error: DBAPIError) -> str:
+    """Return what the database said, without what may repeat the row."""
+    reason = (str(error.orig).splitlines() or [""])[0]
+    return f"{type(error.orig).__name__}: {reason}"
 
 
 def _does_not_open(failed: FailedRow) -> str:

@@ -78,6 +78,9 @@ class RotationReport:
     stopped: bool = False
     """Whether ``stop_when`` ended the run."""
     dry_run: bool = False
+    taken_over: tuple[str, ...] = ()
+    """Ranges that no worker of the executor finished, each with what ended the last attempt; the
+    calling process did them itself."""
 
     @property
     def ok(self) -> bool:

@@ -54,7 +54,7 @@ def resolve_targets(
     :param bind: its option ``schema_translate_map`` says which schemas are meant.
     :raises RotationError: there is no encrypted column among them, or a table has no primary key.
     """
-    columns = list(_columns(LucentBase.metadata if targets is None else targets))
+    columns = list(columns_in(LucentBase.metadata if targets is None else targets))
     if not columns:
         raise RotationError(
             "found no EncryptedJSON column in the targets; pass the MetaData, Declarative base, "
@@ -70,7 +70,7 @@ def resolve_targets(
     ]
 
 
-def _columns(target: Any) -> Iterator[Column[Any]]:
+def columns_in(target: Any) -> Iterator[Column[Any]]:
     """Give the encrypted columns of `target`; a table that is named and has none is an error."""
     if isinstance(target, QueryableAttribute):
         target = _column_of(target)
@@ -86,12 +86,12 @@ def _columns(target: Any) -> Iterator[Column[Any]]:
         for owner in target.sorted_tables:
             yield from _encrypted(owner)
     elif isinstance(target, registry):
-        yield from _columns(target.metadata)
+        yield from columns_in(target.metadata)
     elif isinstance(target, type):
         yield from _columns_of_class(target)
     elif isinstance(target, Iterable) and not isinstance(target, (str, bytes)):
         for member in target:
-            yield from _columns(member)
+            yield from columns_in(member)
     else:
         raise _not_a_target(type(target))
 
@@ -110,7 +110,7 @@ def _columns_of_class(class_: type[Any]) -> Iterator[Column[Any]]:
         tables = [owner for owner in mapper.tables if isinstance(owner, Table)]
         yield from _columns_of(tables, f"class {class_.__name__}")
     elif isinstance(getattr(class_, "metadata", None), MetaData):
-        yield from _columns(class_.metadata)
+        yield from columns_in(class_.metadata)
     else:
         raise _not_a_target(class_)
 

@@ -79,6 +79,17 @@ def test_subkeys_and_key_ids_are_those_of_hkdf(
     assert aead.decrypt(sealed[:12], sealed[12:], subkey.associated_data) == plaintext
 
 
+def test_a_subkey_opens_what_it_sealed_without_a_row() -> None:
+    subkey = MasterKey(KEY_1).subkey("v1", b"c")
+    assert subkey.open(subkey.seal(PLAINTEXT)) == PLAINTEXT
+
+
+@pytest.mark.parametrize("context", ["", "tables.é", "t.\U0001f511", "t.\ud800"])
+def test_any_text_is_a_context(keyring: Keyring, context: str) -> None:
+    keys = keyring.for_context(context)
+    assert keys.open(keys.seal(PLAINTEXT)) == PLAINTEXT
+
+
 def test_two_seals_of_one_value_differ(keys: ContextKeys) -> None:
     assert len({keys.seal(PLAINTEXT) for _ in range(1000)}) == 1000
 
@@ -231,6 +242,15 @@ def test_every_key_of_a_keyring_opens_and_the_primary_seals(
     assert old.startswith(b"v1:")
     assert new.startswith(b"v2:")
     assert keys.open(old) == keys.open(new) == PLAINTEXT
+
+
+def test_keys_whose_versions_are_longer_or_shorter_than_the_primary_open() -> None:
+    versions = ("v1", "v", "v10", "v" * 32)
+    keyring = Keyring(dict.fromkeys(versions, KEY_1), primary="v1")
+    for version in versions:
+        sealed = keyring.with_primary(version).for_context("c").seal(PLAINTEXT)
+        for primary in versions:
+            assert keyring.with_primary(primary).for_context("c").open(sealed) == PLAINTEXT
 
 
 def test_a_header_moved_to_the_other_key_of_the_keyring_is_refused(promoted: Keyring) -> None:

@@ -134,6 +134,17 @@ def test_parse_is_the_inverse_of_packing(version: str, key_id: bytes, rest: byte
     assert envelope == (version, key_id, rest[:NONCE_SIZE], rest[NONCE_SIZE:])
 
 
+@pytest.mark.parametrize("rest", [b"", b"n", bytes(NONCE_SIZE - 1)])
+def test_a_value_cut_short_behind_its_header_is_parsed(rest: bytes) -> None:
+    assert parse(pack_header("v1", b"key_") + rest) == ("v1", b"key_", rest, b"")
+
+
+def test_the_longest_version_is_parsed() -> None:
+    header = pack_header("v" * 32, b"key_")
+    assert header_size(header + b":") == len(header)
+    assert parse(header) == ("v" * 32, b"key_", b"", b"")
+
+
 @pytest.mark.parametrize(
     "data",
     [

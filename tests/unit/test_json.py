@@ -22,7 +22,13 @@ from hypothesis import strategies as st
 from sqlalchemy.ext.mutable import MutableDict, MutableList
 
 from sqlalchemy_lucent import SerializationError
-from sqlalchemy_lucent._json import MAX_DEPTH, MAX_INTEGER_DIGITS, STRICT, EngineCodec
+from sqlalchemy_lucent._json import (
+    MAX_DEPTH,
+    MAX_INTEGER_DIGITS,
+    STRICT,
+    EngineCodec,
+    same_value,
+)
 from sqlalchemy_lucent._redacted import RedactedDict, RedactedList, RedactedStr
 from tests.strategies import JSON_VALUES
 
@@ -302,6 +308,28 @@ def test_a_value_that_misleads_or_fails_is_refused(value: Any) -> None:
     refusal({"a": value})
 
 
+class EqualToAll(list[Any]):
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None
+
+
+class PairOfNumbers(enum.Enum):
+    HERE = (1, 2)
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = enum.Enum.__hash__
+
+
+@pytest.mark.parametrize("value", [EqualToAll([float("nan")]), [PairOfNumbers.HERE]])
+def test_a_value_that_says_it_is_equal_to_everything_is_not_believed(value: Any) -> None:
+    refusal(value)
+    refusal({"a": [value]})
+
+
 def test_two_names_of_equal_text_are_refused() -> None:
     class Apart(str):
         __slots__ = ()
@@ -345,6 +373,44 @@ def test_a_lower_limit_of_the_interpreter_on_digits_is_an_error_of_ours() -> Non
         assert "ValueError" in refusal([10**1000])
     finally:
         sys.set_int_max_str_digits(before)
+
+
+# -- comparing -------------------------------------------------------------------------------------
+
+EQUAL: list[tuple[Any, Any]] = [
+    (1, 1), (2**70, 2**70), (True, True), (0.0, 0.0), (-0.0, -0.0), ("a", "a"), (None, None),
+    ([], []), ({}, {}), ([1, [2.0]], [1, [2.0]]), ({"a": [None]}, {"a": [None]}),
+    ({"a": 1, "b": 2}, {"b": 2, "a": 1}), (1, Number(1)), (1.5, Real(1.5)), ("a", Text("a")),
+    (3, Level.HIGH), ({"a": 1}, MutableDict(a=1)), ([1], MutableList([1])),
+    (decimal.Decimal("1.5"), decimal.Decimal("1.5")),
+]  # fmt: skip
+DIFFERENT: list[tuple[Any, Any]] = [
+    (1, 1.0), (1.0, 1), (1, True), (True, 1), (1.0, True), (True, 1.0), (True, False), (0.0, -0.0),
+    (1, 2), (1.0, 2.0), ("a", "b"), ("1", 1), (1, "1"), (None, 0), (0, None), (None, False),
+    (True, None), ("a", None), (None, "a"), (1.5, None), ([], {}), ({}, []), ([], None), ({}, None),
+    (None, []), ([1], [1, 2]), ([1, 2], [1]), ([1, 2], [2, 1]), ([1], (1,)), ({"a": 1}, {"a": 2}),
+    ({"a": 1}, {"b": 1}), ({"a": 1}, {}), ({}, {"a": 1}), ({"a": 1}, 1), (1, [1]), (1.0, "1.0"),
+    ([{"a": 1}], [{"a": 1.0}]), (decimal.Decimal("1.5"), 1.5), (decimal.Decimal(1), True),
+    (decimal.Decimal(1), None), (decimal.Decimal(1), decimal.Decimal(2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("left, right", EQUAL)
+def test_values_of_the_same_type_and_content_are_the_same(left: Any, right: Any) -> None:
+    assert same_value(left, right) is True
+
+
+@pytest.mark.parametrize("left, right", DIFFERENT)
+def test_values_that_differ_in_type_or_content_are_not_the_same(left: Any, right: Any) -> None:
+    assert same_value(left, right) is False
+
+
+@pytest.mark.parametrize(
+    "left, right",
+    [({"a": 1}, Lying(a=2)), ({"a": 1}, Lying(a=1, b=2)), ({"b": 2}, Lying(a=1))],
+)
+def test_what_a_value_says_of_itself_is_not_asked(left: Any, right: Any) -> None:
+    assert same_value(left, right) is False
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -473,6 +539,15 @@ def test_a_value_that_an_engines_functions_change_is_refused(
     serializer: Any, deserializer: Any, value: Any, fault: str
 ) -> None:
     assert fault in refusal(value, EngineCodec(serializer, deserializer))
+
+
+def test_a_value_that_cannot_be_compared_is_refused() -> None:
+    class Incomparable:
+        def __eq__(self, other: object) -> bool:
+            raise LookupError(MARKER)
+
+    codec = EngineCodec(lambda value: "1", lambda text: Incomparable())
+    assert "does not come back equal" in refusal(Incomparable(), codec)
 
 
 @pytest.mark.parametrize("data", [b"MARKER", b"\xffMARKER", b""])
