@@ -2,9 +2,11 @@
 
 1. Add a second column.
 2. Fill it from the first, in committed batches.
-3. Under a lock of the table: fill again what changed meanwhile, then let the second column take
-   the first one's name and NOT NULL, and drop the first. That is one transaction on PostgreSQL
-   and SQLite; on MariaDB and MySQL it is one ALTER TABLE, which is atomic there.
+3. On PostgreSQL: compare every row, and fill again what a writer changed meanwhile.
+4. Under a lock of the table: compare every row (on PostgreSQL those written since step 3 began)
+   and fill again, then let the second column take the first one's name and NOT NULL, and drop the
+   first. That is one transaction on PostgreSQL and SQLite; on MariaDB and MySQL it is one ALTER
+   TABLE, which is atomic there.
 
 Nothing is noted down between the steps: which of them are done is read off the database.
 """
@@ -23,6 +25,7 @@ from typing import Any, Final, Literal
 
 from alembic.operations import Operations
 from sqlalchemy import (
+    BigInteger,
     Column,
     ColumnElement,
     Connection,
@@ -30,7 +33,10 @@ from sqlalchemy import (
     LargeBinary,
     MetaData,
     Table,
+    Text,
+    cast,
     column,
+    func,
     inspect,
     literal,
     or_,
@@ -42,18 +48,19 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import CreateTable
 from sqlalchemy.types import TypeEngine, _Binary
 
-from . import _sql
-from ._dialects import is_mysql
-from .exceptions import RotationError
-from .keyring import default_keyring
-from .rotation import RotationProgress
-from .rotation._link import Link
-from .rotation._pace import Pace
-from .rotation._table import PrimaryKey
-from .rotation.convert import BackfillWorker, PlainColumn, Reader, Writer
-from .rotation.engine import run_workers
-from .rotation.report import Failures
-from .types import EncryptedJSON
+from .. import _sql
+from .._dialects import is_mysql
+from ..exceptions import RotationError
+from ..keyring import default_keyring
+from ..rotation import RotationProgress
+from ..rotation._link import Link
+from ..rotation._pace import Pace
+from ..rotation._table import PrimaryKey
+from ..rotation._visible import refuse_hidden_rows
+from ..rotation.convert import BackfillWorker, PlainColumn, Reader, Writer
+from ..rotation.engine import run_workers
+from ..rotation.report import Failures
+from ..types import EncryptedJSON
 
 logger = logging.getLogger("alembic.runtime.migration.lucent")
 
@@ -99,6 +106,21 @@ def convert_column(operations: Operations, plan: Plan) -> None:
     _Conversion(Operations(operations.migration_context), plan).run()
 
 
+# What `pg_depend` has beside constraints and indexes that reflection shows: those of expressions,
+# conditions and INCLUDE, checks, views, policies, triggers. Not the column's own default, nor
+# PostgreSQL 18's NOT NULL.
+_DEPENDS_ON_COLUMN: Final = text(
+    "SELECT pg_describe_object(d.classid, d.objid, d.objsubid) FROM pg_depend AS d"
+    " JOIN pg_attribute AS a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid"
+    " LEFT JOIN pg_attrdef AS f ON d.classid = 'pg_attrdef'::regclass AND f.oid = d.objid"
+    " LEFT JOIN pg_constraint AS c ON d.classid = 'pg_constraint'::regclass AND c.oid = d.objid"
+    " WHERE d.refclassid = 'pg_class'::regclass"
+    " AND d.refobjid = to_regclass(coalesce(quote_ident(CAST(:schema AS text)) || '.', '')"
+    " || quote_ident(CAST(:name AS text))) AND a.attname = CAST(:column AS name)"
+    " AND f.adnum IS DISTINCT FROM a.attnum AND c.contype IS DISTINCT FROM 'n' LIMIT 1"
+)
+
+
 class _Conversion:
     def __init__(self, operations: Operations, plan: Plan) -> None:
         self._operations = operations
@@ -134,10 +156,13 @@ class _Conversion:
         self._refuse_what_would_be_lost()
         if not has_through:
             self._add()
-        self._stop_if_failed(self._fill())
         if plan.swap:
-            self._swap()
+            began = time.monotonic()
+            # What writers add meanwhile is filled under the lock: there is no end to wait for.
+            self._stop_if_failed(self._fill(passes=3, final=False))
+            self._swap(self._compare_beforehand(patience=time.monotonic() - began))
         else:
+            self._stop_if_failed(self._fill())
             self._stop_if_failed(self._fill(compare=True))
             logger.info("%s is filled from %s", plan.through, plan.full_name)
 
@@ -150,6 +175,12 @@ class _Conversion:
         where = (plan.table_name, plan.schema)
         if not inspector.has_table(*where):
             raise RotationError(f"there is no table {self._owner.fullname} in this database")
+        refuse_hidden_rows(self._connection, plan.table_name, plan.schema)
+        if len(plan.through.encode("utf-8")) > self._dialect.max_identifier_length:
+            raise RotationError(
+                f"the name of {plan.full_name} is too long for a second column beside it, "
+                f"{plan.through}; rename the column in a revision before this one"
+            )
         self._columns = {found["name"]: found for found in inspector.get_columns(*where)}
         missing = {plan.column_name, *plan.bound_types} - self._columns.keys()
         if missing:
@@ -243,6 +274,14 @@ class _Conversion:
                     f"the {kind} {name} has {plan.full_name}; sealed values are all different, so "
                     "it would say nothing about them. Drop it in a revision before this one"
                 )
+        if self._dialect.name == "postgresql":
+            names = {"name": plan.table_name, "schema": plan.schema, "column": plan.column_name}
+            found = self._connection.scalar(_DEPENDS_ON_COLUMN, names)
+            if found is not None:
+                raise RotationError(
+                    f"the {found} depends on {plan.full_name}, and would go with it. Drop it in a "
+                    "revision before this one, and make one that sealed values can have after it"
+                )
 
     # -- filling -----------------------------------------------------------------------------------
 
@@ -254,7 +293,9 @@ class _Conversion:
         self._operations.add_column(plan.table_name, added, schema=plan.schema)
         self._look()
 
-    def _worker(self, *, compare: bool) -> BackfillWorker:
+    def _worker(
+        self, *, compare: bool, written_since: ColumnElement[bool] | None = None
+    ) -> BackfillWorker:
         plan = self._plan
         plain, sealed = (
             (plan.column_name, plan.through) if plan.to_sealed else (plan.through, plan.column_name)
@@ -280,10 +321,16 @@ class _Conversion:
             self._dialect,
             to_sealed=plan.to_sealed,
             compare=compare,
+            written_since=written_since,
         )
 
-    def _fill(self, *, compare: bool = False) -> Failures:
-        """Fill the second column in committed batches. A column without values needs no key."""
+    def _fill(
+        self, *, compare: bool = False, passes: int | None = None, final: bool = True
+    ) -> Failures:
+        """Fill the second column in committed batches. A column without values needs no key.
+
+        Unless this is `final`, a row that is not filled is no failure: it may be newer.
+        """
         failures = Failures()
         columns = [self._plan.column_name, *([self._plan.through] if compare else [])]
         if not any(self._any(column(name).is_not(None)) for name in columns):
@@ -294,9 +341,10 @@ class _Conversion:
             self._keyring(),
             batch_size=self._plan.batch_size,
             on_progress=self._log,
+            passes=passes,
         )
         failures.named += report.failed
-        failures.count = max(report.failed_count, report.remaining)
+        failures.count = max(report.failed_count, report.remaining if final else 0)
         return failures
 
     def _log(self, progress: RotationProgress) -> None:
@@ -324,13 +372,47 @@ class _Conversion:
 
     # -- the swap ----------------------------------------------------------------------------------
 
-    def _swap(self) -> None:
+    def _compare_beforehand(self, *, patience: float) -> ColumnElement[bool] | None:
+        """Compare every row before the table is locked; return what tells those written since.
+
+        Nothing tells that on the other databases, so they are left to :meth:`_reconcile`. Here a
+        row has the transaction that wrote it in ``xmin``. If all that are as old had ended before
+        the first row was read, then the row has been as it is ever since, and was compared. The
+        rows that were just filled are as old when no transaction is left that is older: that is
+        waited for, for `patience` seconds.
+        """
+        if self._dialect.name != "postgresql":
+            return None
+        filled = self._end_of_snapshot("pg_snapshot_xmax")
+        deadline = time.monotonic() + patience
+        # Not pg_visible_in_snapshot(), which is wrong about subtransactions: they come after the
+        # oldest that has not ended. `xmin` has the lower 32 bits of a number, which age() counts
+        # back from the transaction of the lock; a row of before a wraparound counts as written.
+        while (oldest := self._end_of_snapshot("pg_snapshot_xmin")) < filled:
+            if time.monotonic() >= deadline:
+                logger.info(
+                    "a transaction that is older than the values of %s has not ended; they are "
+                    "compared once more under the lock",
+                    self._plan.full_name,
+                )
+                break
+            time.sleep(min(patience, 0.1))
+        self._stop_if_failed(self._fill(compare=True, passes=1, final=False))
+        current = cast(cast(func.pg_current_xact_id(), Text), BigInteger)
+        return func.age(column("xmin")) <= current - literal(oldest, BigInteger)
+
+    def _end_of_snapshot(self, name: str) -> int:
+        """Return the oldest transaction that has not ended, or the next one that will begin."""
+        end = text(f"SELECT CAST(CAST({name}(pg_current_snapshot()) AS text) AS bigint)")
+        return int(self._connection.execute(end).scalar_one())
+
+    def _swap(self, written_since: ColumnElement[bool] | None) -> None:
         plan = self._plan
         if self._any(column(plan.column_name).is_not(None)):
             self._keyring()  # a missing keyring is an error of its own, not one of every row
         try:
             with Link(self._connection) as link, self._locked(link):
-                self._stop_if_failed(self._reconcile())
+                self._stop_if_failed(self._reconcile(written_since))
                 if self._dialect.name == "sqlite":
                     self._rename_on_sqlite()
                 elif self._dialect.name == "postgresql":
@@ -393,9 +475,9 @@ class _Conversion:
             if enforced:
                 connection.exec_driver_sql("PRAGMA foreign_keys = ON")
 
-    def _reconcile(self) -> Failures:
-        """Fill again what no longer agrees with its source: all rows are looked at."""
-        worker = self._worker(compare=True)
+    def _reconcile(self, written_since: ColumnElement[bool] | None) -> Failures:
+        """Fill again what no longer agrees with its source: all rows, or those `written_since`."""
+        worker = self._worker(compare=True, written_since=written_since)
         pace = Pace(self._plan.batch_size, None, None, 0, time.sleep)
         failures = Failures()
         after: PrimaryKey | None = None

@@ -1,0 +1,62 @@
+"""Alembic's side: operations, renderers, and what autogenerate looks at.
+
+In a migration environment's ``env.py``::
+
+    import sqlalchemy_lucent.migrations as lucent_migrations
+
+    context.configure(
+        ...,
+        render_item=lucent_migrations.render_item,
+        autogenerate_plugins=["alembic.autogenerate.*", "sqlalchemy_lucent.*"],
+        transaction_per_migration=True,
+    )
+
+The import registers the operations with Alembic (and, from Alembic 1.18 on, the comparators as a
+plugin that is used only where ``autogenerate_plugins`` names it), in the ways that Alembic
+documents for its users; nothing is patched. Each operation is a method of ``op`` and, for type
+checkers, a function of this module.
+
+Operations on data commit batch by batch on Alembic's own connection, so keep them in revisions of
+their own, apart from changes of the schema, and configure ``transaction_per_migration=True``.
+"""
+
+from __future__ import annotations
+
+from . import _implementations as _implementations
+from ._autogenerate import LINT_PLUGIN_NAME, PLUGIN_NAME, setup
+from ._operations import (
+    BoundTo,
+    CreateLucentSecretsOp,
+    DecryptColumnOp,
+    DropLucentSecretsOp,
+    EncryptColumnOp,
+    RebindEncryptedColumnOp,
+    RotateEncryptedColumnOp,
+    create_lucent_secrets,
+    decrypt_column,
+    drop_lucent_secrets,
+    encrypt_column,
+    rebind_encrypted_column,
+    rotate_encrypted_column,
+)
+from ._render import render_item
+
+__all__ = [
+    "LINT_PLUGIN_NAME",
+    "PLUGIN_NAME",
+    "BoundTo",
+    "CreateLucentSecretsOp",
+    "DecryptColumnOp",
+    "DropLucentSecretsOp",
+    "EncryptColumnOp",
+    "RebindEncryptedColumnOp",
+    "RotateEncryptedColumnOp",
+    "create_lucent_secrets",
+    "decrypt_column",
+    "drop_lucent_secrets",
+    "encrypt_column",
+    "rebind_encrypted_column",
+    "render_item",
+    "rotate_encrypted_column",
+    "setup",
+]

@@ -1,0 +1,295 @@
+"""What autogenerate finds: conversions, values to re-encrypt, renames, columns like secrets."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Final
+
+from alembic.autogenerate.api import AutogenContext
+from alembic.operations.ops import (
+    AddColumnOp,
+    AlterColumnOp,
+    CreateTableOp,
+    DropColumnOp,
+    DropTableOp,
+    ModifyTableOps,
+    UpgradeOps,
+)
+from sqlalchemy import (
+    JSON,
+    Column,
+    Connection,
+    Integer,
+    LargeBinary,
+    String,
+    Table,
+    literal,
+    select,
+)
+from sqlalchemy import table as table_clause
+from sqlalchemy.types import _Binary
+
+from .. import _sql
+from ..keyring import default_keyring
+from ..rotation import needs_rotation
+from ..rotation.convert import RebindWorker
+from ..types import EncryptedJSON
+from ._implementations import is_empty
+from ._operations import (
+    BoundTo,
+    ColumnOp,
+    ConvertColumnOp,
+    DecryptColumnOp,
+    EncryptColumnOp,
+    RebindEncryptedColumnOp,
+    RotateEncryptedColumnOp,
+)
+
+logger = logging.getLogger("alembic.runtime.migration.lucent")
+
+PLUGIN_NAME = "sqlalchemy_lucent.autogenerate"
+"""The name to select in ``autogenerate_plugins``, or to exclude there with ``~``."""
+
+LINT_PLUGIN_NAME = "lucent_lint"
+"""The name that adds warnings about columns that look like secrets and are not encrypted.
+``sqlalchemy_lucent.*`` does not select it."""
+
+_SAMPLE: Final = 20
+"""Values that are opened to tell whether a column's values are of its context."""
+
+
+def setup(plugin: Any) -> None:
+    """Add the comparators to an Alembic plugin (Alembic 1.18 and later)."""
+    plugin.add_autogenerate_comparator(
+        _compare_columns, "autogenerate", "lucent", priority=DispatchPriority.LAST
+    )
+
+
+def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> Any:
+    """Put conversions in the place of bare type changes.
+
+    Where the schema is up to date, add what is to be done for values.
+
+    A rotation shares its revision with no change of schema, and the tables may not be there yet.
+    """
+    connection = autogen_context.connection
+    assert connection is not None
+    _warn_of_renames(upgrade_ops)
+    conversions = list(_take_conversions(connection, upgrade_ops))
+    if conversions and not upgrade_ops.is_empty():
+        logger.warning(
+            "This revision changes the schema and converts values. It converts first; if it is "
+            "killed later on, it may have to be finished by hand. Two revisions are safer"
+        )
+    # First, so that a run that was killed while it converted can begin at the beginning again.
+    upgrade_ops.ops[:0] = conversions
+    columns = [
+        column
+        for table in autogen_context.sorted_tables
+        for column in table.columns
+        if isinstance(column.type, EncryptedJSON)
+    ]
+    if not upgrade_ops.is_empty():
+        if columns:
+            logger.info("the schema differs; run autogenerate again afterwards for rotations")
+        return PriorityDispatchResult.CONTINUE
+    for column in columns:
+        if not is_empty(connection, column):
+            upgrade_ops.ops.extend(_work_on_values(connection, column))
+    return PriorityDispatchResult.CONTINUE
+
+
+def _warn_of_renames(upgrade_ops: UpgradeOps) -> None:
+    """Autogenerate takes what was renamed for something added and something dropped."""
+    _warn_of_renamed_tables(upgrade_ops)
+    for table_ops in upgrade_ops.ops:
+        if not isinstance(table_ops, ModifyTableOps):
+            continue
+        added = [
+            operation.column.name
+            for operation in table_ops.ops
+            if isinstance(operation, AddColumnOp)
+            and isinstance(operation.column.type, EncryptedJSON)
+        ]
+        dropped = [
+            operation.column_name
+            for operation in table_ops.ops
+            if isinstance(operation, DropColumnOp)
+            and isinstance(operation.to_column().type, _Binary)
+        ]
+        for name in added if dropped else ():
+            logger.warning(
+                "%s.%s is added and %s is dropped, with its values. If it was renamed, write "
+                "op.alter_column(..., new_column_name=%r) instead, and declare the column as "
+                "EncryptedJSON(accept_contexts=[%r]) so that its values open",
+                table_ops.table_name,
+                name,
+                " or ".join(dropped),
+                name,
+                f"{table_ops.table_name}.{dropped[0]}",
+            )
+
+
+def _warn_of_renamed_tables(upgrade_ops: UpgradeOps) -> None:
+    created = [op.to_table() for op in upgrade_ops.ops if isinstance(op, CreateTableOp)]
+    dropped = [op.to_table() for op in upgrade_ops.ops if isinstance(op, DropTableOp)]
+    for new in created:
+        for column in new.columns:
+            olds = [
+                old.name
+                for old in dropped
+                if column.name in old.c and isinstance(old.c[column.name].type, _Binary)
+            ]
+            if isinstance(column.type, EncryptedJSON) and olds:
+                logger.warning(
+                    "%s is created and %s is dropped, with the values of %s. If it was renamed, "
+                    "write op.rename_table(%r, %r) instead, and declare the column as "
+                    "EncryptedJSON(accept_contexts=[%r]) so that its values open",
+                    new.name,
+                    " or ".join(olds),
+                    column.name,
+                    olds[0],
+                    new.name,
+                    f"{olds[0]}.{column.name}",
+                )
+
+
+def _take_conversions(connection: Connection, upgrade_ops: UpgradeOps) -> Iterator[ConvertColumnOp]:
+    """Take the type changes from or to `EncryptedJSON` out of `upgrade_ops`."""
+    for table_ops in list(upgrade_ops.ops):
+        if not isinstance(table_ops, ModifyTableOps):
+            continue
+        for operation in list(table_ops.ops):
+            if not isinstance(operation, AlterColumnOp):
+                continue
+            conversion = _conversion_for(connection, operation)
+            if conversion is None:
+                continue
+            yield conversion
+            operation.existing_type, operation.modify_type = operation.modify_type, None
+            if not operation.has_changes():
+                table_ops.ops.remove(operation)
+        if not table_ops.ops:
+            upgrade_ops.ops.remove(table_ops)
+
+
+def _conversion_for(connection: Connection, operation: AlterColumnOp) -> ConvertColumnOp | None:
+    old, new = operation.existing_type, operation.modify_type
+    name, schema = operation.column_name, operation.schema
+    if old is not None and isinstance(new, EncryptedJSON) and not isinstance(old, _Binary):
+        logger.info("Detected that %s.%s is to be encrypted", operation.table_name, name)
+        return EncryptColumnOp(
+            operation.table_name,
+            name,
+            existing_type=old,
+            schema=schema,
+            context=new.explicit_context,
+            bound_to=new.bound_to,
+        )
+    if isinstance(new, (JSON, String)) and isinstance(old, _Binary):
+        owner = table_clause(operation.table_name, Column(name, LargeBinary), schema=schema)
+        sealed = select(literal(1)).where(_sql.key_version(owner.c[name]).is_not(None)).limit(1)
+        if connection.execute(sealed.select_from(owner)).first() is not None:
+            logger.info("Detected that %s.%s is to be decrypted", operation.table_name, name)
+            return DecryptColumnOp(operation.table_name, name, existing_type=new, schema=schema)
+    return None
+
+
+def _work_on_values(connection: Connection, column: Column[Any]) -> Iterator[ColumnOp]:
+    """Give the operations that the values of a column ask for: one at most."""
+    type_ = column.type
+    assert isinstance(type_, EncryptedJSON)
+    table = column.table
+    assert isinstance(table, Table)
+    bound = _bound_to_with_types(column)
+    if needs_rotation(connection, column):
+        logger.info("Detected values of %s that are not under the primary key", column)
+        yield RotateEncryptedColumnOp(
+            table.name,
+            column.name,
+            schema=table.schema,
+            context=type_.explicit_context,
+            accept_contexts=type_.accept_contexts,
+            bound_to=bound,
+        )
+        return
+    worker = RebindWorker(table, column, cache(default_keyring), connection.dialect)
+    # All values are opened while a column accepts earlier contexts, because the first ones may have
+    # been written anew. Whoever is told that none is left takes `accept_contexts` out.
+    earlier = worker.earlier_context(connection) if type_.accept_contexts else None
+    if earlier is not None:
+        logger.info("Detected values of %s in the context %s", column, earlier)
+        yield RebindEncryptedColumnOp(
+            table.name,
+            column.name,
+            from_context=earlier,
+            context=type_.explicit_context,
+            schema=table.schema,
+            bound_to=bound,
+        )
+        return
+    found = worker.contexts_of(connection, _SAMPLE)
+    if found and not any(found):
+        logger.warning(
+            "None of the first values of %s opens in the context %s. If the table or column was "
+            "renamed, declare it as EncryptedJSON(accept_contexts=[...]) with its earlier "
+            "table.column, and run autogenerate again",
+            column,
+            type_.contexts[0],
+        )
+
+
+def _bound_to_with_types(column: Column[Any]) -> BoundTo:
+    """Return the names, with the types if the database cannot tell how values look in Python."""
+    type_ = column.type
+    assert isinstance(type_, EncryptedJSON)
+    bound = [column.table.c[key] for key in type_.bound_to]
+    if all(
+        type(c.type).__mro__[0].__module__.startswith("sqlalchemy.")
+        and isinstance(c.type, (Integer, String))
+        for c in bound
+    ):
+        return [c.name for c in bound]
+    return {c.name: c.type for c in bound}
+
+
+_LOOKS_SECRET: Final = re.compile(
+    r"(?:^|_)(?:api_?key|access_?key|private_?key|secret(?:_?key)?|password|passwd|token"
+    r"|credentials?)s?$",
+    re.IGNORECASE,
+)
+
+
+def _setup_lint(plugin: Any) -> None:
+    plugin.add_autogenerate_comparator(
+        _warn_of_plain_secrets, "autogenerate", "lucent_lint", priority=DispatchPriority.LAST
+    )
+
+
+def _warn_of_plain_secrets(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> Any:
+    """Warn of columns that are named like secrets and hold JSON, text or bytes as they are."""
+    for table in autogen_context.sorted_tables:
+        for column in table.columns:
+            if isinstance(column.type, (JSON, String, _Binary)) and _LOOKS_SECRET.search(
+                column.name
+            ):
+                logger.warning(
+                    "%s looks like a secret and is stored as it is (%s); "
+                    "consider EncryptedJSON and op.encrypt_column()",
+                    column,
+                    type(column.type).__name__,
+                )
+    return PriorityDispatchResult.CONTINUE
+
+
+try:
+    from alembic.runtime.plugins import Plugin
+    from alembic.util import DispatchPriority, PriorityDispatchResult
+except ImportError:  # Alembic before 1.18 has no plugins, and so no comparators of others
+    pass
+else:
+    setup(Plugin(PLUGIN_NAME))
+    _setup_lint(Plugin(LINT_PLUGIN_NAME))

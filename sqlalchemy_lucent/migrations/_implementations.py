@@ -1,0 +1,216 @@
+"""How the operations are carried out, on the connection of the migration."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Column, Connection, MetaData, Table, func, inspect, literal, select
+from sqlalchemy import table as table_clause
+
+from ..exceptions import RotationError
+from ..keyring import default_keyring
+from ..models import secrets_table
+from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate
+from ..rotation._visible import refuse_hidden_rows
+from ..rotation.convert import RebindWorker
+from ..rotation.engine import run_workers
+from ..types import EncryptedJSON
+from ._conversion import convert_column
+from ._operations import (
+    ColumnOp,
+    ConvertColumnOp,
+    CreateLucentSecretsOp,
+    DecryptColumnOp,
+    DropLucentSecretsOp,
+    EncryptColumnOp,
+    RebindEncryptedColumnOp,
+    RotateEncryptedColumnOp,
+    bound_types,
+)
+
+logger = logging.getLogger("alembic.runtime.migration.lucent")
+
+
+@Operations.implementation_for(CreateLucentSecretsOp)
+def _create_lucent_secrets(operations: Operations, operation: CreateLucentSecretsOp) -> None:
+    table = secrets_table(MetaData(), operation.table_name, schema=operation.schema)
+    operations.impl.create_table(table)
+
+
+@Operations.implementation_for(DropLucentSecretsOp)
+def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp) -> None:
+    name = operation.table_name
+    if not operation.force:
+        if operations.migration_context.as_sql:
+            raise RotationError(
+                f"offline, nothing can tell whether {name} holds secrets; "
+                "to drop it whatever it holds, pass force=True"
+            )
+        refuse_hidden_rows(operations.get_bind(), name, operation.schema)
+        counted = select(func.count()).select_from(table_clause(name, schema=operation.schema))
+        count = operations.get_bind().scalar(counted)
+        if count:
+            raise RotationError(
+                f"{name} holds {count} secrets, which nothing could bring back; "
+                "to drop them all the same, pass force=True"
+            )
+    operations.impl.drop_table(secrets_table(MetaData(), name, schema=operation.schema))
+
+
+@Operations.implementation_for(RotateEncryptedColumnOp)
+def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedColumnOp) -> None:
+    context = operations.migration_context
+    name = operation.full_name
+    _refuse_where_batches_cannot_commit(context, f"rotate_encrypted_column of {name}")
+    with context.autocommit_block():
+        assert context.connection is not None
+        column = _reflect(context.connection, operation, operation.accept_contexts)
+        if is_empty(context.connection, column):
+            logger.info("%s holds no value; nothing to re-encrypt", name)
+            return
+        if operation.assert_only:
+            if needs_rotation(context.connection, column):
+                raise RotationError(
+                    f"{name} holds values that are not under the primary key; this migration only "
+                    "checks. Re-encrypt them with sqlalchemy_lucent.rotate(), then run it again"
+                )
+            return
+        report = rotate(
+            context.connection, column, batch_size=operation.batch_size, on_progress=_log
+        )
+    _finish(report, name)
+    logger.info(
+        "re-encrypted %d values of %s under key version %s",
+        report.rotated,
+        name,
+        report.key_version,
+    )
+
+
+@Operations.implementation_for(EncryptColumnOp)
+def _encrypt_column(operations: Operations, operation: EncryptColumnOp) -> None:
+    _convert(operations, operation, f"encrypt_column of {operation.full_name}")
+
+
+@Operations.implementation_for(DecryptColumnOp)
+def _decrypt_column(operations: Operations, operation: DecryptColumnOp) -> None:
+    _convert(operations, operation, f"decrypt_column of {operation.full_name}")
+
+
+def _convert(operations: Operations, operation: ConvertColumnOp, what: str) -> None:
+    context = operations.migration_context
+    _refuse_where_batches_cannot_commit(context, what)
+    with context.autocommit_block():
+        convert_column(operations, operation.plan())
+
+
+@Operations.implementation_for(RebindEncryptedColumnOp)
+def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedColumnOp) -> None:
+    context = operations.migration_context
+    name = operation.full_name
+    _refuse_where_batches_cannot_commit(context, f"rebind_encrypted_column of {name}")
+    with context.autocommit_block():
+        connection = context.connection
+        assert connection is not None
+        column = _reflect(connection, operation, accept_contexts=[operation.from_context])
+        if is_empty(connection, column):
+            logger.info("%s holds no value; nothing to seal anew", name)
+            return
+        keyring = default_keyring()
+        report = run_workers(
+            connection,
+            [RebindWorker(column.table, column, lambda: keyring, connection.dialect)],
+            keyring,
+            batch_size=operation.batch_size,
+            on_progress=_log,
+        )
+    _finish(report, name)
+    logger.info(
+        "sealed %d values of %s anew in context %s", report.rotated, name, operation.own_context
+    )
+
+
+def _finish(report: RotationReport, name: str) -> None:
+    """Log what does not open, and fail while something is left to do."""
+    for failed in report.failed:
+        logger.error(
+            "%s of the row with primary key %r does not open: %s",
+            name,
+            failed.primary_key,
+            failed.error,
+        )
+    if not report.ok:
+        raise RotationError(
+            f"{report.remaining} values of {name} are not under key version "
+            f"{report.key_version!r} and in the column's context, because they do not open (they "
+            "were logged by primary key) or because a process still seals otherwise. The others "
+            "are re-encrypted; the revision is not stamped, so run it again when these rows are "
+            "dealt with"
+        )
+
+
+def is_empty(connection: Connection, column: Column[Any]) -> bool:
+    """Say whether there is nothing that a key could be needed for, as in a database made anew."""
+    refuse_hidden_rows(connection, column.table.name, column.table.schema)
+    statement = select(literal(1)).where(column.is_not(None)).limit(1)
+    return connection.execute(statement).first() is None
+
+
+def _log(progress: RotationProgress) -> None:
+    logger.info("re-encrypted %d values of %s so far", progress.rotated, progress.table)
+
+
+def _refuse_where_batches_cannot_commit(context: MigrationContext, what: str) -> None:
+    if context.as_sql:
+        raise RotationError(
+            f"{what} cannot be written as SQL (--sql): the values are opened and sealed by this "
+            "process, with keys that the database never sees. Run the migration online"
+        )
+    if context._in_external_transaction:
+        raise RotationError(
+            f"{what} commits batch by batch, and this migration runs in a transaction that was "
+            "begun outside of Alembic (before context.configure(), or on a shared connection). "
+            "Give Alembic a connection that is in no transaction"
+        )
+
+
+def _reflect(
+    connection: Connection, operation: ColumnOp, accept_contexts: Iterable[str]
+) -> Column[Any]:
+    """Return the column, in its table as the database has it, with the type of the migration."""
+    inspector = inspect(connection)
+    full_name = ".".join(filter(None, (operation.schema, operation.table_name)))
+    if not inspector.has_table(operation.table_name, schema=operation.schema):
+        raise RotationError(f"there is no table {full_name} in this database")
+    types = {
+        column["name"]: column["type"]
+        for column in inspector.get_columns(operation.table_name, schema=operation.schema)
+    }
+    missing = {operation.column_name, *operation.bound_to} - types.keys()
+    if missing:
+        raise RotationError(f"table {full_name} has no column {', '.join(sorted(missing))}")
+    key = inspector.get_pk_constraint(operation.table_name, schema=operation.schema)
+    keys = key["constrained_columns"]
+    if not keys:
+        raise RotationError(
+            f"table {full_name} has no primary key; a rotation needs one to go through the rows "
+            "in order"
+        )
+    types.update({n: t for n, t in bound_types(operation.bound_to).items() if t is not None})
+    types[operation.column_name] = EncryptedJSON(
+        context=operation.own_context,
+        accept_contexts=accept_contexts,
+        bound_to=tuple(operation.bound_to),
+    )
+    names = dict.fromkeys([*keys, *operation.bound_to, operation.column_name])
+    table = Table(
+        operation.table_name,
+        MetaData(),
+        *(Column(name, types[name], primary_key=name in keys) for name in names),
+        schema=operation.schema,
+    )
+    return table.c[operation.column_name]
