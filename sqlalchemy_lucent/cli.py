@@ -1,0 +1,29 @@
+"""The command ``lucent``: the extra that it needs, and its entry point.
+
+The commands are in the private package ``_cli``, which imports typer and rich; this module does
+without, so that it can say that they are missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+_NEEDED: Final = frozenset({"typer", "click", "rich"})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command ``lucent`` and return its exit code.
+
+    :param arguments: the command line behind the command's name; that of the process if left out.
+    """
+    try:
+        from ._cli.run import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _NEEDED:
+            raise
+    else:
+        return run(sys.argv[1:] if arguments is None else arguments)
+    sys.stderr.write("lucent: the command needs an extra: pip install 'sqlalchemy-lucent[cli]'\n")
+    return 2
