@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -21,6 +21,11 @@ T = TypeVar("T")
 # No test may fail because the machine is busy.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
+
+# For `make mutants`, which wants to know that a test fails and not of the smallest example.
+settings.register_profile(
+    "mutants", deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
+)
 
 KEY_1 = bytes(range(32))
 KEY_2 = bytes(range(32, 64))

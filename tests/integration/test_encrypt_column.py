@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +30,8 @@ from sqlalchemy import (
     create_engine,
     event,
 )
-from sqlalchemy.dialects import mysql, postgresql
+from sqlalchemy.dialects import mysql
+from sqlalchemy.dialects.postgresql import JSONB as POSTGRESQL_JSONB
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.types import TypeEngine
@@ -52,6 +54,7 @@ from sqlalchemy_lucent import (
     verify,
 )
 from sqlalchemy_lucent.migrations import decrypt_column, encrypt_column
+from tests.databases import drop_everything
 
 with warnings.catch_warnings():
     # One uses a decorator that SQLAlchemy 2.1 has deprecated; the other is deprecated itself.
@@ -126,7 +129,7 @@ def columns(engine: Engine) -> dict[str, Any]:
     return {column["name"]: column for column in sa.inspect(engine).get_columns("users")}
 
 
-JSONB = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
+JSONB = sa.JSON().with_variant(POSTGRESQL_JSONB(), "postgresql")
 TEXT = sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")
 
 
@@ -567,6 +570,70 @@ def test_bad_input_is_refused_before_the_first_write(
     assert read(engine, plain) == VALUES
 
 
+@pytest.mark.parametrize(
+    "dependent",
+    [
+        "CREATE INDEX ix ON users ((credentials->>'token'))",
+        "CREATE UNIQUE INDEX ix ON users (id) WHERE credentials IS NOT NULL",
+        "CREATE INDEX ix ON users (id) INCLUDE (credentials)",
+        "ALTER TABLE users ADD CONSTRAINT ck CHECK (credentials IS NOT NULL OR email IS NOT NULL)",
+        "CREATE VIEW tokens AS SELECT credentials FROM users",
+    ],
+)
+def test_what_depends_on_the_column_in_postgresql_is_not_dropped_with_it(
+    databases: Any, dependent: str
+) -> None:
+    engine = create_engine(databases.url("postgresql"))
+    plain = plain_table(POSTGRESQL_JSONB(), nullable=True)
+    fill(engine, plain, {1: {"token": "t"}})
+    try:
+        with engine.begin() as connection:
+            connection.execute(sa.text(dependent))
+        with pytest.raises(RotationError, match=r"depends on users\.credentials"):
+            encrypt(engine, POSTGRESQL_JSONB())
+        assert set(columns(engine)) == {"id", "credentials", "email"}
+        assert read(engine, plain) == {1: {"token": "t"}}
+    finally:
+        with engine.begin() as connection:
+            connection.execute(sa.text("DROP VIEW IF EXISTS tokens"))
+        drop_everything(engine)
+        engine.dispose()
+
+
+def test_a_name_that_leaves_no_room_for_a_second_column_is_refused(databases: Any) -> None:
+    engine = create_engine(databases.url("postgresql"))
+    name = "x" * 60
+    table = Table("users", MetaData(), Column("id", Integer, primary_key=True), Column(name, Text))
+    table.metadata.create_all(engine)
+    try:
+        with operations_on(engine) as operations, pytest.raises(RotationError, match="too long"):
+            encrypt_column("users", name, existing_type=Text(), operations=operations)
+        assert set(columns(engine)) == {"id", name}
+    finally:
+        drop_everything(engine)
+        engine.dispose()
+
+
+def test_a_time_stamp_that_the_database_renews_stays(databases: Any) -> None:
+    engine = create_engine(databases.url("mysql"))
+    try:
+        with engine.begin() as connection:
+            connection.execute(
+                sa.text(
+                    "CREATE TABLE users (id INT PRIMARY KEY, credentials TEXT, changed TIMESTAMP"
+                    " NOT NULL DEFAULT '2001-01-01 00:00:00' ON UPDATE CURRENT_TIMESTAMP)"
+                )
+            )
+            connection.execute(sa.text("INSERT INTO users (id, credentials) VALUES (1, '[1]')"))
+        encrypt(engine, Text())
+        with engine.connect() as connection:
+            changed = connection.scalar(sa.text("SELECT changed FROM users"))
+        assert changed.year == 2001
+    finally:
+        drop_everything(engine)
+        engine.dispose()
+
+
 def test_a_value_too_long_for_the_plaintext_column_stops_the_swap(engine: Engine) -> None:
     sealed = sealed_table()
     fill(engine, sealed, {1: "x" * 50, 2: "y"})
@@ -586,14 +653,6 @@ def test_a_value_that_does_not_open_stops_the_swap_back(engine: Engine) -> None:
         decrypt(engine, sa.JSON())
 
     assert {row.count for row in status(engine, sealed).rows} == {2}
-
-
-def test_offline_it_is_refused(engine: Engine) -> None:
-    context = MigrationContext.configure(dialect=engine.dialect, opts={"as_sql": True})
-    with pytest.raises(RotationError, match="cannot be written as SQL"):
-        encrypt_column(
-            "users", "credentials", existing_type=sa.JSON(), operations=Operations(context)
-        )
 
 
 # -- SQLite ----------------------------------------------------------------------------------------
@@ -724,11 +783,14 @@ def test_no_write_that_was_committed_is_lost(engine: Engine) -> None:
                     connection.execute(
                         plain.update().where(plain.c.id == number).values(credentials={"n": turn})
                     )
+                    connection.execute(
+                        plain.insert().values(id=rows + turn, credentials={"n": turn})
+                    )
             except (DBAPIError, AssertionError):
                 if swapped_now(engine) or stop.is_set():
                     return
                 continue  # locked for too long: nothing was committed
-            committed[number] = turn
+            committed[number] = committed[rows + turn] = turn
             started.set()
             if stop.is_set():
                 return
@@ -752,6 +814,115 @@ def test_no_write_that_was_committed_is_lost(engine: Engine) -> None:
     }
     assert found == committed
     assert max(committed.values()) > 1
+
+
+LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE", "mysql": "LOCK TABLES"}
+
+
+@contextmanager
+def just_before_the_lock(engine: Engine, work: Callable[[], object]) -> Iterator[None]:
+    """Do `work` each time that the connection of the migration is about to keep others out."""
+
+    def before(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if statement.startswith(LOCKS[engine.dialect.name]):
+            work()
+
+    event.listen(engine, "before_cursor_execute", before)
+    try:
+        yield
+    finally:
+        event.remove(engine, "before_cursor_execute", before)
+
+
+def test_what_is_committed_just_before_the_lock_is_what_is_sealed(engine: Engine) -> None:
+    plain = plain_table(sa.JSON())
+    fill(engine, plain, VALUES)
+    others = create_engine(engine.url)
+    turns = itertools.count(1)
+
+    def write() -> None:
+        turn = next(turns)
+        with others.begin() as connection:
+            connection.execute(
+                plain.update().where(plain.c.id == 1).values(credentials={"turn": turn})
+            )
+            connection.execute(plain.update().where(plain.c.id == 2).values(credentials=sa.null()))
+            connection.execute(plain.delete().where(plain.c.id == 3))
+            connection.execute(plain.insert().values(id=8 + turn, credentials=[turn]))
+
+    with just_before_the_lock(engine, write):
+        encrypt(engine, sa.JSON())
+    others.dispose()
+
+    last = next(turns) - 1
+    written = {1: {"turn": last}, 2: None, **{8 + turn: [turn] for turn in range(1, last + 1)}}
+    assert read(engine, sealed_table()) == {n: VALUES[n] for n in (4, 5, 6)} | written
+    assert last >= 1
+
+
+@pytest.fixture
+def postgresql(databases: Any) -> Iterator[Engine]:
+    engine = create_engine(databases.url("postgresql"))
+    yield engine
+    drop_everything(engine)
+    engine.dispose()
+
+
+def test_a_transaction_older_than_the_comparison_is_seen_under_the_lock(
+    postgresql: Engine,
+) -> None:
+    plain = plain_table(sa.JSON())
+    fill(postgresql, plain, VALUES)
+    encrypt(postgresql, sa.JSON(), swap=False)
+    others = create_engine(postgresql.url)
+
+    with others.connect() as older:
+        older.execute(plain.insert().values(id=9, credentials=[9]))
+        with older.begin_nested():  # with a number of its own
+            older.execute(plain.insert().values(id=10, credentials=[10]))
+        with just_before_the_lock(postgresql, older.commit):
+            encrypt(postgresql, sa.JSON())
+    others.dispose()
+
+    assert read(postgresql, sealed_table()) == {**VALUES, 9: [9], 10: [10]}
+
+
+def test_on_postgresql_only_rows_that_changed_are_opened_under_the_lock(
+    postgresql: Engine,
+) -> None:
+    plain = plain_table(Text())
+    fill(postgresql, plain, {n: f"t{n}" for n in range(1, 2_000)})
+    encrypt(postgresql, Text(), reader=str, swap=False)
+    wait_for_older_transactions(postgresql)
+    others = create_engine(postgresql.url)
+    seen: set[object] = set()
+
+    def change() -> None:
+        with others.begin() as connection:
+            connection.execute(plain.update().where(plain.c.id == 7).values(credentials="new"))
+        seen.clear()
+
+    def reader(value: str) -> str:
+        seen.add(value)
+        return value
+
+    with just_before_the_lock(postgresql, change):
+        encrypt(postgresql, Text(), reader=reader)
+    others.dispose()
+
+    assert seen == {"new"}
+    assert read(postgresql, sealed_table())[7] == "new"
+
+
+def wait_for_older_transactions(engine: Engine) -> None:
+    """Wait until no transaction on the server is left from before: other tests have some, too."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        current = connection.scalar(sa.text("SELECT CAST(pg_current_xact_id() AS text)"))
+        ended = sa.text(
+            "SELECT pg_snapshot_xmin(pg_current_snapshot()) > CAST(CAST(:xid AS text) AS xid8)"
+        )
+        while not connection.scalar(ended, {"xid": current}):
+            time.sleep(0.05)
 
 
 def swapped(connection: Connection) -> bool:

@@ -95,39 +95,6 @@ def test_rotate_inside_batch_alter_table(engine: Engine, table: Table, promoted:
     assert versions(engine, table) == {"v2": 3}
 
 
-@pytest.mark.parametrize(
-    ("table_name", "column_name", "options", "message"),
-    [
-        ("nowhere", "credentials", {}, "there is no table nowhere"),
-        ("users", "nothing", {}, "table users has no column nothing"),
-        ("users", "credentials", {"bound_to": ["owner"]}, "table users has no column owner"),
-        ("keyless", "credentials", {}, "table keyless has no primary key"),
-        ("users", "credentials", {"batch_size": 0}, "batch_size"),
-    ],
-)
-def test_bad_input_is_refused_before_the_first_write(
-    engine: Engine,
-    table: Table,
-    promoted: Keyring,
-    table_name: str,
-    column_name: str,
-    options: dict[str, Any],
-    message: str,
-) -> None:
-    keyless = Table("keyless", MetaData(), Column("credentials", EncryptedJSON))
-    keyless.metadata.create_all(engine)
-    with engine.begin() as connection:
-        connection.execute(keyless.insert().values(credentials=[1]))
-    set_default_keyring(promoted)
-
-    with engine.connect() as connection, pytest.raises(RotationError, match=message):
-        Operations(migration_context(connection)).invoke(
-            lucent_migrations.RotateEncryptedColumnOp(table_name, column_name, **options)
-        )
-
-    assert versions(engine, table) == {"v1": 3}
-
-
 def test_assert_only_fails_while_something_is_left_and_changes_nothing(
     engine: Engine, table: Table, promoted: Keyring
 ) -> None:
@@ -436,6 +403,39 @@ def test_a_rename_that_would_drop_the_values_is_warned_of(
 
     assert "new_column_name='creds'" in caplog.text
     assert "accept_contexts=['users.credentials']" in caplog.text
+
+
+@comparators
+def test_one_value_of_an_earlier_context_behind_many_others_gives_a_rebinding(
+    engine: Engine, table: Table
+) -> None:
+    renamed = plain_users(EncryptedJSON(context="users.new", accept_contexts=["users.credentials"]))
+    last = table.c.id == 3
+    with engine.begin() as connection:
+        connection.execute(table.delete().where(table.c.id != 3))
+        connection.execute(table.update().where(last).values(id=2_000))
+        rows = [{"id": n, "credentials": {"n": n}} for n in range(1, 1_500)]
+        connection.execute(renamed.insert(), rows)
+
+    with engine.connect() as connection:
+        diffs = compare_metadata(migration_context(connection), renamed.metadata)
+
+    assert [diff[0] for diff in diffs] == ["rebind_encrypted_column"]
+
+
+@comparators
+def test_a_table_that_is_renamed_is_warned_of_before_its_values_are_dropped(
+    engine: Engine, table: Table, caplog: pytest.LogCaptureFixture
+) -> None:
+    people = table.to_metadata(MetaData(), name="people")
+    Table("others", people.metadata, Column("credentials", sa.Text))
+
+    with engine.connect() as connection:
+        compare_metadata(migration_context(connection), people.metadata)
+
+    assert "op.rename_table('users', 'people')" in caplog.text
+    assert "accept_contexts=['users.credentials']" in caplog.text
+    assert sum("is created and users is dropped" in r.getMessage() for r in caplog.records) == 1
 
 
 @comparators

@@ -52,7 +52,7 @@ def rebind(engine: Engine, **options: Any) -> None:
 
 def read(engine: Engine, table: Table) -> dict[int, Any]:
     with engine.connect() as connection:
-        return {row.id: row.credentials for row in connection.execute(table.select())}
+        return {row.id: row.credentials for row in connection.execute(table.select()).all()}
 
 
 def test_values_open_under_the_new_name_and_no_longer_under_the_old(
@@ -149,3 +149,30 @@ def test_an_empty_table_needs_no_key(engine: Engine) -> None:
     set_default_keyring(lambda: pytest.fail("the keyring was asked for"))
 
     rebind(engine, from_context=OLD)
+
+
+def test_rows_of_tables_that_inherit_keep_their_own_values(databases: Any) -> None:
+    engine = sa.create_engine(databases.url("postgresql"))
+    table = users(context=OLD)
+    try:
+        table.metadata.create_all(engine)
+        child = Table(
+            "children",
+            MetaData(),
+            Column("id", Integer, primary_key=True),
+            Column("credentials", EncryptedJSON(context=OLD)),
+        )
+        with engine.begin() as connection:
+            connection.execute(sa.text("CREATE TABLE children (PRIMARY KEY (id)) INHERITS (users)"))
+            connection.execute(table.insert().values(id=1, credentials="parent"))
+            connection.execute(child.insert().values(id=1, credentials="child"))
+
+        rebind(engine, from_context=OLD)
+
+        with engine.connect() as connection:
+            found = connection.scalars(sa.select(users().c.credentials)).all()
+        assert sorted(found) == ["child", "parent"]
+    finally:
+        with engine.begin() as connection:
+            connection.execute(sa.text("DROP TABLE IF EXISTS children, users"))
+        engine.dispose()

@@ -42,7 +42,8 @@ from sqlalchemy import (
     type_coerce,
     update,
 )
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, registry
 from sqlalchemy.types import TypeDecorator, TypeEngine
@@ -55,6 +56,7 @@ from sqlalchemy_lucent import (
     LucentSecrets,
     RotationError,
     RotationProgress,
+    RotationReport,
     arotate,
     rotate,
     row_bound,
@@ -291,6 +293,69 @@ def test_any_primary_key_serves(
         for *key, payload in connection.execute(select(table)):
             assert payload == {"key": repr(tuple(key))}
     table.metadata.drop_all(engine)
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize(
+    "type_, actual, keys",
+    [
+        (String(4), "varchar(50)", ["ab", "abcd", "abcdef", "abcdeg", "b" * 50]),
+        (Numeric(10, 1), "numeric(10, 3)", [Decimal(n) for n in ("1.240", "1.260", "1.290")]),
+        (
+            postgresql.TIMESTAMP(precision=0),
+            "timestamp",
+            [MOMENT + dt.timedelta(milliseconds=n) for n in (240, 260, 700, 900)],
+        ),
+    ],
+    ids=["text", "decimal", "moment"],
+)
+@pytest.mark.parametrize("batch_size", [1, 10])
+def test_a_key_may_be_wider_than_the_model_says(
+    engine: Engine,
+    promoted: Keyring,
+    driver: str,
+    type_: TypeEngine[Any],
+    actual: str,
+    keys: list[Any],
+    batch_size: int,
+) -> None:
+    table = documents_table(Column("id", type_, primary_key=True, autoincrement=False))
+    table.metadata.create_all(engine)
+    statement = f"ALTER TABLE documents ALTER id TYPE {actual}"
+    with engine.begin() as connection:
+        connection.execute(text(statement))
+        for key in keys:
+            sealed = insert(table).values(id=text("CAST(:key AS " + actual + ")"), payload={"n": 1})
+            connection.execute(sealed, {"key": key})
+    if driver == "psycopg":
+        report = rotate(engine, table, keyring=promoted, batch_size=batch_size)
+    else:
+
+        async def run() -> RotationReport:
+            asynchronous = create_async_engine(engine.url.set(drivername="postgresql+asyncpg"))
+            try:
+                return await arotate(asynchronous, table, keyring=promoted, batch_size=batch_size)
+            finally:
+                await asynchronous.dispose()
+
+        report = asyncio.run(run())
+    assert (report.ok, report.rotated) == (True, len(keys))
+    assert counts(engine, table) == {("payload", "v2"): len(keys)}
+
+
+@pytest.mark.parametrize("url", ["mysql"], indirect=True)
+@pytest.mark.parametrize("collation", ["latin1_bin", "utf8mb4_bin", "utf8mb3_bin"])
+def test_text_keys_of_any_binary_collation_serve(
+    engine: Engine, promoted: Keyring, collation: str
+) -> None:
+    type_ = String(20, collation=collation)
+    table = documents_table(Column("id", type_, primary_key=True))
+    table.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(table), [{"id": key, "payload": key} for key in ("a", "é", "ü")])
+    report = rotate(engine, table, keyring=promoted)
+    assert (report.ok, report.rotated) == (True, 3)
 
 
 def test_names_are_quoted(engine: Engine, promoted: Keyring) -> None:
@@ -801,6 +866,7 @@ def test_a_report_is_json_ready_whatever_the_primary_key(engine: Engine, promote
         "remaining": 1,
         "stopped": False,
         "dry_run": False,
+        "taken_over": [],
         "ok": False,
     }
 

@@ -11,6 +11,7 @@ from sqlalchemy import (
     Column,
     Connection,
     Engine,
+    Enum,
     Integer,
     MetaData,
     String,
@@ -170,6 +171,47 @@ def test_a_row_that_somebody_holds_is_not_waited_for_but_come_back_to(
     # `bound` of the row that was held is what remained.
     assert rotated[-2:] == [58, 59]
     assert contents(engine, promoted)[7] == ({"seq": 99}, {"seq": 0})
+
+
+@pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+def test_a_row_that_somebody_holds_is_not_waited_for_with_a_key_of_several_columns(
+    engine: Engine, promoted: Keyring, other: Connection
+) -> None:
+    table = keyed(
+        Column("a", Integer, primary_key=True, autoincrement=False),
+        Column("b", Integer, primary_key=True, autoincrement=False),
+    )
+    table.metadata.create_all(engine)
+    with engine.begin() as connection:
+        rows = [{"a": n // 4, "b": n, "payload": n} for n in range(30)]
+        connection.execute(insert(table), rows)
+    impatient(engine)
+    other.execute(text("UPDATE documents SET payload = payload WHERE a = 1 AND b = 7"))
+    report = rotate(
+        engine,
+        table,
+        keyring=promoted,
+        batch_size=10,
+        retries=0,
+        stop_when=lambda progress: progress.rotated == 29,
+    )
+    assert (report.stopped, report.rotated, report.remaining) == (True, 29, 1)
+    other.rollback()
+    assert rotate(engine, table, keyring=promoted).rotated == 1
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_a_key_of_a_type_that_the_driver_does_not_know_is_read_as_text(
+    engine: Engine, promoted: Keyring
+) -> None:
+    table = keyed(Column("id", Enum("low", "high", name="level"), primary_key=True))
+    table.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(table), [{"id": n, "payload": n} for n in ("low", "high")])
+    assert rotate(engine, table, keyring=promoted, batch_size=1).rotated == 2
+    assert verify(engine, table, keyring=promoted.without("v1")).ok
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE documents; DROP TYPE level"))
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)

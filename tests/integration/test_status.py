@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,21 +19,27 @@ from sqlalchemy import (
     create_engine,
     event,
     insert,
+    text,
     update,
 )
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sqlalchemy_lucent import (
     EncryptedJSON,
     KeyInUseError,
     Keyring,
     RotationError,
+    aretire_check,
+    astatus,
     retire_check,
     rotate,
     set_default_keyring,
     status,
+    verify,
 )
 from sqlalchemy_lucent.rotation import needs_rotation
+from tests.conftest import Databases
+from tests.databases import drop_everything
 from tests.integration.workers import fill, ledger, metadata
 
 raw_ledger = Table("ledger", MetaData(), *(Column(name) for name in ("id", "free", "bound")))
@@ -137,19 +145,19 @@ def test_a_connection_keeps_its_transaction(engine: Engine, promoted: Keyring) -
     assert not needs_rotation(engine, ledger)
 
 
-def test_an_async_engine_counts_through_run_sync(
+def test_an_async_engine_is_counted(
     run_async: Callable[[Callable[[AsyncEngine], Awaitable[Any]]], Any],
 ) -> None:
     async def work(engine: AsyncEngine) -> None:
         async with engine.begin() as connection:
             await connection.run_sync(metadata.create_all)
             await connection.execute(insert(ledger).values(id=1, free=1))
-            report = await connection.run_sync(status, ledger)
+            report = await astatus(connection, ledger)
             assert [row.count for row in report.rows] == [1]
             with pytest.raises(KeyInUseError):
-                await connection.run_sync(retire_check, "v1", ledger)
-        with pytest.raises(RotationError, match="not AsyncEngine"):
-            status(engine, ledger)  # type: ignore[arg-type]
+                await aretire_check(connection, "v1", ledger)
+        assert await astatus(engine, ledger) == report
+        await aretire_check(engine, "v2", ledger)
 
     run_async(work)
 
@@ -227,3 +235,71 @@ def test_settling_inside_a_transaction_is_refused(engine: Engine) -> None:
             retire_check(connection, "v9", ledger, settle=0.01)
         connection.rollback()
         retire_check(connection, "v9", ledger, settle=0.01)
+
+
+def test_an_async_second_count_sees_what_is_committed_while_the_event_loop_runs(
+    run_async: Callable[[Callable[[AsyncEngine], Awaitable[Any]]], Any],
+) -> None:
+    async def write_late(engine: AsyncEngine) -> None:
+        await asyncio.sleep(0.3)
+        async with engine.begin() as connection:
+            await connection.execute(insert(ledger).values(id=1, free="late"))
+
+    async def work(engine: AsyncEngine) -> None:
+        async with engine.begin() as connection:
+            await connection.run_sync(metadata.create_all)
+        writing = asyncio.create_task(write_late(engine))
+        with pytest.raises(KeyInUseError, match=r"1 in ledger\.free"):
+            await aretire_check(engine, "v1", ledger, settle=3)
+        await writing
+
+    run_async(work)
+
+
+def test_a_synchronous_engine_is_refused_by_the_async_counts() -> None:
+    engine = create_engine("sqlite://")
+    with pytest.raises(RotationError, match="AsyncEngine"):
+        asyncio.run(astatus(engine))  # type: ignore[arg-type]
+    with pytest.raises(RotationError, match="AsyncEngine"):
+        asyncio.run(aretire_check(engine, "v1"))  # type: ignore[arg-type]
+    with pytest.raises(RotationError, match="takes a key version"):
+        asyncio.run(aretire_check(create_async_engine("sqlite+aiosqlite://"), ""))
+    engine.dispose()
+
+
+def test_rows_that_a_policy_hides_are_not_taken_for_done(
+    databases: Databases, keyring: Keyring, promoted: Keyring
+) -> None:
+    engine = create_engine(databases.url("postgresql"))
+    fill(engine, 4)
+    role = f"lucent_test_owner_{os.getpid()}"
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE ROLE {role}"))
+        connection.execute(text(f"ALTER TABLE ledger OWNER TO {role}"))
+        connection.execute(text("ALTER TABLE ledger ENABLE ROW LEVEL SECURITY"))
+        connection.execute(text("ALTER TABLE ledger FORCE ROW LEVEL SECURITY"))
+        connection.execute(text("CREATE POLICY mine ON ledger USING (id = 1)"))
+    try:
+        with engine.connect() as connection:
+            connection.execute(text(f"SET ROLE {role}"))
+            connection.commit()
+            asked: list[Callable[[], object]] = [
+                lambda: status(connection, ledger),
+                lambda: verify(connection, ledger),
+                lambda: rotate(connection, ledger, keyring=promoted),
+                lambda: needs_rotation(connection, ledger, keyring=promoted),
+                lambda: retire_check(connection, "v1", ledger),
+            ]
+            for ask in asked:
+                with pytest.raises(RotationError, match="row-level security"):
+                    ask()
+                connection.rollback()
+            connection.execute(text("RESET ROLE"))
+            connection.commit()
+        # Who is above the policies sees all.
+        assert rotate(engine, ledger, keyring=promoted).rotated == 8
+    finally:
+        drop_everything(engine)
+        with engine.begin() as connection:
+            connection.execute(text(f"DROP ROLE {role}"))
+        engine.dispose()

@@ -1,0 +1,88 @@
+"""Start the command ``lucent`` many times at the cost of one: imported once, forked for each run.
+
+Each run is a process of its own, with its own streams, directory, environment and terminal. The
+tests of what others see of a process (its arguments, its exit by a signal) start it themselves.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import termios
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+# Imported here, they need not be in each run.
+from sqlalchemy_lucent._cli import run  # noqa: F401
+from sqlalchemy_lucent.cli import main
+from tests.integration import workers  # noqa: F401
+
+STREAMS = 3
+
+
+def serve(channel: socket.socket) -> None:
+    """Fork a run for each request, until nobody is there to make one."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors are nobody's business
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(channel, 1 << 20, STREAMS + 1)
+        if not message:
+            return
+        if os.fork() == 0:
+            channel.close()
+            supervise(json.loads(message), descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def supervise(request: dict[str, Any], descriptors: Sequence[int]) -> None:
+    """Fork the run itself; tell its exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    *streams, told = descriptors
+    pid = os.fork()
+    if pid == 0:
+        os.close(told)
+        os._exit(run_command(request, streams))
+    for descriptor in streams:
+        os.close(descriptor)
+    _, status = os.waitpid(pid, 0)
+    os.write(told, str(os.waitstatus_to_exitcode(status)).encode())
+    os._exit(0)
+
+
+def run_command(request: dict[str, Any], streams: Sequence[int]) -> int:
+    """Run the command as a process that was just started would; return its exit code."""
+    os.setsid()
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    if request["terminal"]:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    os.chdir(request["directory"])
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
+    sys.stdin = open(0, encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = main(request["arguments"])
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return int(code)
+
+
+if __name__ == "__main__":
+    if os.fork():
+        os._exit(0)  # ready: whoever waits may ask
+    serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,0 +1,645 @@
+"""The command ``lucent``, run as a process: what each command does, on pipes and on a terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL, Engine, create_engine, func, make_url, select, text
+from sqlalchemy.orm import Session
+
+from sqlalchemy_lucent import Keyring, LucentBase, LucentSecrets
+from tests.command import COMMAND, ROOT, Lucent
+from tests.conftest import KEY_1, KEY_2, Databases
+from tests.databases import SYNC_DRIVERS, drop_everything
+from tests.integration.workers import contents, fill, keys, ledger
+
+LEDGER = ("--metadata", "tests.integration.workers:metadata")
+SECRET_KEY = "tenant:t1:stripe:apiKey"
+PLAINTEXT = "sk_live_never_shown"
+V1 = keys("v1").partition(",")[0]  # a keyring of v1 alone
+
+
+@pytest.fixture
+def lucent(tmp_path: Path) -> Lucent:
+    """The command in an empty directory, with both keys, v2 first, and an empty database."""
+    url = make_url(f"sqlite:///{tmp_path}/app.db")
+    engine = create_engine(url)
+    LucentBase.metadata.create_all(engine)
+    engine.dispose()
+    return Lucent(tmp_path, url, keys("v2"))
+
+
+@pytest.fixture
+def at(url: URL, engine: Engine, tmp_path: Path) -> Lucent:
+    """The command at an empty database of each kind."""
+    return Lucent(tmp_path, url, keys("v2"))
+
+
+def engine_of(lucent: Lucent) -> Engine:
+    assert lucent.url is not None
+    return create_engine(lucent.url)
+
+
+def store(lucent: Lucent, **values: object) -> None:
+    """Store secrets under v1, as the application would."""
+    engine = engine_of(lucent)
+    with Session(engine) as session, session.begin():
+        secrets = LucentSecrets(session, keyring=Keyring({"v1": KEY_1}))
+        secrets.set_many({f"tenant:t1:stripe:{name}": value for name, value in values.items()})
+    engine.dispose()
+
+
+def stored_under(engine: Engine, version: str) -> int:
+    with engine.connect() as connection:
+        statement = select(func.count()).where(ledger.c.free.key_version == version)
+        return connection.execute(statement).scalar_one()
+
+
+# -- keys ------------------------------------------------------------------------------------------
+
+
+def test_keygen_prints_a_key_that_a_keyring_takes(lucent: Lucent) -> None:
+    done = lucent("keygen")
+    assert (done.code, done.err) == (0, "")
+    assert Keyring({"v1": done.out.strip()}).versions == ("v1",)
+    assert done.out != lucent("keygen").out
+
+
+@pytest.mark.parametrize(
+    "configured, unset",
+    [
+        ({"LUCENT_SECRETS_KEYS": V1}, ""),
+        ({"LUCENT_SECRETS_KEY": V1.removeprefix("v1:")}, "unset LUCENT_SECRETS_KEY"),
+        (
+            {"LUCENT_SECRETS_KEY": V1.removeprefix("v1:"), "LUCENT_SECRETS_KEY_VERSION": "v1"},
+            "unset LUCENT_SECRETS_KEY LUCENT_SECRETS_KEY_VERSION",
+        ),
+        ({"LUCENT_SECRETS_KEYS_FILE": V1}, "unset LUCENT_SECRETS_KEYS_FILE"),
+        (
+            {"LUCENT_SECRETS_KEY_FILE": V1.removeprefix("v1:")},
+            "unset LUCENT_SECRETS_KEY_FILE",
+        ),
+    ],
+    ids=["keys", "key", "key and version", "keys file", "key file"],
+)
+def test_the_lines_of_keygen_promote_the_new_key_in_a_shell(
+    tmp_path: Path, configured: dict[str, str], unset: str
+) -> None:
+    environ = {}
+    for name, value in configured.items():
+        environ[name] = value
+        if name.endswith("_FILE"):
+            environ[name] = str(tmp_path / "key file")
+            (tmp_path / "key file").write_text(f"{value}\n")
+    lines = Lucent(tmp_path)("keygen", "--env", env=environ)
+    assert lines.code == 0
+    assert V1.removeprefix("v1:") not in lines.out
+    assert lines.out.startswith('export LUCENT_SECRETS_KEYS="v2:')
+    assert lines.out.splitlines()[1:] == ([unset] if unset else [])
+
+    done = subprocess.run(
+        ["sh", "-c", f'eval "$LINES_OF_KEYGEN"; {" ".join(COMMAND)} keys'],
+        env=Lucent(tmp_path).environ({**environ, "LINES_OF_KEYGEN": lines.out}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    new, old = (line.split("\t") for line in done.stdout.splitlines())
+    assert (new[0], new[2]) == ("v2", "seals and opens")
+    assert old == ["v1", Keyring({"v1": KEY_1}).fingerprint("v1"), "opens"]
+
+
+def test_the_lines_of_keygen_begin_a_keyring_where_there_is_none(tmp_path: Path) -> None:
+    done = Lucent(tmp_path)("keygen", "--env", "--key-version", "2026-07")
+    assert re.fullmatch(r'export LUCENT_SECRETS_KEYS="2026-07:[\w-]{43}"\n', done.out)
+
+
+def test_the_next_version_is_asked_for_where_versions_are_no_numbers(tmp_path: Path) -> None:
+    lucent = Lucent(tmp_path, keys=f"spring:{KEY_1.hex()}")
+    done = lucent("keygen", "--env")
+    assert (done.code, done.out) == (2, "")
+    assert "--key-version" in done.err
+    assert 'KEYS="summer:' in lucent("keygen", "--env", "--key-version", "summer").out
+    taken = lucent("keygen", "--env", "--key-version", "spring")
+    assert (taken.code, taken.out) == (2, "")
+    assert "already" in taken.err
+
+
+def test_keys_shows_versions_and_fingerprints(lucent: Lucent) -> None:
+    keyring = Keyring({"v1": KEY_1, "v2": KEY_2}, primary="v2")
+    one, two = keyring.fingerprint("v1"), keyring.fingerprint("v2")
+    assert lucent("keys") == (0, f"v2\t{two}\tseals and opens\nv1\t{one}\topens\n", "")
+
+
+def test_a_keyring_that_the_application_sets_on_import_is_the_one(tmp_path: Path) -> None:
+    (tmp_path / "settings.py").write_text(
+        "import sqlalchemy_lucent as lucent\n"
+        "print('a module that talks')\n"
+        f"lucent.set_default_keyring(lucent.Keyring({{'own': {KEY_1!r}}}))\n"
+        "Base = lucent.LucentBase\n"
+    )
+    done = Lucent(tmp_path)("keys", "--metadata", "settings:Base")
+    assert (done.code, done.err) == (0, "a module that talks\n")
+    assert done.out.startswith("own\t")
+
+
+# -- values of all tables, on each database --------------------------------------------------------
+
+
+def test_a_key_is_rotated_verified_and_retired(at: Lucent, engine: Engine) -> None:
+    fill(engine, 300)
+    one = Keyring({"v1": KEY_1}).fingerprint("v1")
+    two = Keyring({"v2": KEY_2}).fingerprint("v2")
+    assert (
+        at("status", *LEDGER).out == f"ledger.free\tv1\t{one}\t300\nledger.bound\tv1\t{one}\t300\n"
+    )
+
+    needed = at("retire-check", "v1", *LEDGER)
+    assert (needed.code, needed.out) == (1, "")
+    assert "300 in ledger.free, 300 in ledger.bound" in needed.err
+
+    rehearsed = at("rotate", "--dry-run", *LEDGER)
+    assert rehearsed.code == 0
+    assert (
+        rehearsed.out
+        == "600 values would be re-encrypted; nothing was written; the primary is v2\n"
+    )
+    assert stored_under(engine, "v1") == 300
+
+    one_column = at("rotate", "--column", "ledger.free", "--table", "ledger", *LEDGER)
+    assert one_column == (0, "300 values re-encrypted; the primary is v2\n", "")
+    rotated = at("rotate", "--json", "--batch-size", "70", "--batch-time", "0.5", *LEDGER)
+    assert rotated.code == 0
+    assert json.loads(rotated.out).items() >= {
+        "key_version": "v2", "rotated": 300, "failed_count": 0, "remaining": 0,
+        "stopped": False, "dry_run": False, "ok": True,
+    }.items()  # fmt: skip
+    assert at("rotate", *LEDGER).out == "0 values re-encrypted; the primary is v2\n"
+
+    counted = json.loads(at("status", "--json", "--column", "free", *LEDGER).out)
+    assert counted == {
+        "rows": [
+            {
+                "table": "ledger",
+                "column": "free",
+                "key_version": "v2",
+                "fingerprint": two,
+                "count": 300,
+            }
+        ]
+    }
+    assert at("verify", *LEDGER) == (0, "600 values opened in ledger\n", "")
+    assert at("verify", "--sample", "10", *LEDGER).out == "20 values opened in ledger\n"
+    retired = at("retire-check", "v1", "--settle", "0.01", *LEDGER)
+    (*looked_at, last) = retired.out.splitlines()
+    assert (retired.code, retired.err) == (0, "")
+    assert last == "no value in these tables needs key version v1"
+    assert all(re.fullmatch(r"ledger\.\w+\t\d+", line) for line in looked_at)
+    assert sum(int(line.partition("\t")[2]) for line in looked_at) == 600
+
+
+def test_a_retired_key_is_looked_for_in_the_tables_that_are_named(lucent: Lucent) -> None:
+    assert lucent("retire-check", "v1") == (
+        0,
+        "lucent_secrets.payload\t0\nno value in these tables needs key version v1\n",
+        "only lucent_secrets was looked at: name your models with --metadata as well\n",
+    )
+    misspelt = lucent("retire-check", "v11")
+    assert (misspelt.code, misspelt.out) == (2, "")
+    assert "neither the keyring nor any value in lucent_secrets has" in misspelt.err
+    # The key was taken out of the keyring, but a value needs it.
+    store(lucent, apiKey=PLAINTEXT)
+    only_v2 = {"LUCENT_SECRETS_KEYS": f"v2:{KEY_2.hex()}"}
+    assert lucent("retire-check", "v1", env=only_v2).code == 1
+    # Without any keyring, none can be asked.
+    assert Lucent(lucent.directory, lucent.url)("retire-check", "v3").code == 0
+
+
+def test_values_that_do_not_open_are_named(at: Lucent, engine: Engine) -> None:
+    fill(engine, 60)
+    with engine.begin() as connection:
+        foreign = text("UPDATE ledger SET free = :value WHERE id < 30")
+        connection.execute(foreign, {"value": b"plain"})
+    rotated = at("rotate", *LEDGER)
+    assert rotated.code == 1
+    assert "90 values re-encrypted; the primary is v2" in rotated.out
+    assert (
+        "30 values did not open, left unchanged:\nledger.free\t0\tNotSealedError\n" in rotated.out
+    )
+    assert "and 10 more; --json names up to 1,000" in rotated.out
+    report = at("verify", "--json", *LEDGER)
+    assert report.code == 1
+    assert json.loads(report.out)["failed_count"] == len(json.loads(report.out)["failed"]) == 30
+    assert "ledger.free\tnot sealed\t-\t30\n" in at("status", *LEDGER).out
+
+
+def test_doctor_finds_nothing_to_do_where_all_is_well(at: Lucent, engine: Engine) -> None:
+    LucentBase.metadata.create_all(engine)
+    done = at("doctor")
+    assert (done.code, done.err) == (0, "")
+    levels = [line.split("\t")[0] for line in done.out.splitlines()]
+    assert set(levels) == {"ok", "note"}
+    assert "ix_lucent_secrets_key_version is on the key version" in done.out
+    assert "keyring: v2" in done.out
+    if engine.dialect.name != "sqlite":
+        assert "ok\tclock: as the database's" in done.out
+
+
+def test_doctor_says_what_to_do_about_values(at: Lucent, engine: Engine) -> None:
+    fill(engine, 3)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE ledger SET free = :v WHERE id = 2"), {"v": b"plain"})
+    stale = at("doctor", *LEDGER)
+    assert stale.code == 1
+    one = Keyring({"v1": KEY_1}).fingerprint("v1")
+    assert (
+        f"fix\tledger.free: 2 values under v1 ({one}), not under the primary v2\tlucent rotate\n"
+        in stale.out
+    )
+    assert "fix\tledger.free: 1 value not sealed\tencrypt" in stale.out
+
+    at.keys = f"v2:{KEY_2.hex()}"
+    assert "which the keyring lacks\tadd the key of v1" in at("doctor", *LEDGER).out
+    at.keys = f"v1:{KEY_2.hex()}"
+    assert "but the keyring's v1 is another key" in at("doctor", *LEDGER).out
+    at.keys = None
+    without = at("doctor", *LEDGER)
+    assert without.code == 1
+    assert without.out.startswith("fix\tkeyring: none\tno keyring is configured: set ")
+    assert "without a keyring none opens" in without.out
+
+
+# -- doctor ----------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_a_blob_that_is_too_small_and_a_clock_that_is_off(
+    databases: Databases, tmp_path: Path
+) -> None:
+    url = databases.url("mysql")
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE ledger (id INT PRIMARY KEY, free BLOB, bound TEXT)"))
+    try:
+        off = url.update_query_dict({"init_command": "SET timestamp = 1000000000"})
+        done = Lucent(tmp_path, off, keys("v2"))("doctor", *LEDGER)
+    finally:
+        drop_everything(engine)
+        engine.dispose()
+    assert done.code == 1
+    assert "fix\tledger.free: BLOB, in which a longer value is refused" in done.out
+    assert "fix\tledger.bound: TEXT" in done.out
+    assert re.search(r"fix\tclock: \d{6,} seconds away", done.out)
+
+
+def test_doctor_finds_what_is_missing_in_the_database(lucent: Lucent) -> None:
+    done = lucent("doctor", *LEDGER)
+    assert done.code == 1
+    assert "fix\ttable ledger: not in the database\trun your migrations" in done.out
+
+    engine = engine_of(lucent)
+    with engine.begin() as connection:
+        connection.execute(text("DROP INDEX ix_lucent_secrets_key_version"))
+        connection.execute(text("ALTER TABLE lucent_secrets DROP COLUMN updated_at"))
+    engine.dispose()
+    done = lucent("doctor")
+    assert "fix\ttable lucent_secrets: lacks updated_at\t" in done.out
+    assert "fix\ttable lucent_secrets: its key_version has no index\t" in done.out
+
+
+WIRED = """
+import sqlalchemy_lucent.migrations as lucent_migrations
+context.configure(
+    render_item=lucent_migrations.render_item,
+    autogenerate_plugins=["alembic.autogenerate.*", "sqlalchemy_lucent.*"],
+    transaction_per_migration=True,
+)
+"""
+
+
+def test_doctor_looks_at_the_wiring_of_alembic(lucent: Lucent) -> None:
+    directory = lucent.directory
+    assert "note\tAlembic: no alembic.ini" in lucent("doctor").out
+    (directory / "alembic.ini").write_text("[alembic]\n")
+    assert "fix\tAlembic: script_location is not set" in lucent("doctor").out
+    (directory / "alembic.ini").write_text("[alembic]\nscript_location = %(here)s/migrations\n")
+    assert "fix\tAlembic: there is no " in lucent("doctor").out
+    (directory / "migrations").mkdir()
+    env = directory / "migrations" / "env.py"
+    env.write_text("# " + "# ".join(WIRED.splitlines(keepends=True)))
+    commented = lucent("doctor")
+    assert commented.code == 1
+    assert "env.py lacks the import, render_item, transaction_per_migration" in commented.out
+    env.write_text(WIRED)
+    wired = lucent("doctor")
+    assert wired.code == 0
+    assert "env.py has the import and the options" in wired.out
+
+
+def test_the_environment_of_this_repository_is_wired(lucent: Lucent) -> None:
+    lucent.directory = ROOT
+    assert "ok\tAlembic: " in lucent("doctor").out
+
+
+# -- which database --------------------------------------------------------------------------------
+
+
+def test_the_url_is_taken_from_the_option_the_environment_and_alembic_in_this_order(
+    lucent: Lucent,
+) -> None:
+    store(lucent, apiKey="x")
+    good, lucent.url = str(lucent.url), None
+    (lucent.directory / "pyproject.toml").write_text(f'[tool.alembic]\nsqlalchemy.url = "{good}"\n')
+    assert lucent("list").code == 0
+    (lucent.directory / "alembic.ini").write_text("[alembic]\nsqlalchemy.url = sqlite:///b.db\n")
+    assert "no SQLite database at b.db" in lucent("list").err
+    lucent.url = "sqlite:///c.db"
+    assert "no SQLite database at c.db" in lucent("list").err
+    assert lucent("list", "--url", good).code == 0
+
+
+def test_the_url_of_an_async_driver_is_taken_too(async_url: URL, tmp_path: Path) -> None:
+    engine = create_engine(async_url.set(drivername=SYNC_DRIVERS[async_url.get_backend_name()]))
+    fill(engine, 5)
+    engine.dispose()
+    lucent = Lucent(tmp_path, async_url, keys("v2"))
+    assert lucent("rotate", *LEDGER) == (0, "10 values re-encrypted; the primary is v2\n", "")
+
+
+# -- secrets ---------------------------------------------------------------------------------------
+
+
+def test_a_secret_is_stored_listed_shown_and_deleted(lucent: Lucent) -> None:
+    done = lucent("set", SECRET_KEY, stdin=json.dumps({"apiKey": PLAINTEXT}))
+    assert done == (0, f"stored {SECRET_KEY} under key version v2\n", "")
+    assert re.fullmatch(
+        rf"{SECRET_KEY}\tv2\t\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00\n", lucent("list").out
+    )
+    redacted = lucent("get", SECRET_KEY)
+    assert redacted.code == 0
+    assert redacted.out.endswith("\t<redacted object>\n")
+    revealed = lucent("get", SECRET_KEY, "--reveal")
+    assert json.loads(revealed.out) == {"apiKey": PLAINTEXT}
+    refused = lucent("delete", SECRET_KEY)
+    assert refused == (
+        2,
+        "",
+        "lucent: standard input is no terminal to ask on; add --yes if it is meant\n",
+    )
+    assert lucent("delete", SECRET_KEY, "--yes") == (0, f"deleted {SECRET_KEY}\n", "")
+    assert lucent("list") == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "given, kind",
+    [
+        ("[1]", "array"), ('"text"', "string"), ("12345", "number"), ("1.5", "number"),
+        ("true", "boolean"), ("null", "null"),
+    ],
+)  # fmt: skip
+def test_a_redacted_secret_shows_its_kind_alone(lucent: Lucent, given: str, kind: str) -> None:
+    assert lucent("set", SECRET_KEY, stdin=given).code == 0
+    assert lucent("get", SECRET_KEY).out.endswith(f"\t<redacted {kind}>\n")
+
+
+def test_a_value_comes_from_a_file_and_may_be_text(lucent: Lucent) -> None:
+    file = lucent.directory / "token.txt"
+    file.write_text("grüße\n", "utf-8")
+    assert lucent("set", SECRET_KEY, "--file", str(file), "--text").code == 0
+    revealed = lucent("get", SECRET_KEY, "--reveal", env={"PYTHONIOENCODING": "ascii"})
+    assert revealed.out == '"gr\\u00fc\\u00dfe"\n'
+    assert lucent("get", SECRET_KEY, "--reveal").out == '"grüße"\n'
+
+
+def test_secrets_of_a_model_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "models.py").write_text(
+        "from sqlalchemy.orm import DeclarativeBase\n"
+        "from sqlalchemy_lucent import LucentSecretMixin\n"
+        "class Base(DeclarativeBase): ...\n"
+        "class Secret(LucentSecretMixin, Base): __tablename__ = 'own_secrets'\n"
+        "class Other(LucentSecretMixin, Base): __tablename__ = 'other_secrets'\n"
+        "if __name__ == '__main__':\n"
+        "    import sqlalchemy\n"
+        "    Base.metadata.create_all(sqlalchemy.create_engine('sqlite:///app.db'))\n"
+    )
+    lucent = Lucent(tmp_path, "sqlite:///app.db", keys("v2"))
+    subprocess.run([sys.executable, "models.py"], cwd=tmp_path, env=lucent.environ(), check=True)
+    own = ("--metadata", "models:Secret")
+    assert lucent("set", SECRET_KEY, *own, stdin="1").code == 0
+    assert lucent("list", *own).out.startswith(SECRET_KEY)
+    assert lucent("list", "--metadata", "models:Other") == (0, "", "")
+    several = lucent("list", "--metadata", "models:Base")
+    assert (several.code, several.out) == (2, "")
+    assert "several models of scoped secrets" in several.err
+
+
+def test_a_list_of_many_pages_and_of_one_owner(lucent: Lucent) -> None:
+    engine = engine_of(lucent)
+    with Session(engine) as session, session.begin():
+        secrets = LucentSecrets(session)
+        secrets.set_many({f"tenant:t{n:04}:p:n": n for n in range(1100)})
+    engine.dispose()
+    lines = lucent("list").out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [f"tenant:t{n:04}:p:n" for n in range(1100)]
+    assert lucent("list", "--scope", "tenant", "--owner", "t0007").out.count("\n") == 1
+
+
+# -- on a terminal ---------------------------------------------------------------------------------
+
+
+def test_revealing_asks_on_a_terminal(lucent: Lucent) -> None:
+    store(lucent, apiKey=PLAINTEXT)
+    no = lucent.on_terminal("get", SECRET_KEY, "--reveal", typed=[("[y/N]", "n\n")])
+    assert no.code == 1
+    assert PLAINTEXT not in no.text
+    yes = lucent.on_terminal("get", SECRET_KEY, "--reveal", typed=[("[y/N]", "y\n")])
+    assert yes.code == 0
+    assert PLAINTEXT in yes.text
+    assert PLAINTEXT in lucent.on_terminal("get", SECRET_KEY, "--reveal", "--yes").text
+
+
+def test_deleting_asks_on_a_terminal(lucent: Lucent) -> None:
+    store(lucent, apiKey=1)
+    no = lucent.on_terminal("delete", SECRET_KEY, typed=[("[y/N]", "\n")])
+    assert (no.code, lucent("list").out.count("\n")) == (1, 1)
+    yes = lucent.on_terminal("delete", SECRET_KEY, typed=[("[y/N]", "yes\n")])
+    assert (yes.code, lucent("list").out) == (0, "")
+
+
+def test_a_value_that_is_typed_is_not_shown(lucent: Lucent) -> None:
+    shown = lucent.on_terminal("set", SECRET_KEY, typed=[("(not shown): ", f'"{PLAINTEXT}"\n')])
+    assert shown.code == 0
+    assert PLAINTEXT not in shown.raw
+    assert json.loads(lucent("get", SECRET_KEY, "--reveal").out) == PLAINTEXT
+
+
+def test_an_empty_line_and_a_text_on_a_terminal_are_refused(lucent: Lucent) -> None:
+    empty = lucent.on_terminal("set", SECRET_KEY, typed=[("(not shown): ", "\n")])
+    assert empty.code == 2
+    assert "nothing was given on standard input" in empty.text
+    text = lucent.on_terminal("set", SECRET_KEY, "--text")
+    assert text.code == 2
+    assert "--file" in text.text
+    assert lucent("list").out == ""
+
+
+@pytest.mark.parametrize("redirection", ["</dev/null", "<&-"])
+@pytest.mark.parametrize("option", ["", "--text"])
+def test_no_value_is_not_an_empty_one(lucent: Lucent, redirection: str, option: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{' '.join(COMMAND)} set {SECRET_KEY} {option} {redirection}"],
+        cwd=lucent.directory,
+        env=lucent.environ(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("lucent: nothing was given on standard input; ")
+    assert lucent("list").out == ""
+
+
+def test_forty_columns_are_enough(lucent: Lucent) -> None:
+    store(lucent, apiKey=1, aLongNameThatIsWiderThanTheTerminalItself=2)
+    for arguments in (["keys"], ["list"], ["status"], ["doctor"], ["--help"], ["rotate", "--help"]):
+        shown = lucent.on_terminal(*arguments, columns=40)
+        if arguments != ["list"]:
+            assert max(map(len, shown.text.splitlines())) <= 40, shown.text
+    listed = lucent.on_terminal("list", columns=40).text
+    assert "tenant:t1:stripe:aLongNameThatIsWiderThanTheTerminalItself" in listed  # nothing is cut
+    assert "key      " in lucent.on_terminal("list", columns=120).text
+
+
+def test_colours_are_for_terminals_that_want_them(lucent: Lucent) -> None:
+    assert "\x1b[" in lucent.on_terminal("doctor").raw
+    assert "\x1b" not in lucent.on_terminal("doctor", env={"NO_COLOR": "1"}).raw
+    assert "\x1b" not in lucent("doctor").out
+
+
+def test_a_rotation_shows_a_bar_with_rate_and_time_left(lucent: Lucent) -> None:
+    engine = engine_of(lucent)
+    fill(engine, 400)
+    engine.dispose()
+    shown = lucent.on_terminal("rotate", "--batch-size", "50", *LEDGER)
+    assert shown.code == 0
+    frames = re.findall(r" *(\d+)% [━╸╺]+ ([\d,]+)/s \d+:\d\d:\d\d", shown.text)
+    assert int(frames[0][0]) < 100
+    assert frames[-1][0] == "100"
+    assert "800 values re-encrypted" in shown.text
+    assert max(map(len, re.split(r"[\r\n]", shown.text))) <= 40
+
+
+# -- interrupted -----------------------------------------------------------------------------------
+
+
+def slowly(lucent: Lucent, rows: int = 2000) -> Engine:
+    engine = engine_of(lucent)
+    fill(engine, rows)
+    return engine
+
+
+def test_an_interrupted_rotation_says_where_it_stands_and_can_go_on(lucent: Lucent) -> None:
+    engine = slowly(lucent)
+    process = lucent.start("rotate", "--max-rate", "300", "--column", "free", "--json", *LEDGER)
+    while not (already := stored_under(engine, "v2")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == (
+        "\nfinishing the batch in hand; Ctrl-C again rolls it back\n"
+        "lucent: interrupted; run it again to go on\n"
+    )
+    report = json.loads(out)
+    assert report["rotated"] == stored_under(engine, "v2") >= already
+    assert report["remaining"] == 2000 - report["rotated"] > 0
+    assert report["stopped"] is True
+    assert lucent("rotate", *LEDGER).code == 0
+    keyring = Keyring({"v2": KEY_2})
+    assert len(contents(engine, keyring)) == 2000
+    engine.dispose()
+
+
+def test_a_second_interrupt_ends_it_at_once(lucent: Lucent) -> None:
+    engine = slowly(lucent)
+    shown = lucent.on_terminal(
+        "rotate", "--max-rate", "20", *LEDGER, typed=[("/s", "\x03"), ("again rolls", "\x03")]
+    )
+    assert shown.code == 130
+    assert "Traceback" not in shown.text
+    assert "lucent: interrupted; " in shown.text
+    assert "run it again to go on" in shown.text
+    assert 0 < stored_under(engine, "v2") < 2000
+    engine.dispose()
+
+
+def test_ctrl_c_ends_any_command_with_a_word(lucent: Lucent) -> None:
+    store(lucent, apiKey=1)
+    shown = lucent.on_terminal("delete", SECRET_KEY, typed=[("[y/N]", "\x03")])
+    assert (shown.code, shown.text.splitlines()[-1]) == (130, "lucent: interrupted")
+
+
+# -- workers, completion ---------------------------------------------------------------------------
+
+
+def test_processes_share_the_work(
+    request: pytest.FixtureRequest, at: Lucent, engine: Engine, tmp_path: Path
+) -> None:
+    fill(engine, 2000)
+    # The keyring is set by the application's own module, which the workers import too.
+    (tmp_path / "settings.py").write_text(
+        "import sqlalchemy_lucent as lucent\n"
+        "from tests.integration.workers import metadata\n"
+        f"environ = {{'LUCENT_SECRETS_KEYS': {at.keys!r}}}\n"
+        "lucent.set_default_keyring(lucent.Keyring.from_env(environ))\n"
+    )
+    at.keys = None
+    done = at(
+        "rotate", "--workers", "2", "--max-rate", "100000", "--json",
+        "--metadata", "settings:metadata",
+    )  # fmt: skip
+    assert done.code == 0, done
+    assert "Traceback" not in done.err
+    report = json.loads(done.out)
+    assert report["rotated"] == 4000
+    assert report["taken_over"] == []
+    assert len(contents(engine, Keyring({"v2": KEY_2}))) == 2000
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_too(databases: Databases, tmp_path: Path) -> None:
+    url = databases.url("postgresql")
+    engine = create_engine(url)
+    fill(engine, 6000)
+    try:
+        shown = Lucent(tmp_path, url, keys("v2")).on_terminal(
+            "rotate", "--workers", "2", "--max-rate", "200", *LEDGER, typed=[("/s", "\x03")]
+        )
+        assert shown.code == 130, shown.text
+        assert "lucent: interrupted; run it again to go on" in shown.text.replace("\n", " ")
+        assert "Traceback" not in shown.text
+        assert 0 < stored_under(engine, "v2") < 6000
+    finally:
+        drop_everything(engine)
+        engine.dispose()
+
+
+def test_the_shell_completes_commands_and_options(lucent: Lucent) -> None:
+    for words, expected in (("lucent ret", "retire-check"), ("lucent rotate --dry", "--dry-run")):
+        position = str(len(words.split()) - 1)
+        done = lucent(
+            env={"_LUCENT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": position}
+        )
+        assert done.out.split() == [expected]
+
+
+def test_the_version_is_printed(lucent: Lucent) -> None:
+    assert re.fullmatch(r"sqlalchemy-lucent \d[\w.]+\n", lucent("--version").out)
