@@ -1,0 +1,127 @@
+"""Rows per second of a rotation on PostgreSQL by two spawned workers, beside one and beside none.
+
+python -m tests.bench.bench_rotation_workers [--smoke]
+
+What a worker does for each range (a task to unpickle, a connection, the compiling of its
+statements) is measured with it, and so are the statements that cut the table and the count that
+ends a run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+
+from sqlalchemy import URL, Engine, create_engine, text
+
+from sqlalchemy_lucent import Keyring, RotationReport, rotate, set_default_keyring
+from tests.bench.bench_rotation import fill, table
+from tests.bench.documents import DOCUMENTS
+from tests.bench.measure import KEYS, Contender, Figure, at_least, in_turns, run_alone
+from tests.bench.servers import bench_database
+from tests.databases import drop_everything
+
+TITLE = "Rotation: two workers"
+ABOUT = """\
+`rotate` on PostgreSQL with `executor=` a `ProcessPoolExecutor` of two spawned processes. *One
+worker* is an executor of one process, which does the same as each of the two; *alone* is `rotate`
+without an executor. They run in turns on one table, with the default batches and ranges, and
+before each turn the table is vacuumed. The processes live for all of the rounds, so that their
+start is not in the figures. The server runs on the same cores as the workers. The figures are rows
+a second."""
+
+ROWS = {"small": 100_000, "medium": 40_000}
+WORKERS = {"one worker": 1, "two workers": 2}
+GOALS = {"one worker": at_least(1.4)}
+VARIABLE = "LUCENT_BENCH_URL"
+
+
+def start_worker(url: str) -> None:
+    os.environ[VARIABLE] = url
+
+
+def connect() -> Engine:
+    return create_engine(os.environ[VARIABLE])
+
+
+def to_v1() -> Keyring:
+    return KEYS.with_primary("v1")
+
+
+def to_v2() -> Keyring:
+    return KEYS
+
+
+def clean(engine: Engine) -> None:
+    """Have the server do now what it would do at a moment of its own."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE documents"))
+        connection.execute(text("CHECKPOINT"))
+
+
+def measure_on(
+    engine: Engine, executors: dict[str, Executor], size: str, smoke: bool
+) -> Iterator[Figure]:
+    rows, rounds = (20, 1) if smoke else (ROWS[size], 3)
+    fill(engine, table, "payload", [DOCUMENTS[size](n % 100) for n in range(rows)])
+    # Each run turns the values back under the other key.
+    keyrings = itertools.cycle([to_v1, to_v2])
+
+    def run(rotation: Callable[..., RotationReport]) -> None:
+        report = rotation(engine, table, keyring=next(keyrings))
+        assert (report.ok, report.rotated, report.taken_over) == (True, rows, ())
+
+    rotations: dict[str, Callable[..., RotationReport]] = {"alone": rotate}
+    for name, executor in executors.items():
+        # So few rows would be one range, which no worker gets.
+        ranges = 2 if smoke else None
+        rotations[name] = partial(rotate, executor=executor, connect=connect, ranges=ranges)
+    turns = in_turns(
+        {
+            name: Contender(partial(run, rotation), partial(clean, engine))
+            for name, rotation in rotations.items()
+        },
+        rounds,
+    )
+    for name in ("one worker", "alone"):
+        yield Figure(
+            group=f"PostgreSQL, {rows:,} {size} documents",
+            name="two workers",
+            ours=rows / turns.median("two workers"),
+            against=name,
+            reference=rows / turns.median(name),
+            unit="rows/s",
+            ratio=turns.ratio(name, to="two workers"),
+            goal=GOALS.get(name),
+        )
+    drop_everything(engine)
+
+
+def spawned(workers: int, url: URL) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=start_worker,
+        initargs=(url.render_as_string(hide_password=False),),
+    )
+
+
+def measure(smoke: bool = False) -> Iterator[Figure]:
+    set_default_keyring(KEYS)
+    with bench_database("postgresql") as url, ExitStack() as stack:
+        executors: dict[str, Executor] = {
+            name: stack.enter_context(spawned(workers, url)) for name, workers in WORKERS.items()
+        }
+        engine = create_engine(url)
+        for size in ROWS:
+            yield from measure_on(engine, executors, size, smoke)
+        engine.dispose()
+
+
+if __name__ == "__main__":
+    run_alone(measure)

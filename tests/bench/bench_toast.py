@@ -1,0 +1,114 @@
+"""What PostgreSQL's ``toast_tuple_target`` does for secrets of 2.3 kB.
+
+python -m tests.bench.bench_toast [--smoke]
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from sqlalchemy import Engine, create_engine, select, text
+from sqlalchemy.orm import DeclarativeBase, Session
+
+from sqlalchemy_lucent import (
+    LucentSecretMixin,
+    LucentSecrets,
+    SecretKey,
+    rotate,
+    set_default_keyring,
+)
+from tests.bench.documents import medium
+from tests.bench.measure import KEYS, Figure, in_turns, run_alone
+from tests.bench.servers import bench_database
+
+TITLE = "PostgreSQL: toast_tuple_target"
+ABOUT = """\
+PostgreSQL moves a value out of its row, into a table of its own, when the row is longer than some
+2 kB. A sealed service-account key is just past that, and does not compress.
+`ALTER TABLE lucent_secrets SET (toast_tuple_target = 4080)` keeps it in the row. *Ours* is the
+table with that setting, and the other the same table without. There is no goal: this shows when
+the setting pays."""
+
+ROWS = 10_000
+TARGET = 4080
+
+
+class Secrets(LucentSecretMixin, DeclarativeBase):
+    __abstract__ = True
+
+
+class Inline(Secrets):
+    __tablename__ = "bench_secrets_inline"
+
+
+class Toasted(Secrets):
+    __tablename__ = "bench_secrets_toasted"
+
+
+MODELS: dict[str, type[Secrets]] = {"with": Inline, "without": Toasted}
+
+
+def key(number: int) -> SecretKey:
+    return SecretKey("tenant", f"tenant_{number:06}", "googleDrive", "serviceAccount")
+
+
+def filled(engine: Engine, rows: int) -> None:
+    Inline.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(
+            text(f"ALTER TABLE {Inline.__tablename__} SET (toast_tuple_target = {TARGET})")
+        )
+    for first in range(0, rows, 1000):
+        values = {key(n): medium(n % 100) for n in range(first, min(first + 1000, rows))}
+        for model in MODELS.values():
+            with Session(engine) as session, session.begin():
+                LucentSecrets(session, model=model).set_many(values)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE"))
+
+
+def measure(smoke: bool = False) -> Iterator[Figure]:
+    set_default_keyring(KEYS)
+    rows, rounds = (20, 1) if smoke else (ROWS, 5)
+    with bench_database("postgresql") as url:
+        engine = create_engine(url)
+        filled(engine, rows)
+        some = [key(n) for n in range(0, rows, max(1, rows // 1000))]
+
+        def get_many(model: type[Secrets]) -> None:
+            with Session(engine) as session:
+                assert len(LucentSecrets(session, model=model).get_many(some)) == len(some)
+
+        def select_all(model: type[Secrets]) -> None:
+            with Session(engine) as session:
+                assert len(session.execute(select(model.payload)).all()) == rows
+
+        keyrings = {name: itertools.cycle([KEYS.with_primary("v1"), KEYS]) for name in MODELS}
+
+        def rotate_all(model: type[Secrets]) -> None:
+            keyring = next(keyrings["with" if model is Inline else "without"])
+            assert rotate(engine, model.metadata.tables[model.__tablename__], keyring=keyring).ok
+
+        work: dict[str, tuple[int, Callable[[type[Secrets]], None]]] = {
+            "get_many": (len(some), get_many),
+            "select all, unopened": (rows, select_all),
+            "rotate": (rows, rotate_all),
+        }
+        for name, (count, do) in work.items():
+            turns = in_turns({name: partial(do, model) for name, model in MODELS.items()}, rounds)
+            yield Figure(
+                group="2.3 kB secrets",
+                name=name,
+                ours=count / turns.median("with"),
+                against="without",
+                reference=count / turns.median("without"),
+                unit="rows/s",
+                ratio=turns.ratio("without", to="with"),
+            )
+        engine.dispose()
+
+
+if __name__ == "__main__":
+    run_alone(measure)

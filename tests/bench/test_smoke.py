@@ -1,0 +1,53 @@
+"""Every benchmark runs on tiny sizes, and the page holds every figure. No time is asserted."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import pytest
+
+# Both are in the dependency group `bench` alone, which the oldest versions are tested without.
+pytest.importorskip("matplotlib")
+pytest.importorskip("sqlalchemy_encrypted_field")
+
+with warnings.catch_warnings():
+    # advanced-alchemy uses what SQLAlchemy 2.1 has deprecated.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from tests.bench.page import BENCHES, PLOTS, Result, write_page
+
+FIGURES = {
+    "codec": 2 * 3 * 4 + 2 * 2 * 5,
+    "core": 2 * 2 * 2,
+    "orm": 2 * 3 * 2,
+    "databases": 2 * 5 * (3 * 2 + 2),
+    "repository": 4 * 2 * 4,
+    "rotation": 3 * 2 * 4,
+    "workers": 2 * 2,
+    "swap": 3 * 2,
+    "toast": 3,
+    "memory": 2 + 2,
+    "import": 2 * 2 + 1,
+    "growth": 2 * 8,
+}
+"""How many each gives: on databases, sizes and kinds of work."""
+
+
+@pytest.mark.slow
+def test_every_benchmark_runs_and_the_page_holds_every_figure(tmp_path: Path) -> None:
+    results = []
+    for name, bench in BENCHES.items():
+        figures = list(bench.measure(smoke=True))
+        assert len(figures) == FIGURES[name], name
+        assert len({(each.group, each.name, each.against) for each in figures}) == len(figures)
+        assert all(math.isfinite(each.ours) and math.isfinite(each.ratio) for each in figures)
+        results.append(Result(name, figures, seconds=0))
+    page = write_page(results, tmp_path).read_text("utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and line.count("|") == 8]
+    assert len(rows) == sum(FIGURES.values()) + page.count("| | ours |")
+    for bench in BENCHES.values():
+        assert f"## {bench.TITLE}\n" in page
+    for plot in PLOTS.values():
+        assert f"](_static/{plot.file})" in page
+        assert (tmp_path / "_static" / plot.file).stat().st_size > 1000
