@@ -16,6 +16,7 @@ OUTPUT_MARK: Final = "<!-- output -->"
 
 # Not the colons of an admonition: what is inside one is read like everything else.
 _FENCE: Final = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>.*)$")
+_CAPTION: Final = ":caption: "
 _LINK: Final = re.compile(r"\]\((?P<target>[^()\s]+)\)")
 _TEST: Final = re.compile(r"`(?P<path>tests/[\w/]+\.py)(?:::(?P<name>\w+))?`")
 
@@ -28,6 +29,14 @@ class Block:
     text: str
     line: int
     is_output: bool
+
+    @property
+    def file(self) -> tuple[str, str] | None:
+        """The name and the text of the file that a ``{code-block}`` with a caption is."""
+        if not self.info.startswith("{code-block}") or not self.text.startswith(_CAPTION):
+            return None
+        caption, _, text = self.text.partition("\n")
+        return caption.removeprefix(_CAPTION), text.removeprefix("\n")
 
 
 def relative(page: Path) -> str:

@@ -1,42 +1,34 @@
-"""Build the project of ``docs/alembic.md`` from the page, and run its commands top to bottom."""
+"""``docs/alembic.md`` is a recording: run it again, and compare what its commands print."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import alembic
 import pytest
 
-from sqlalchemy_lucent.keyring import ENV_VARIABLES
+from .pages import ROOT
 
-from .pages import ROOT, blocks
+PAGE = """\
+```{code-block} python
+:caption: greet.py
 
-PAGE = ROOT / "docs" / "alembic.md"
-CAPTION = ":caption: "
+print("hello", flush=True)
+```
 
-# Exports and functions last from one command to the next, as in a terminal.
-SHELL = """
-if [ -f {state} ]; then source {state}; fi
-{command}
-code=$?
-{{ export -p; declare -f; }} > {state}
-exit $code
+```console
+$ export NAME=world
+$ python greet.py && echo $NAME
+goodbye
+```
 """
 
 
-def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Give the commands of a console block, each with the lines that it is said to print."""
-    found: list[tuple[str, list[str]]] = []
-    for line in text.splitlines():
-        if line.startswith("$ "):
-            found.append((line[2:], []))
-        else:
-            found[-1][1].append(line)
-    yield from found
+def record(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "docs" / "record_alembic.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
@@ -44,32 +36,31 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
     tuple(map(int, alembic.__version__.split(".")[:2])) < (1, 18),
     reason="Alembic takes comparators of others from 1.18 on",
 )
-def test_the_project_of_the_page_is_taken_through_its_life(tmp_path: Path) -> None:
-    project = tmp_path / "project"
-    project.mkdir()
-    environ = {name: value for name, value in os.environ.items() if name not in ENV_VARIABLES}
-    environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
-    environ["PYTHONPATH"] = str(ROOT)
-    ran = 0
-    for block in blocks(PAGE):
-        if block.info.startswith("{code-block}"):
-            caption, _, text = block.text.partition("\n")
-            assert caption.startswith(CAPTION), f"line {block.line}: a file without a name"
-            (project / caption.removeprefix(CAPTION)).write_text(text)
-        elif block.info == "console":
-            for command, printed in commands(block.text):
-                script = SHELL.format(state=tmp_path / "state", command=command)
-                done = subprocess.run(
-                    ["bash", "-c", script],
-                    cwd=project,
-                    env=environ,
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
-                output = done.stdout + done.stderr
-                assert done.returncode == 0, f"{command}\n{output}"
-                for line in printed:
-                    assert line in output, f"{command} did not print {line!r}, but\n{output}"
-                ran += 1
-    assert ran > 15
+def test_the_commands_of_the_page_print_what_it_says() -> None:
+    done = record("--check")
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_page_that_has_something_else_is_told_apart_and_mended(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+
+    done = record("--check", page)
+    assert done.returncode == 1
+    assert "-goodbye\n+hello\n+world" in done.stderr
+
+    assert record(page).returncode == 0
+    assert page.read_text() == PAGE.replace("goodbye", "hello\nworld")
+    assert record("--check", page).returncode == 0
+
+
+def test_a_command_that_fails_ends_the_recording(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```console\n$ echo why >&2; false\n$ echo more\n```\n")
+
+    done = record(page)
+
+    assert done.returncode == 1
+    assert "why" in done.stderr
+    assert "echo more\n```" in page.read_text()

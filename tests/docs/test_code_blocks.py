@@ -1,17 +1,21 @@
-"""Run the Python of the documentation, and compare what it prints with what the page says.
+"""Run the code and commands of the documentation, and compare what they print with the page.
 
-Each page is one program: its blocks run top to bottom in one module, in an empty directory, with a
-new key in the environment. A block that is not to run is not marked as Python.
+Each page is one program: its blocks run top to bottom in an empty directory, with a new key in the
+environment. Python runs in one module, a block with a caption is written to the file of that name,
+and what a command exports is in the environment of what follows. A block that is not to run is
+not marked as Python or as console.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Final
 
 import pytest
 from sqlalchemy import Engine
@@ -20,9 +24,21 @@ from sqlalchemy_lucent import generate_master_key, set_default_keyring
 from sqlalchemy_lucent.keyring import ENV_KEY, ENV_VARIABLES
 
 from .pages import PAGES, blocks, relative
+from .shell import Terminal, commands
 
-_NOT_RUN = frozenset({"text", "console", "ini", "toml", "sql", "bash"})
-_DIRECTIVES = frozenset({"{toctree}", "{eval-rst}", "{raw} html"})
+_NOT_RUN: Final = frozenset({"bash", "ini", "json", "sql", "text", "toml", "typescript"})
+_DIRECTIVES: Final = frozenset({"{toctree}", "{eval-rst}", "{raw} html"})
+
+# Their files and commands are made and run by tests of their own.
+_PROJECTS: Final = frozenset(
+    {"docs/alembic.md", "docs/benchmarks.md", "docs/celery.md", "docs/cli.md"}
+)
+# These install or test the whole project, which `.ci/run` and `make` do; or need a cluster, whose
+# side of it test_containers.py checks.
+_RUN_ELSEWHERE: Final = (".venv/bin/", "git ", "kubectl ", "make ", "pip install ")
+
+# What a page needs beside it, as fixtures of conftest.py.
+_SERVERS: Final = {"docs/key-managers.md": "key_managers"}
 
 
 @pytest.fixture
@@ -33,7 +49,10 @@ def page_module(
     for variable in ENV_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(ENV_KEY, generate_master_key())
-    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "page"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    monkeypatch.syspath_prepend(directory)
     set_default_keyring(None)
     # A real module, because dataclasses and pickle look their module up by name.
     module = ModuleType("documentation_page")
@@ -45,14 +64,30 @@ def page_module(
             value.dispose()
 
 
+# Said by advanced-alchemy, when it is imported on SQLAlchemy 2.1.
+@pytest.mark.filterwarnings("ignore:The declarative_mixin decorator")
 @pytest.mark.parametrize("page", PAGES, ids=relative)
-def test_code_runs_and_prints_what_the_page_says(page: Path, page_module: ModuleType) -> None:
+def test_code_runs_and_prints_what_the_page_says(
+    page: Path,
+    page_module: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    if relative(page) in _SERVERS:
+        request.getfixturevalue(_SERVERS[relative(page)])
+    terminal = Terminal(Path.cwd(), tmp_path / "state", os.environ)
     printed = None
     for block in blocks(page):
         if block.is_output:
             assert printed is not None, f"{relative(page)}:{block.line}: output of no code"
             assert printed == block.text, f"{relative(page)}:{block.line}: the output differs"
             printed = None
+        elif block.file is not None and relative(page) not in _PROJECTS:
+            name, text = block.file
+            Path(name).write_text(text)
+        elif block.info == "console" and relative(page) not in _PROJECTS:
+            _run_commands(block.text, terminal, monkeypatch)
         elif block.info == "python":
             # Padded, so that a traceback gives the line of the page.
             source = "\n" * (block.line - 1) + block.text
@@ -61,15 +96,43 @@ def test_code_runs_and_prints_what_the_page_says(page: Path, page_module: Module
             printed = stdout.getvalue()
 
 
+def _run_commands(text: str, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    if all(command.startswith(_RUN_ELSEWHERE) for command, _ in commands(text)):
+        return
+    terminal.run(text)
+    for variable in ENV_VARIABLES:
+        if variable in terminal.environ:
+            monkeypatch.setenv(variable, terminal.environ[variable])
+        else:
+            monkeypatch.delenv(variable, raising=False)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_every_block_has_a_language_that_is_known(page: Path) -> None:
     # Python under another name, or in a page's directive, would not be run.
     unknown = [
         f"{relative(page)}:{block.line}: {block.info!r}"
         for block in blocks(page)
-        if block.info != "python" and block.info not in _NOT_RUN and not block.info.startswith("{")
+        if block.info not in _NOT_RUN | _DIRECTIVES | {"python", "console", "yaml"}
+        and block.file is None
     ]
     assert not unknown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_no_block_of_text_is_python(page: Path) -> None:
+    # It would be Python that nobody runs.
+    disguised = [
+        f"{relative(page)}:{block.line}"
+        for block in blocks(page)
+        if block.info == "text"
+        and any(
+            line.startswith(("import ", "from ", "def ", "class ", "@"))
+            for line in block.text.splitlines()
+        )
+        and 'from "' not in block.text
+    ]
+    assert not disguised
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
@@ -79,17 +142,24 @@ def test_every_output_mark_has_its_text_block(page: Path) -> None:
     assert all(block.info == "text" for block in outputs)
 
 
-def test_the_pages_that_teach_have_code() -> None:
-    with_code = {
-        relative(page) for page in PAGES if any(block.info == "python" for block in blocks(page))
+def test_the_guides_have_code() -> None:
+    without = {
+        relative(page)
+        for page in PAGES
+        if not any(b.info == "python" or b.file is not None for b in blocks(page))
     }
-    assert with_code >= {
-        "README.md",
-        "docs/bytes.md",
-        "docs/from-lucent.md",
-        "docs/quickstart.md",
-        "docs/replacing-json.md",
-        "docs/value.md",
+    assert without <= {
+        "docs/CONTRIBUTING.md",
+        "docs/SECURITY.md",
+        "docs/benchmarks.md",
+        "docs/cli.md",
+        "docs/comparison.md",
+        "docs/demo-web.md",
+        "docs/design-notes.md",
+        "docs/errors.md",
+        "docs/index.md",
+        "docs/protection.md",
+        "docs/reference.md",
     }
 
 

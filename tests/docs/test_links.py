@@ -61,10 +61,10 @@ def test_every_file_named_in_the_readme_exists() -> None:
 
 
 def test_every_make_target_that_is_named_exists() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     for page in PAGES:
         text = prose(page) + "".join(b.text for b in blocks(page) if b.info == "console")
-        named = set(re.findall(r"(?:^\$ |`)make ([a-z]+)", text, re.MULTILINE))
+        named = set(re.findall(r"(?:^\$ |`)make ([a-z-]+)", text, re.MULTILINE))
         assert named <= targets, relative(page)
 
 

@@ -52,3 +52,13 @@ def test_a_block_that_is_not_closed_is_refused(tmp_path: Path) -> None:
     page.write_text("```python\npass\n")
     with pytest.raises(AssertionError, match="not closed"):
         list(blocks(page))
+
+
+def test_a_block_with_a_caption_is_a_file(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```{code-block} python\n:caption: app.py\n\nprint()\n```\n"
+        "```{code-block} python\nprint()\n```\n"
+        "```text\n:caption: app.py\n```\n"
+    )
+    assert [block.file for block in blocks(page)] == [("app.py", "print()\n"), None, None]

@@ -1,0 +1,23 @@
+"""Fixtures of the documentation's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from . import key_managers as servers
+
+
+@pytest.fixture
+def key_managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """AWS KMS, HashiCorp Vault and Google Cloud KMS on this machine, for their own clients."""
+    with (
+        servers.aws() as aws_environ,
+        servers.vault() as vault_environ,
+        servers.google(tmp_path) as google_environ,
+    ):
+        for name, value in {**aws_environ, **vault_environ, **google_environ}.items():
+            monkeypatch.setenv(name, value)
+        yield

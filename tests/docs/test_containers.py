@@ -1,0 +1,69 @@
+"""The files of ``docs/containers.md`` put a keyring where the package finds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sqlalchemy_lucent import Keyring, generate_master_key
+from sqlalchemy_lucent.keyring import ENV_VARIABLES
+
+from .pages import ROOT, blocks
+
+PAGE = ROOT / "docs" / "containers.md"
+
+
+def document(name: str) -> Any:
+    """Return the YAML block of the page that begins with its file's name."""
+    (text,) = (b.text for b in blocks(PAGE) if b.info == "yaml" and b.text.startswith(f"# {name}"))
+    return yaml.safe_load(text)
+
+
+def mounted(root: Path, path: str, content: str) -> Path:
+    """Write `content` where a container with its root at `root` would see `path`."""
+    file = root / path.removeprefix("/")
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    return file
+
+
+@pytest.fixture
+def keys() -> str:
+    return f"v2:{generate_master_key()},v1:{generate_master_key()}\n"
+
+
+def test_compose_mounts_the_file_that_the_variable_names(tmp_path: Path, keys: str) -> None:
+    compose = document("compose.yaml")
+    ((variable, path),) = compose["services"]["app"]["environment"].items()
+    (secret,) = compose["services"]["app"]["secrets"]
+    assert secret in compose["secrets"]
+    assert path == f"/run/secrets/{secret}"
+    assert variable in ENV_VARIABLES
+    file = mounted(tmp_path, path, keys)
+    assert Keyring.from_env({variable: str(file)}).versions == ("v2", "v1")
+
+
+def test_kubernetes_mounts_the_file_that_the_variable_names(tmp_path: Path, keys: str) -> None:
+    pod = document("deployment.yaml")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (variable,) = container["env"]
+    (mount,) = container["volumeMounts"]
+    (volume,) = pod["volumes"]
+    assert mount["name"] == volume["name"]
+    assert mount["readOnly"] is True
+    (command,) = (b.text for b in blocks(PAGE) if b.text.startswith("$ kubectl"))
+    *_, name, from_file = command.split()
+    assert name == volume["secret"]["secretName"]
+    key = from_file.removeprefix("--from-file=").partition("=")[0]
+    assert variable["value"] == f"{mount['mountPath']}/{key}"
+    assert variable["name"] in ENV_VARIABLES
+    file = mounted(tmp_path, variable["value"], keys)
+    assert Keyring.from_env({variable["name"]: str(file)}).primary == "v2"
+
+
+def test_the_page_names_every_variable() -> None:
+    text = PAGE.read_text("utf-8")
+    assert [name for name in ENV_VARIABLES if f"`{name}`" not in text] == []
