@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs wheel clean
+.PHONY: demo demo-web test lint docs bench wheel mutants checklist clean
 
 demo: .venv/.demo
 	$(BIN)/python docs/examples/demo.py
+
+demo-web: .venv/.demo-web
+	cd docs/examples && $(abspath $(BIN))/python -m webapp $(DEMO_ARGS)
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
@@ -14,15 +17,29 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 docs: .venv/.dev
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -b html docs docs/_build/html
 
+bench: .venv/.bench
+	$(BIN)/python -m tests.bench
+
+# The time of the last commit stands in the archives, so that the same commit gives the same bytes.
 wheel: .venv/.dev
-	$(BIN)/python -m build --outdir dist
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} \
+		$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
+mutants: .venv/.dev
+	$(BIN)/python .ci/mutants.py
+
+checklist: .venv/.dev
+	$(BIN)/python .ci/release.py
 
 clean:
-	rm -rf .venv dist docs/_build
+	rm -rf .venv dist docs/_build mutants
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -32,6 +49,14 @@ clean:
 	$(BIN)/python -m pip install --quiet --editable . --group demo
 	touch $@
 
+.venv/.demo-web: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable . --group demo-web
+	touch $@
+
 .venv/.dev: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+.venv/.bench: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable . --group bench
 	touch $@
