@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import pymysql
 import pytest
 from sqlalchemy import (
     JSON,
@@ -389,6 +390,9 @@ def test_the_cache_keeps_contexts_apart_where_no_column_tells_them_apart(
     engine: Engine, documents: Table
 ) -> None:
     first, second = EncryptedJSON(context="first"), EncryptedJSON(context="second")
+    if engine.driver == "pymysql" and pymysql.VERSION < (1, 2, 1):
+        # It sends bytes as text, which a SELECT without a column gives back as text.
+        engine = create_engine(engine.url.update_query_dict({"binary_prefix": "true"}))
     with engine.connect() as connection:
         for _ in range(2):
             for type_ in (first, second, documents.c.data.type):
@@ -399,6 +403,7 @@ def test_the_cache_keeps_contexts_apart_where_no_column_tells_them_apart(
             for type_ in (first, second):
                 with pytest.raises(TamperedError, match=type_.context):
                     connection.scalar(text(query).columns(data=type_))
+    engine.dispose()
 
 
 def test_every_option_is_part_of_the_cache_key() -> None:
