@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, Final
 
@@ -14,7 +14,10 @@ from alembic.operations.ops import (
     AlterColumnOp,
     CreateTableOp,
     DropColumnOp,
+    DropConstraintOp,
+    DropIndexOp,
     DropTableOp,
+    MigrateOperation,
     ModifyTableOps,
     UpgradeOps,
 )
@@ -79,13 +82,14 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
     assert connection is not None
     _warn_of_renames(upgrade_ops)
     conversions = list(_take_conversions(connection, upgrade_ops))
+    drops = list(_take_drops(autogen_context, upgrade_ops, conversions))
     if conversions and not upgrade_ops.is_empty():
         logger.warning(
             "This revision changes the schema and converts values. It converts first; if it is "
             "killed later on, it may have to be finished by hand. Two revisions are safer"
         )
     # First, so that a run that was killed while it converted can begin at the beginning again.
-    upgrade_ops.ops[:0] = conversions
+    upgrade_ops.ops[:0] = [*drops, *conversions]
     columns = [
         column
         for table in autogen_context.sorted_tables
@@ -172,6 +176,48 @@ def _take_conversions(connection: Connection, upgrade_ops: UpgradeOps) -> Iterat
             operation.existing_type, operation.modify_type = operation.modify_type, None
             if not operation.has_changes():
                 table_ops.ops.remove(operation)
+        if not table_ops.ops:
+            upgrade_ops.ops.remove(table_ops)
+
+
+def _take_drops(
+    autogen_context: AutogenContext,
+    upgrade_ops: UpgradeOps,
+    conversions: Iterable[ConvertColumnOp],
+) -> Iterator[MigrateOperation]:
+    """Take out what drops an index or constraint of a table that is converted.
+
+    A conversion refuses a column that has one, so these go first. It also commits what was before
+    it, so that after a kill they are done already: IF EXISTS, where Alembic and the database know
+    it.
+    """
+    assert autogen_context.dialect is not None
+    dialect = autogen_context.dialect
+    index_if_exists = dialect.name != "mysql" or getattr(dialect, "is_mariadb", False)
+    constraint_if_exists = dialect.name == "postgresql" and not autogen_context.opts.get(
+        "render_as_batch"
+    )
+    converted = {(operation.table_name, operation.schema) for operation in conversions}
+    for table_ops in list(upgrade_ops.ops):
+        if not isinstance(table_ops, ModifyTableOps):
+            continue
+        if (table_ops.table_name, table_ops.schema) not in converted:
+            continue
+        constraints = ModifyTableOps(table_ops.table_name, [], schema=table_ops.schema)
+        indexes: list[DropIndexOp] = []
+        for operation in list(table_ops.ops):
+            if isinstance(operation, DropIndexOp):
+                operation.if_exists = index_if_exists or None
+                indexes.append(operation)
+            elif isinstance(operation, DropConstraintOp):
+                operation.if_exists = constraint_if_exists or None
+                constraints.ops.append(operation)
+            else:
+                continue
+            table_ops.ops.remove(operation)
+        if constraints.ops:
+            yield constraints  # first: MySQL keeps an index that a foreign key needs
+        yield from indexes  # not in a batch, which does not take `if_exists`
         if not table_ops.ops:
             upgrade_ops.ops.remove(table_ops)
 

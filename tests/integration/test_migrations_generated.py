@@ -179,6 +179,53 @@ def test_a_conversion_with_another_change_of_its_column(
     own.dispose()
 
 
+@pytest.mark.parametrize("batch", [False, True], ids=["", "batch"])
+def test_an_index_that_goes_with_a_conversion_is_dropped_before_it(
+    engine: Engine, tmp_path: Path, batch: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    if engine.dialect.name == "sqlite" and not batch:
+        pytest.skip("SQLite drops constraints only in Alembic's batch mode")
+    own = create_engine(engine.url, poolclass=pool.NullPool)
+    project = Project(tmp_path, own, batch=batch)
+
+    def people(type_: Any, *constraints: Any) -> MetaData:
+        metadata = MetaData()
+        columns = (Column("id", Integer, primary_key=True), Column("credentials", type_))
+        Table("people", metadata, *columns, *constraints)
+        return metadata
+
+    sealed = people(EncryptedJSON())
+    plain = people(
+        String(200),
+        sa.Index("ix_credentials", "credentials"),
+        sa.UniqueConstraint("credentials", name="uq_credentials"),
+    )
+    project.up(plain)
+    with engine.begin() as connection:
+        rows = [{"id": n, "credentials": f'"value {n}"'} for n in range(1, 4)]
+        connection.execute(plain.tables["people"].insert(), rows)
+    values = {row["id"]: f"value {row['id']}" for row in rows}
+
+    code = project.up(sealed, "encrypt_column")
+    assert read(engine, sealed) == values
+    assert "Two revisions are safer" not in caplog.text
+
+    command.downgrade(project.config, "-1")
+    inspector = sa.inspect(engine)
+    assert "ix_credentials" in {index["name"] for index in inspector.get_indexes("people")}
+    names = {unique["name"] for unique in inspector.get_unique_constraints("people")}
+    assert "uq_credentials" in names
+
+    # As if it had been killed after the first drop was committed.
+    with engine.begin() as connection:
+        on = " ON people" if engine.dialect.name == "mysql" else ""
+        connection.execute(sa.text(f"DROP INDEX ix_credentials{on}"))
+    assert "if_exists=True" in code
+    command.upgrade(project.config, "head")
+    assert read(engine, sealed) == values
+    own.dispose()
+
+
 def test_a_table_of_secrets_is_written_for_every_database(tmp_path: Path, databases: Any) -> None:
     metadata = MetaData()
     secrets_table(metadata, "lucent_secrets")
