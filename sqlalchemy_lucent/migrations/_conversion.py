@@ -349,7 +349,11 @@ class _Conversion:
 
     def _log(self, progress: RotationProgress) -> None:
         logger.info(
-            "%s %d values of %s so far", self._plan.verb, progress.rotated, self._plan.full_name
+            "%s %d of %d values of %s so far",
+            self._plan.verb,
+            progress.rotated,
+            max(progress.total, progress.rotated),
+            self._plan.full_name,
         )
 
     def _stop_if_failed(self, failures: Failures) -> None:

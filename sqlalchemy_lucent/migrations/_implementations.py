@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Column, Connection, MetaData, Table, func, inspect, literal, select
 from sqlalchemy import table as table_clause
+from sqlalchemy.exc import PendingRollbackError
 
 from ..exceptions import RotationError
 from ..keyring import default_keyring
@@ -66,7 +68,7 @@ def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedC
     context = operations.migration_context
     name = operation.full_name
     _refuse_where_batches_cannot_commit(context, f"rotate_encrypted_column of {name}")
-    with context.autocommit_block():
+    with _autocommit_block(context):
         assert context.connection is not None
         column = _reflect(context.connection, operation, operation.accept_contexts)
         if is_empty(context.connection, column):
@@ -104,7 +106,7 @@ def _decrypt_column(operations: Operations, operation: DecryptColumnOp) -> None:
 def _convert(operations: Operations, operation: ConvertColumnOp, what: str) -> None:
     context = operations.migration_context
     _refuse_where_batches_cannot_commit(context, what)
-    with context.autocommit_block():
+    with _autocommit_block(context):
         convert_column(operations, operation.plan())
 
 
@@ -113,7 +115,7 @@ def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedC
     context = operations.migration_context
     name = operation.full_name
     _refuse_where_batches_cannot_commit(context, f"rebind_encrypted_column of {name}")
-    with context.autocommit_block():
+    with _autocommit_block(context):
         connection = context.connection
         assert connection is not None
         column = _reflect(connection, operation, accept_contexts=[operation.from_context])
@@ -132,6 +134,33 @@ def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedC
     logger.info(
         "sealed %d values of %s anew in context %s", report.rotated, name, operation.own_context
     )
+
+
+@contextmanager
+def _autocommit_block(context: MigrationContext) -> Iterator[None]:
+    """Alembic's block, except that what ended it is raised also when the connection is gone.
+
+    SQLAlchemy gives a connection up that is interrupted (Ctrl-C) or lost; the block fails to end
+    on it, and that failure would be all that is said.
+    """
+    cause: BaseException | None = None
+    try:
+        with context.autocommit_block():
+            try:
+                yield
+            except BaseException as error:
+                cause = error
+                if isinstance(error, KeyboardInterrupt):
+                    logger.warning(
+                        "interrupted; the batch in hand is rolled back, the others are kept, and "
+                        "the revision is not stamped. Run it again to go on"
+                    )
+                raise
+    except PendingRollbackError:
+        if cause is None:
+            raise
+    if cause is not None:
+        raise cause
 
 
 def _finish(report: RotationReport, name: str) -> None:
@@ -161,7 +190,11 @@ def is_empty(connection: Connection, column: Column[Any]) -> bool:
 
 
 def _log(progress: RotationProgress) -> None:
-    logger.info("re-encrypted %d values of %s so far", progress.rotated, progress.table)
+    # Writers may have added some since they were counted.
+    total = max(progress.total, progress.rotated)
+    logger.info(
+        "re-encrypted %d of %d values of %s so far", progress.rotated, total, progress.table
+    )
 
 
 def _refuse_where_batches_cannot_commit(context: MigrationContext, what: str) -> None:

@@ -760,7 +760,33 @@ def test_progress_goes_through_alembics_logging(
     with caplog.at_level(logging.INFO, logger="alembic.runtime.migration"):
         encrypt(engine, sa.JSON())
 
-    assert "sealed 6 values of users.credentials so far" in caplog.text
+    assert "sealed 6 of 6 values of users.credentials so far" in caplog.text
+
+
+def test_an_interrupt_is_what_is_raised_and_the_next_run_goes_on(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {n: {"n": n} for n in range(1, 301)}
+    fill(engine, plain_table(sa.JSON()), values)
+    batches = itertools.count()
+
+    def interrupt(*_: Any) -> None:
+        if next(batches) == 2:
+            raise KeyboardInterrupt
+
+    # Raised in the driver's call, upon which SQLAlchemy gives the connection up.
+    event.listen(engine, "do_executemany", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        encrypt(engine, sa.JSON(), batch_size=50)
+    event.remove(engine, "do_executemany", interrupt)
+
+    assert "interrupted; the batch in hand is rolled back" in caplog.text
+    assert read(engine, plain_table(sa.JSON())) == values
+    with engine.connect() as connection:
+        through = sa.text(f"SELECT count({THROUGH}) FROM users")
+        assert connection.scalar(through) == 100
+    encrypt(engine, sa.JSON())
+    assert read(engine, sealed_table()) == values
 
 
 # -- writers meanwhile -----------------------------------------------------------------------------
