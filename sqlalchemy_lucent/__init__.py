@@ -1,8 +1,12 @@
-"""Encrypted JSON for SQLAlchemy: sealed columns, scoped secrets, online key rotation."""
+"""Encrypted JSON for SQLAlchemy: sealed columns, scoped secrets, online key rotation.
 
-from .binding import bound_rows, row_bound
-from .config import Lucent, LucentConfig, SecretsConfig
-from .events import SecretAccess
+A column needs neither the ORM nor the rotation: what does is imported at its first use, so that a
+process pays at its start only for what it uses (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .exceptions import (
     ConfigurationError,
     ConflictError,
@@ -22,26 +26,31 @@ from .exceptions import (
     WrongKeyError,
 )
 from .keyring import Keyring, default_keyring, generate_master_key, set_default_keyring
-from .models import LucentBase, LucentSecret, LucentSecretMixin
-from .repository import AsyncLucentSecrets, LucentSecrets, SecretInfo
-from .rotation import (
-    FailedRow,
-    RotationProgress,
-    RotationReport,
-    StatusReport,
-    StatusRow,
-    VerifyReport,
-    aretire_check,
-    arotate,
-    astatus,
-    averify,
-    retire_check,
-    rotate,
-    status,
-    verify,
-)
-from .secret_key import SecretKey
 from .types import Bound, EncryptedJSON, Sealed
+
+if TYPE_CHECKING:
+    from .binding import bound_rows, row_bound
+    from .config import Lucent, LucentConfig, SecretsConfig
+    from .events import SecretAccess
+    from .models import LucentBase, LucentSecret, LucentSecretMixin
+    from .repository import AsyncLucentSecrets, LucentSecrets, SecretInfo
+    from .rotation import (
+        FailedRow,
+        RotationProgress,
+        RotationReport,
+        StatusReport,
+        StatusRow,
+        VerifyReport,
+        aretire_check,
+        arotate,
+        astatus,
+        averify,
+        retire_check,
+        rotate,
+        status,
+        verify,
+    )
+    from .secret_key import SecretKey
 
 __version__ = "0.1.0"
 
@@ -98,3 +107,50 @@ __all__ = [
     "status",
     "verify",
 ]
+
+_AT_FIRST_USE = {
+    "AsyncLucentSecrets": "repository",
+    "FailedRow": "rotation",
+    "Lucent": "config",
+    "LucentBase": "models",
+    "LucentConfig": "config",
+    "LucentSecret": "models",
+    "LucentSecretMixin": "models",
+    "LucentSecrets": "repository",
+    "RotationProgress": "rotation",
+    "RotationReport": "rotation",
+    "SecretAccess": "events",
+    "SecretInfo": "repository",
+    "SecretKey": "secret_key",
+    "SecretsConfig": "config",
+    "StatusReport": "rotation",
+    "StatusRow": "rotation",
+    "VerifyReport": "rotation",
+    "aretire_check": "rotation",
+    "arotate": "rotation",
+    "astatus": "rotation",
+    "averify": "rotation",
+    "bound_rows": "binding",
+    "retire_check": "rotation",
+    "rotate": "rotation",
+    "row_bound": "binding",
+    "status": "rotation",
+    "verify": "rotation",
+}
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# Not for type checkers, which would take any name for one of this module.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name in _AT_FIRST_USE:
+            value = getattr(import_module(f".{_AT_FIRST_USE[name]}", __name__), name)
+            globals()[name] = value  # so that it is asked for once
+            return value
+        if name in _AT_FIRST_USE.values():
+            return import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,7 +26,6 @@ from typing import Any, Final, NoReturn
 from sqlalchemy import JSON, Column, DefaultClause, LargeBinary, Table, event
 from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.exc import StatementError
-from sqlalchemy.orm import Mapper
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.base import SchemaEventTarget
 from sqlalchemy.sql.elements import ColumnClause, ColumnElement, Null
@@ -46,7 +45,6 @@ from .exceptions import (
     UnsupportedOperationError,
 )
 from .keyring import Keyring, default_keyring
-from .mutable import track_mapped_columns
 
 RowPart = str | int | uuid.UUID
 """A value of a binding column: each has one exact text form."""
@@ -394,6 +392,10 @@ class EncryptedJSON(TypeDecorator[Any]):
         if type_.lazy or type_.bound_to:
             raise ConfigurationError("a lazy or row-bound EncryptedJSON does not track changes")
         type_.tracks_changes = True
+        from sqlalchemy.orm import Mapper  # with the ORM only
+
+        from .mutable import track_mapped_columns
+
         # Whether a mapped column asks for tracking is known when its mapper is configured. One
         # listener serves them all.
         if not event.contains(Mapper, "mapper_configured", track_mapped_columns):

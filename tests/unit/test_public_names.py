@@ -29,13 +29,35 @@ def test_all_is_sorted_and_without_duplicates() -> None:
 
 
 def test_all_is_complete() -> None:
-    imported = {
-        alias.asname or alias.name
+    at_once = {
+        alias.name
         for node in SOURCE.body
+        if isinstance(node, ast.ImportFrom) and node.level
+        for alias in node.names
+    }
+    later = set(sqlalchemy_lucent._AT_FIRST_USE)
+    assert not at_once & later
+    assert at_once | later | {"__version__"} == set(sqlalchemy_lucent.__all__)
+
+
+def test_what_type_checkers_see_is_what_is_imported_at_first_use() -> None:
+    (block,) = (
+        node
+        for node in SOURCE.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    seen = {
+        alias.name: node.module
+        for node in block.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert imported | {"__version__"} == set(sqlalchemy_lucent.__all__)
+    assert seen == sqlalchemy_lucent._AT_FIRST_USE
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        getattr(sqlalchemy_lucent, "nothing")  # noqa: B009
 
 
 def test_all_has_the_names_of_the_contract() -> None:
@@ -58,7 +80,12 @@ def test_star_import_gives_all() -> None:
 
 def test_the_package_holds_exports_only() -> None:
     allowed = (ast.ImportFrom, ast.Assign, ast.Expr)
-    assert all(isinstance(node, allowed) for node in SOURCE.body)
+    others = [node for node in SOURCE.body if not isinstance(node, allowed)]
+    assert [ast.unparse(node).splitlines()[0] for node in others] == [
+        "if TYPE_CHECKING:",
+        "def __dir__() -> list[str]:",
+        "if not TYPE_CHECKING:",
+    ]
 
 
 def fresh(code: str) -> list[str]:
@@ -74,6 +101,19 @@ def fresh(code: str) -> list[str]:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
+
+
+def test_each_name_is_imported_at_its_first_use_and_kept() -> None:
+    printed = fresh("""if True:
+        import sys
+        import sqlalchemy_lucent as package
+        print("sqlalchemy.orm" in sys.modules, set(package._AT_FIRST_USE) & set(vars(package)))
+        assert set(package.__all__) <= set(dir(package))
+        assert package.rotation is sys.modules["sqlalchemy_lucent.rotation"]
+        for name in package.__all__:
+            assert getattr(package, name) is vars(package)[name], name
+    """)
+    assert printed == ["False", "set()"]
 
 
 def test_importing_loads_nothing_that_only_some_users_need() -> None:
