@@ -439,9 +439,9 @@ def test_a_dask_cluster_of_two_processes(
         assert stopped.rotated
         assert updates == []
         report = again(keyring=promoted)
-        # A range that was at work when the run was stopped may come to its end beside this one.
         assert (report.ok, report.taken_over) == (True, ())
-        assert 0 < report.rotated <= 2 * ROWS - stopped.rotated
+        # Ranges that were at work when the run was stopped may have come to their end since.
+        assert report.rotated <= 2 * ROWS - stopped.rotated
         _assert_free_of_keys(executor)
         workers = client.run(os.getpid)
         assert len(set(workers.values())) == 2
