@@ -84,10 +84,7 @@ class Subkey:
         :raises SerializationError: `plaintext` has 2^31 bytes or more, past what the library of
             the cipher takes.
         """
-        return self._seal(plaintext, row, os.urandom(NONCE_SIZE))
-
-    def _seal(self, plaintext: bytes, row: bytes, nonce: bytes) -> bytes:
-        # Apart from `seal` so that golden vectors can fix the nonce. Nothing else may.
+        nonce = os.urandom(NONCE_SIZE)
         try:
             ciphertext = self._aead.encrypt(nonce, plaintext, self.associated_data + row)
         except OverflowError:

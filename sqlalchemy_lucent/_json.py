@@ -57,7 +57,7 @@ _PLAIN_ONLY: Final = (
 _FLOAT: Final = 0xCB
 _may_be_infinite_or_nan = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]").search
 
-_decode = msgspec.json.Decoder().decode
+decode = msgspec.json.Decoder().decode
 
 
 class Codec(Protocol):
@@ -88,7 +88,7 @@ class StrictCodec:
     def loads(self, data: bytes) -> JSONValue:
         """Return the value that `data` holds."""
         try:
-            return _decode(data)
+            return decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             fault = type(error).__name__
         raise SerializationError(
@@ -168,7 +168,7 @@ def _serialize(serializer: Callable[[JSONValue], str | bytes], value: JSONValue)
 def _dumps_compared(value: JSONValue) -> bytes:
     try:
         data = orjson.dumps(value, _unwrap, _ORJSON_OPTIONS)
-        if same_value(_decode(data), value):
+        if same_value(decode(data), value):
             return data
     except Exception:  # noqa: BLE001, S110  (a value's own methods may raise anything)
         pass  # an integer past 64 bits, or a fault that is reported below
@@ -201,7 +201,7 @@ def _dumps_carefully(value: JSONValue) -> bytes:
         if fault is None:
             text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
             data = text.encode("utf-8")
-            if same_value(_decode(data), value):
+            if same_value(decode(data), value):
                 return data
             fault = f"$: a value of type {type(value).__name__} does not come back equal from JSON"
     except Exception as error:  # noqa: BLE001  (a value's own methods may raise anything)

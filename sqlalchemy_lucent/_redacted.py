@@ -61,7 +61,7 @@ class RedactedStr(str):
         return type(self), (str.__str__(self),)
 
 
-_REDACTED: Final[dict[type[Any], type[Any]]] = {
+REDACTED: Final[dict[type[Any], type[Any]]] = {
     dict: RedactedDict,
     list: RedactedList,
     str: RedactedStr,
@@ -70,5 +70,5 @@ _REDACTED: Final[dict[type[Any], type[Any]]] = {
 
 def redact(value: Any) -> Any:
     """Return `value` as its redacted counterpart, if it has one."""
-    wrapper = _REDACTED.get(type(value))
+    wrapper = REDACTED.get(type(value))
     return value if wrapper is None else wrapper(value)

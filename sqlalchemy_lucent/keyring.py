@@ -110,7 +110,7 @@ def _read_keys(pairs: Collection[tuple[object, object]]) -> dict[str, _aead.Mast
 class ContextKeys:
     """The subkeys of one context under every key of a keyring. Internal; made by `Keyring`."""
 
-    __slots__ = ("_context", "_keyring", "_subkeys", "_usual_size", "primary")
+    __slots__ = ("_context", "_keyring", "primary", "subkeys", "usual_size")
 
     def __init__(self, keyring: Keyring, context: str) -> None:
         encoded = context.encode("utf-8", "surrogatepass")
@@ -119,9 +119,9 @@ class ContextKeys:
         # By header, which holds the version, the format and the key id: one look-up finds the
         # right key or nothing. No key is ever tried on the chance that it fits.
         subkeys = {v: key.subkey(v, encoded) for v, key in keyring._master_keys.items()}
-        self._subkeys = {subkey.header: subkey for subkey in subkeys.values()}
+        self.subkeys = {subkey.header: subkey for subkey in subkeys.values()}
         self.primary = subkeys[keyring.primary]
-        self._usual_size = len(self.primary.header)
+        self.usual_size = len(self.primary.header)
 
     def seal(self, plaintext: bytes, row: bytes = b"") -> bytes:
         """Seal `plaintext` under the primary key."""
@@ -130,9 +130,9 @@ class ContextKeys:
     def open(self, sealed: bytes, row: bytes = b"") -> bytes:
         """Return the plaintext of `sealed`, or raise the `DecryptionError` that says why not."""
         # Most headers are as long as the primary's, which saves looking for where this one ends.
-        subkey = self._subkeys.get(sealed[: self._usual_size])
+        subkey = self.subkeys.get(sealed[: self.usual_size])
         if subkey is None:
-            subkey = self._subkeys.get(sealed[: header_size(sealed)])
+            subkey = self.subkeys.get(sealed[: header_size(sealed)])
             if subkey is None:
                 raise self._diagnose(sealed)
         plaintext = subkey.open(sealed, row)
@@ -468,6 +468,15 @@ def default_keyring() -> Keyring:
     if known is None:
         known = _from_environment = Keyring.from_env()
     return known
+
+
+def context_keys(context: str, keyring: Keyring | None = None) -> ContextKeys:
+    """Return the subkeys of `context` in `keyring`, or in the default one. Internal."""
+    # One function of what is asked for each value, and would be three calls.
+    if keyring is None:
+        keyring = _default if type(_default) is Keyring else default_keyring()
+    keys = keyring._contexts.get(context)
+    return keyring.for_context(context) if keys is None else keys
 
 
 def _call(source: Callable[[], Keyring]) -> Keyring:

@@ -34,8 +34,8 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from . import _sql
 from ._dialects import is_mysql
 from ._envelope import Envelope, length_prefixed, parse
-from ._json import STRICT, Codec, EngineCodec
-from ._redacted import redact
+from ._json import STRICT, Codec, EngineCodec, decode
+from ._redacted import REDACTED, redact
 from ._schema import Schema
 from .exceptions import (
     ConfigurationError,
@@ -44,7 +44,7 @@ from .exceptions import (
     TamperedError,
     UnsupportedOperationError,
 )
-from .keyring import Keyring, default_keyring
+from .keyring import Keyring, context_keys, default_keyring
 
 RowPart = str | int | uuid.UUID
 """A value of a binding column: each has one exact text form."""
@@ -111,8 +111,7 @@ class ColumnCodec:
         except SerializationError as error:
             fault = str(error)
         else:
-            keys = (keyring or default_keyring()).for_context(self.contexts[0])
-            return keys.primary.seal(document, row)
+            return context_keys(self.contexts[0], keyring).primary.seal(document, row)
         raise SerializationError(f"{self.contexts[0]}: {fault}")
 
     def open(self, data: Any, row: bytes = b"", keyring: Keyring | None = None) -> Any:
@@ -129,6 +128,30 @@ class ColumnCodec:
                 document if self.codec is STRICT else self.codec.loads(document)
             )
         return redact(value) if self.redacts else value
+
+    def opener(self) -> Callable[[Any], Any]:
+        """Return :meth:`open` for the values of a result, which are many.
+
+        What is usual is done without the layers between this column and its key; whatever else
+        there is, and whatever is wrong, goes through them.
+        """
+        if self.schema is not None or self.codec is not STRICT:
+            return self.open
+        context, through_the_layers = self.contexts[0], self.open
+        redacted = REDACTED if self.redacts else {}
+
+        def open_(data: Any) -> Any:
+            if data is None:
+                return None
+            try:
+                keys = context_keys(context)
+                value = decode(keys.subkeys[data[: keys.usual_size]].open(data) or b"")
+            except Exception:  # noqa: BLE001  (raised again by what follows, which says more)
+                return through_the_layers(data)
+            wrapper = redacted.get(type(value))
+            return value if wrapper is None else wrapper(value)
+
+        return open_
 
 
 def as_bytes(value: Any) -> bytes:
@@ -502,7 +525,7 @@ class EncryptedJSON(TypeDecorator[Any]):
         column = self.column_codec(dialect)
         if self.lazy or self.bound_to:
             return lambda data: None if data is None else Sealed(as_bytes(data), column)
-        return column.open
+        return column.opener()
 
     def literal_processor(self, dialect: Dialect) -> NoReturn:
         """Refuse: a literal would put the value into SQL text, and errors about it into logs."""

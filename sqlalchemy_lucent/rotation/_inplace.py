@@ -138,7 +138,7 @@ class _Function:
     ) -> None:
         self.function_name = function_name
         self.name = sealed.name
-        self._renew = sealed.renew
+        self._open, self._seal = sealed.open, sealed.seal
         self._bound_to = sealed.bound_to
         clause = worker.target.clause
         self.column = clause.c[sealed.name]
@@ -162,13 +162,13 @@ class _Function:
     def _counting(self) -> tuple[Callable[..., bytes], Callable[[], tuple[int, int]]]:
         """Return what SQLite calls, and what tells how many values and bytes were renewed by it."""
         # Called for every value, so all that it needs is at hand.
-        renew = self._renew
+        open_, seal = self._open, self._seal
         written = size = 0
 
         def reseal(value: bytes, row: bytes = b"") -> bytes:
             nonlocal written, size
             try:
-                renewed = renew(value, row)
+                renewed = seal(open_(value, row), row)
             except (DecryptionError, ConfigurationError):
                 return value
             except BaseException as error:

@@ -102,29 +102,20 @@ class SealedColumn:
         self.header = self.keys.primary.header
         self.open: Callable[[bytes, bytes], bytes] = self.keys.open
         """Returns the plaintext of (sealed bytes, row context), or raises a `DecryptionError`."""
+        self.seal: Callable[[bytes, bytes], bytes] = self.keys.primary.seal
+        """Seals a plaintext, with its row context, under the primary key."""
         if len(self.contexts) > 1:
             self.open = partial(_open_in_contexts, self.contexts, keyring)
         self.bound_to = target.type.bound_to
         self.bound_columns = target.bound_to
         self._positions = [names.index(name) for name in target.bound_to]
         self.position = names.index(target.name)
-        self.renew = self._renewer()
 
     def row_context(self, row: Sequence[Any]) -> bytes:
         """Return the context that `row`, in the order of the select list, gives its value."""
         if not self._positions:
             return b""
         return encode_row([row[position] for position in self._positions], self.bound_to)
-
-    def _renewer(self) -> Callable[[bytes, bytes], bytes]:
-        # Called for every value, so it looks nothing up.
-        open_value, seal = self.open, self.keys.primary.seal
-
-        def renew(sealed: bytes, row: bytes) -> bytes:
-            """Return the same plaintext sealed under the primary key, or raise why not."""
-            return seal(open_value(sealed, row), row)
-
-        return renew
 
 
 class TableWorker:
@@ -327,7 +318,8 @@ class TableWorker:
         rows: Sequence[Sequence[Any]],
         failed: list[tuple[int, FailedRow]],
     ) -> _Renewed:
-        position, header, renew = sealed.position, sealed.header, sealed.renew
+        # Looked up once: the loop is run for every value.
+        position, header, open_, seal = sealed.position, sealed.header, sealed.open, sealed.seal
         row_context = sealed.row_context if sealed.bound_columns else None
         renewed = _Renewed(sealed.name)
         size = 0
@@ -341,7 +333,8 @@ class TableWorker:
                 continue
             size += len(value)
             try:
-                new = renew(value, b"" if row_context is None else row_context(row))
+                context = b"" if row_context is None else row_context(row)
+                new = seal(open_(value, context), context)
             except (DecryptionError, ConfigurationError) as error:
                 failed.append((number, self._failure(row, sealed, error)))
                 continue
