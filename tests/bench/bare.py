@@ -11,6 +11,7 @@ import orjson
 import ormsgpack
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import Dialect, LargeBinary
+from sqlalchemy.types import TypeDecorator
 
 from sqlalchemy_lucent._envelope import length_prefixed, pack_header
 from sqlalchemy_lucent._json import _PLAIN_ONLY
@@ -75,9 +76,10 @@ def steps_of_opening() -> dict[str, Callable[[bytes], Any]]:
     return {"strict": strict, "strict, bound to its column": bound}
 
 
-class BareJSON(LargeBinary):
+class BareJSON(TypeDecorator[Any]):
     """A column that is sealed by the floor: one key for everything, and not even SQL NULL."""
 
+    impl = LargeBinary
     cache_ok = True
 
     def bind_processor(self, dialect: Dialect) -> Any:
