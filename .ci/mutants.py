@@ -7,6 +7,7 @@ survives. It begins anew each time; with ``--keep`` it goes on where it was stop
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -59,7 +60,12 @@ def explained() -> set[Mutant]:
 def main() -> None:
     if "--keep" not in sys.argv:
         shutil.rmtree(ROOT / "mutants", ignore_errors=True)
-    subprocess.run([MUTMUT, "run", "--max-children", "2"], cwd=ROOT, check=True)
+    subprocess.run(
+        [MUTMUT, "run", "--max-children", "2"],
+        cwd=ROOT,
+        env={**os.environ, "LUCENT_TEST_MUTANTS": "1"},
+        check=True,
+    )
     results = re.findall(r"^\s*(\S+__mutmut_\d+): (.+)$", mutmut("results"), re.MULTILINE)
     unchecked = [name for name, status in results if status == "not checked"]
     if unchecked:
