@@ -16,10 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import URL, Column, Engine, create_engine, inspect, make_url
+from sqlalchemy import JSON, URL, Column, Engine, String, create_engine, inspect, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Mapper, registry
 from sqlalchemy.pool import NullPool
+from sqlalchemy.types import TypeEngine
 
 from ..models import LucentBase, LucentSecretMixin
 from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets
@@ -336,18 +337,45 @@ def _column_names(column: Column[Any]) -> set[str]:
 def present_tables(engine: Engine, targets: Sequence[Target]) -> list[TargetTable]:
     """Return the tables of `targets`.
 
-    :raises CommandError: one is not in the database.
+    :raises CommandError: one is not in the database, or one of the columns that are needed is not,
+        or is not encrypted there.
     :raises RotationError: there is no encrypted column among them.
     """
     tables = resolve_targets(targets, engine)
     inspector = inspect(engine)
     for table in tables:
-        if not inspector.has_table(table.clause.name, schema=table.clause.schema):
+        name, schema = table.clause.name, table.clause.schema
+        if not inspector.has_table(name, schema=schema):
             raise CommandError(
                 f"table {table.name} is not in the database ({where(engine.url)}): run your "
                 "migrations, or name another database"
             )
+        # SQLite and MySQL take a column by its name in any case.
+        columns = inspector.get_columns(name, schema=schema)
+        types = {c["name"].lower(): c["type"] for c in columns}
+        missing = [c.name for c in table.clause.columns if c.name.lower() not in types]
+        if missing:
+            raise CommandError(
+                f"table {table.name} lacks {', '.join(missing)} in the database "
+                f"({where(engine.url)}): run your migrations (alembic upgrade head)"
+            )
+        for column in table.columns:
+            type_ = types[column.name.lower()]
+            if holds_text(type_):
+                raise CommandError(
+                    f"column {table.name}.{column.name} is {type_.compile(engine.dialect)} in the "
+                    f"database ({where(engine.url)}), which holds no sealed bytes: run the "
+                    "migration that encrypts it (op.encrypt_column)"
+                )
     return tables
+
+
+def holds_text(type_: TypeEngine[Any]) -> bool:
+    """Say whether a column of the database has the type that it had before it was encrypted.
+
+    PostgreSQL and MySQL refuse to look for sealed bytes in it.
+    """
+    return isinstance(type_, (JSON, String))
 
 
 def secrets_model(names: Sequence[str] | None) -> type[LucentSecretMixin]:

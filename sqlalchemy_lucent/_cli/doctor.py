@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from sqlalchemy import Connection, Engine, Inspector, Table, func, inspect, select
+from sqlalchemy import Column, Connection, Engine, Inspector, Table, func, inspect, select
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine, _Binary
 
@@ -18,7 +18,7 @@ from ..exceptions import ConfigurationError
 from ..keyring import Keyring, default_keyring
 from ..rotation import StatusRow, status
 from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets
-from .database import alembic_config, connected, where
+from .database import alembic_config, connected, holds_text, where
 from .terminal import counted
 
 _CLOCK_TOLERANCE: Final = timedelta(seconds=5)
@@ -198,10 +198,11 @@ def _table(
     for column in present:
         yield _column_type(engine, f"{target.name}.{column.name}", types[column.name])
     yield from _index(inspector, target, table, types)
-    if len(present) < len(target.columns):
-        return
-    with engine.connect() as connection:
-        yield from _values(connection, table, keyring)
+    sealed = {column.name for column in present if not holds_text(types[column.name])}
+    countable = [column for column in columns_in(table) if column.name in sealed]
+    if countable:
+        with engine.connect() as connection:
+            yield from _values(connection, table, countable, keyring)
 
 
 def _column_type(engine: Engine, name: str, type_: TypeEngine[Any]) -> Finding:
@@ -250,8 +251,10 @@ def _index(
         )
 
 
-def _values(connection: Connection, table: Table, keyring: Keyring | None) -> Iterator[Finding]:
-    rows = status(connection, table).rows
+def _values(
+    connection: Connection, table: Table, columns: Sequence[Column[Any]], keyring: Keyring | None
+) -> Iterator[Finding]:
+    rows = status(connection, columns).rows
     if not rows:
         yield Finding("ok", f"table {table.fullname}: no values")
     for row in rows:

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from sqlalchemy import URL, Engine, create_engine, func, make_url, select, text
+from sqlalchemy import URL, Engine, LargeBinary, create_engine, func, make_url, select, text
+from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import Session
 
 from sqlalchemy_lucent import Keyring, LucentBase, LucentSecrets
@@ -239,6 +240,34 @@ def test_values_that_do_not_open_are_named(at: Lucent, engine: Engine) -> None:
     assert report.code == 1
     assert json.loads(report.out)["failed_count"] == len(json.loads(report.out)["failed"]) == 30
     assert "ledger.free\tnot sealed\t-\t30\n" in at("status", *LEDGER).out
+
+
+@pytest.mark.parametrize(
+    "columns, sentence",
+    [
+        ("free {binary}", "table ledger lacks bound in the database "),
+        ("bound {binary}, free JSON", "column ledger.free is "),
+        ("FREE {binary}, bound TEXT", "column ledger.bound is TEXT"),
+    ],
+    ids=["missing", "JSON", "text"],
+)
+def test_a_migration_that_was_not_run_is_told(
+    at: Lucent, engine: Engine, columns: str, sentence: str
+) -> None:
+    binary = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
+    columns = columns.format(binary=binary.compile(engine.dialect))
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE TABLE ledger (id INTEGER PRIMARY KEY, {columns})"))
+    for arguments in (["status"], ["verify"], ["rotate"], ["retire-check", "v1"]):
+        done = at(*arguments, *LEDGER)
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith(f"lucent: {sentence}")
+        assert re.search(
+            r": run (your migrations|the migration that encrypts it) \(.*\)\n$", done.err
+        )
+    examined = at("doctor", *LEDGER)
+    assert (examined.code, examined.err) == (1, "")
+    assert "fix\t" in examined.out
 
 
 def test_doctor_finds_nothing_to_do_where_all_is_well(at: Lucent, engine: Engine) -> None:
