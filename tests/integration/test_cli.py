@@ -224,22 +224,70 @@ def test_a_retired_key_is_looked_for_in_the_tables_that_are_named(lucent: Lucent
     assert Lucent(lucent.directory, lucent.url)("retire-check", "v3").code == 0
 
 
-def test_values_that_do_not_open_are_named(at: Lucent, engine: Engine) -> None:
-    fill(engine, 60)
-    with engine.begin() as connection:
-        foreign = text("UPDATE ledger SET free = :value WHERE id < 30")
-        connection.execute(foreign, {"value": b"plain"})
-    rotated = at("rotate", *LEDGER)
-    assert rotated.code == 1
-    assert "90 values re-encrypted; the primary is v2" in rotated.out
-    assert (
-        "30 values did not open, left unchanged:\nledger.free\t0\tNotSealedError\n" in rotated.out
+def test_values_that_do_not_open_are_named_with_the_reason(at: Lucent, engine: Engine) -> None:
+    fill(engine, 4)
+    one = Keyring({"v1": KEY_1}).fingerprint("v1")
+    moved = (
+        "UPDATE ledger SET bound = (SELECT bound FROM (SELECT * FROM ledger) AS l WHERE l.id = 0)"
     )
-    assert "and 10 more; --json names up to 1,000" in rotated.out
-    report = at("verify", "--json", *LEDGER)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE ledger SET free = :v WHERE id = 1"), {"v": b"plain"})
+        connection.execute(text(f"{moved} WHERE id = 2"))
+    done = at("rotate", *LEDGER)
+    assert done.code == 1
+    assert done.out == (
+        "6 values re-encrypted; the primary is v2\n"
+        "2 values did not open, left unchanged:\n"
+        "ledger.free\t1\t-\t-\tnot sealed\n"
+        f"ledger.bound\t2\tv1\t{one}\tbytes, row or column changed\n"
+    )
+    two = Keyring({"v2": KEY_2}).fingerprint("v2")
+    at.keys = f"v2:{KEY_1.hex()}"
+    lines = at("verify", *LEDGER).out.splitlines()
+    assert lines[0] == "0 values opened in ledger"
+    assert f"ledger.bound\t3\tv2\t{two}\tanother key of that version" in lines
+    at.keys = f"v3:{KEY_1.hex()}"
+    assert (
+        f"ledger.bound\t2\tv1\t{one}\tthe keyring lacks the version\n" in at("verify", *LEDGER).out
+    )
+
+
+def test_many_values_that_do_not_open_are_counted_by_reason(lucent: Lucent) -> None:
+    engine = engine_of(lucent)
+    fill(engine, 600)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE ledger SET free = 'plain' WHERE id < 30"))
+    engine.dispose()
+    rotated = lucent("rotate", *LEDGER)
+    assert rotated.code == 1
+    assert "30 values did not open, left unchanged:\nledger.free\t0\t" in rotated.out
+    assert rotated.out.endswith(
+        "and 10 more; --json names up to 1,000\nby reason:\nledger.free\t-\t-\tnot sealed\t30\n"
+    )
+    report = lucent("verify", "--json", *LEDGER)
     assert report.code == 1
     assert json.loads(report.out)["failed_count"] == len(json.loads(report.out)["failed"]) == 30
-    assert "ledger.free\tnot sealed\t-\t30\n" in at("status", *LEDGER).out
+    assert "ledger.free\tnot sealed\t-\t30\n" in lucent("status", *LEDGER).out
+
+    lucent.keys = keys("v1").partition(",")[0]  # which lacks v2
+    none = lucent("verify", *LEDGER)
+    assert "1200 values did not open" in none.out
+    two = Keyring({"v2": KEY_2}).fingerprint("v2")
+    _, _, summary = none.out.partition("the first 1,000 by reason:\n")
+    counts = {
+        tuple(line.split("\t")[:4]): int(line.split("\t")[4]) for line in summary.splitlines()
+    }
+    assert set(counts) == {
+        ("ledger.free", "-", "-", "not sealed"),
+        ("ledger.free", "v2", two, "the keyring lacks the version"),
+        ("ledger.bound", "v2", two, "the keyring lacks the version"),
+    }
+    assert sum(counts.values()) == 1000
+    failed = json.loads(lucent("verify", "--json", *LEDGER).out)["failed"]
+    assert {(row["key_version"], row["fingerprint"]) for row in failed} == {
+        (None, None),
+        ("v2", two),
+    }
 
 
 @pytest.mark.parametrize(
