@@ -28,7 +28,14 @@ from ..repository import LucentSecrets
 from ..rotation import DEFAULT_BATCH_SIZE
 from ..rotation.targets import TargetTable
 from ..secret_key import SecretKey
-from .database import connected, load_targets, narrowed, present_tables, secrets_model
+from .database import (
+    METADATA_VARIABLE,
+    connected,
+    load_targets,
+    narrowed,
+    present_tables,
+    secrets_model,
+)
 from .doctor import examine
 from .rotate import run_rotation, write_failures
 from .terminal import (
@@ -68,8 +75,9 @@ MetadataOption = Annotated[
     typer.Option(
         "--metadata",
         metavar="MODULE:NAME",
-        help="Your models, as in app.models:Base; may be repeated. "
-        "sqlalchemy_lucent:LucentBase if left out.",
+        envvar=METADATA_VARIABLE,
+        help="Your models, as in app.models:Base; may be repeated, or stand in the variable "
+        "one after the other. sqlalchemy_lucent:LucentBase if left out.",
     ),
 ]
 TableOption = Annotated[

@@ -502,9 +502,14 @@ def test_secrets_of_a_model_of_ones_own(tmp_path: Path) -> None:
         "class Base(DeclarativeBase): ...\n"
         "class Secret(LucentSecretMixin, Base): __tablename__ = 'own_secrets'\n"
         "class Other(LucentSecretMixin, Base): __tablename__ = 'other_secrets'\n"
+        "class Elsewhere(DeclarativeBase): ...\n"
+        "class Third(LucentSecretMixin, Elsewhere): __tablename__ = 'third_secrets'\n"
+        "several = (Elsewhere.metadata, [Other.__table__])\n"
+        "mine = [Elsewhere]\n"
         "if __name__ == '__main__':\n"
         "    import sqlalchemy\n"
-        "    Base.metadata.create_all(sqlalchemy.create_engine('sqlite:///app.db'))\n"
+        "    for base in (Base, Elsewhere):\n"
+        "        base.metadata.create_all(sqlalchemy.create_engine('sqlite:///app.db'))\n"
     )
     lucent = Lucent(tmp_path, "sqlite:///app.db", keys("v2"))
     subprocess.run([sys.executable, "models.py"], cwd=tmp_path, env=lucent.environ(), check=True)
@@ -512,9 +517,37 @@ def test_secrets_of_a_model_of_ones_own(tmp_path: Path) -> None:
     assert lucent("set", SECRET_KEY, *own, stdin="1").code == 0
     assert lucent("list", *own).out.startswith(SECRET_KEY)
     assert lucent("list", "--metadata", "models:Other") == (0, "", "")
-    several = lucent("list", "--metadata", "models:Base")
-    assert (several.code, several.out) == (2, "")
-    assert "several models of scoped secrets" in several.err
+    third = ("--metadata", "models:mine")
+    assert lucent("set", SECRET_KEY, *third, stdin="3").code == 0
+    for target in ("Third", "Third.__table__", "Elsewhere", "Elsewhere.metadata", "mine"):
+        assert lucent("get", SECRET_KEY, "--reveal", "--metadata", f"models:{target}").out == "3\n"
+    assert (
+        lucent("get", SECRET_KEY, "--reveal", "--metadata", "models:Elsewhere.registry").code == 0
+    )
+    assert lucent("delete", SECRET_KEY, "--yes", *third).code == 0
+    for target in ("Base", "several"):
+        several = lucent("list", "--metadata", f"models:{target}")
+        assert (several.code, several.out) == (2, "")
+        assert "several models of scoped secrets" in several.err
+    none = lucent("list", *LEDGER)
+    assert (none.code, none.out) == (2, "")
+    assert "no model of scoped secrets" in none.err
+
+
+def test_models_may_be_named_by_the_environment(lucent: Lucent) -> None:
+    engine = engine_of(lucent)
+    fill(engine, 3)
+    engine.dispose()
+    store(lucent, apiKey=1)
+    env = {"LUCENT_METADATA": "tests.integration.workers:metadata sqlalchemy_lucent:LucentBase"}
+    assert lucent("rotate", env=env) == (0, "7 values re-encrypted; the primary is v2\n", "")
+    assert lucent("list", env=env).out.startswith(SECRET_KEY)
+    assert lucent("verify", *LEDGER, env=env).out == "6 values opened in ledger\n"
+    assert lucent("verify", env={"LUCENT_METADATA": ""}).out == "1 value opened in lucent_secrets\n"
+    wrong = lucent("status", env={"LUCENT_METADATA": "nowhere:Base"})
+    assert (wrong.code, wrong.out) == (2, "")
+    assert wrong.err == "lucent: LUCENT_METADATA nowhere:Base: No module named 'nowhere'\n"
+    assert "[env var: LUCENT_METADATA]" in " ".join(lucent("rotate", "--help").out.split())
 
 
 def test_a_list_of_many_pages_and_of_one_owner(lucent: Lucent) -> None:
