@@ -495,6 +495,38 @@ def test_a_value_comes_from_a_file_and_may_be_text(lucent: Lucent) -> None:
     assert lucent("get", SECRET_KEY, "--reveal").out == '"grüße"\n'
 
 
+@pytest.mark.parametrize(
+    "content", ["grüße\n", "-----BEGIN-----\r\nMII=\n-----END-----\n", "\n\n", "\0\n"]
+)
+def test_a_text_comes_back_as_it_was_in_the_file(lucent: Lucent, content: str) -> None:
+    file = lucent.directory / "text"
+    file.write_bytes(f"{content}x\n".encode())
+    assert lucent("set", SECRET_KEY, "--text", "--file", str(file)).code == 0
+    shown = lucent("get", SECRET_KEY, "--reveal", "--text", env={"PYTHONIOENCODING": "ascii"})
+    assert shown == (0, content + "x\n", "")
+    assert lucent("set", SECRET_KEY, "--text", stdin=shown.out).code == 0
+    assert lucent("get", SECRET_KEY, "--reveal", "--text") == shown
+
+
+def test_what_is_no_text_is_not_printed_as_one(lucent: Lucent) -> None:
+    store(lucent, apiKey={"token": PLAINTEXT})
+    done = lucent("get", SECRET_KEY, "--reveal", "--text")
+    assert (done.code, done.out) == (2, "")
+    assert (
+        done.err
+        == f"lucent: {SECRET_KEY} is no text, but of the JSON type object: leave --text out\n"
+    )
+    alone = lucent("get", SECRET_KEY, "--text")
+    assert (alone.code, alone.out) == (2, "")
+    assert "--text goes with --reveal" in alone.err
+
+
+def test_a_text_moves_no_cursor_on_a_terminal(lucent: Lucent) -> None:
+    store(lucent, apiKey="one\n\x1b[2Jtwo")
+    shown = lucent.on_terminal("get", SECRET_KEY, "--reveal", "--text", "--yes")
+    assert (shown.code, shown.raw) == (0, "one\r\n\\x1b[2Jtwo\r\n")
+
+
 def test_secrets_of_a_model_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "models.py").write_text(
         "from sqlalchemy.orm import DeclarativeBase\n"
