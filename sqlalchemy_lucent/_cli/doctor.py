@@ -46,6 +46,7 @@ def examine(targets: Sequence[Target], url: str | None) -> Iterator[Finding]:
         opens = f"; {', '.join(others)} can be opened" if others else ""
         primary = f"{keyring.primary} ({keyring.fingerprint(keyring.primary)})"
         yield Finding("ok", f"keyring: {primary} seals{opens}")
+        yield from _same_keys(keyring)
     else:
         yield Finding("fix", "keyring: none", keyring)
     yield from _alembic()
@@ -70,6 +71,21 @@ def _keyring() -> Keyring | str:
         return default_keyring()
     except ConfigurationError as error:
         return str(error)
+
+
+def _same_keys(keyring: Keyring) -> Iterator[Finding]:
+    """Say which versions have one key."""
+    versions: dict[str, list[str]] = {}
+    for version in keyring.versions:
+        versions.setdefault(keyring.fingerprint(version), []).append(version)
+    for fingerprint, same in versions.items():
+        if len(same) > 1:
+            yield Finding(
+                "note",
+                f"keyring: {' and '.join(same)} are one key ({fingerprint})",
+                "rotating from one to the other renews nothing: make a key with lucent keygen, "
+                "rotate to it, and take these out once lucent retire-check allows it",
+            )
 
 
 # -- Alembic ---------------------------------------------------------------------------------------
@@ -246,8 +262,8 @@ def _index(
         yield Finding(
             "note",
             f"table {target.name}: no index on the key version was found",
-            "counting reads the whole table, which is fine up to some million rows; an index "
-            "on column.key_version is quicker",
+            "no command needs one: they read the table either way; an index on "
+            "column.key_version is for queries of your own",
         )
 
 

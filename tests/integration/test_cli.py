@@ -376,6 +376,15 @@ def test_doctor_finds_a_blob_that_is_too_small_and_a_clock_that_is_off(
     assert re.search(r"fix\tclock: \d{6,} seconds away", done.out)
 
 
+def test_doctor_finds_a_key_that_has_two_versions(lucent: Lucent) -> None:
+    assert "are one key" not in lucent("doctor").out
+    lucent.keys = f"v3:{KEY_2.hex()},v2:{KEY_1.hex()},v1:{KEY_1.hex()}"
+    done = lucent("doctor")
+    assert (done.code, done.err) == (0, "")
+    one = Keyring({"v1": KEY_1}).fingerprint("v1")
+    assert f"note\tkeyring: v2 and v1 are one key ({one})\trotating from one to" in done.out
+
+
 def test_doctor_finds_what_is_missing_in_the_database(lucent: Lucent) -> None:
     done = lucent("doctor", *LEDGER)
     assert done.code == 1
