@@ -668,6 +668,13 @@ def test_forty_columns_are_enough(lucent: Lucent) -> None:
     assert "key      " in lucent.on_terminal("list", columns=120).text
 
 
+def test_the_list_of_commands_is_not_cut(lucent: Lucent) -> None:
+    for columns in (40, 80):
+        shown = " ".join(lucent.on_terminal("--help", columns=columns).text.split())
+        assert "..." not in shown.partition("Commands:")[2]
+        assert "verify Open every value, and name those that do not open. rotate" in shown
+
+
 def test_colours_are_for_terminals_that_want_them(lucent: Lucent) -> None:
     assert "\x1b[" in lucent.on_terminal("doctor").raw
     assert "\x1b" not in lucent.on_terminal("doctor", env={"NO_COLOR": "1"}).raw
@@ -736,6 +743,17 @@ def test_ctrl_c_ends_any_command_with_a_word(lucent: Lucent) -> None:
     store(lucent, apiKey=1)
     shown = lucent.on_terminal("delete", SECRET_KEY, typed=[("[y/N]", "\x03")])
     assert (shown.code, shown.text.splitlines()[-1]) == (130, "lucent: interrupted")
+
+
+def test_ctrl_c_while_the_command_is_imported_ends_it_with_a_word(lucent: Lucent) -> None:
+    (lucent.directory / "typer.py").write_text(
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # some shells ignore it\n"
+        "signal.raise_signal(signal.SIGINT)\n"
+    )
+    process = lucent.start("keys")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "lucent: interrupted\n")
 
 
 # -- workers, completion ---------------------------------------------------------------------------
