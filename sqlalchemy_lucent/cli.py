@@ -23,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _NEEDED:
             raise
+    except KeyboardInterrupt:  # the import takes long enough for somebody to see a mistake
+        sys.stderr.write("lucent: interrupted\n")
+        return 130
     else:
         return run(sys.argv[1:] if arguments is None else arguments)
     sys.stderr.write("lucent: the command needs an extra: pip install 'sqlalchemy-lucent[cli]'\n")

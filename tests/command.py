@@ -27,7 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMAND = (sys.executable, "-m", "sqlalchemy_lucent")
 
 ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|[()][A-Z0-9])")
-_NOT_INHERITED = (*ENV_VARIABLES, "DATABASE_URL", "ALEMBIC_CONFIG", "NO_COLOR", "FORCE_COLOR")
+_NOT_INHERITED = (
+    *ENV_VARIABLES,
+    "DATABASE_URL",
+    "LUCENT_METADATA",
+    "ALEMBIC_CONFIG",
+    "NO_COLOR",
+    "FORCE_COLOR",
+)
 
 
 class Done(NamedTuple):

@@ -28,7 +28,14 @@ from ..repository import LucentSecrets
 from ..rotation import DEFAULT_BATCH_SIZE
 from ..rotation.targets import TargetTable
 from ..secret_key import SecretKey
-from .database import connected, load_targets, narrowed, present_tables, secrets_model
+from .database import (
+    METADATA_VARIABLE,
+    connected,
+    load_targets,
+    narrowed,
+    present_tables,
+    secrets_model,
+)
 from .doctor import examine
 from .rotate import run_rotation, write_failures
 from .terminal import (
@@ -43,6 +50,7 @@ from .terminal import (
     write_finding,
     write_json,
     write_rows,
+    write_text,
 )
 
 _PAGE: Final = 500  # secrets listed by one statement
@@ -68,8 +76,9 @@ MetadataOption = Annotated[
     typer.Option(
         "--metadata",
         metavar="MODULE:NAME",
-        help="Your models, as in app.models:Base; may be repeated. "
-        "sqlalchemy_lucent:LucentBase if left out.",
+        envvar=METADATA_VARIABLE,
+        help="Your models, as in app.models:Base; may be repeated, or stand in the variable "
+        "one after the other. sqlalchemy_lucent:LucentBase if left out.",
     ),
 ]
 TableOption = Annotated[
@@ -411,12 +420,18 @@ def get_secret(
     reveal: Annotated[
         bool, typer.Option("--reveal", help="Print the value as JSON; asks on a terminal.")
     ] = False,
+    text: Annotated[
+        bool,
+        typer.Option("--text", help="With --reveal, print a text as it is, and a line end."),
+    ] = False,
     yes: YesOption = False,
 ) -> None:
     """Show a secret, redacted unless --reveal.
 
-    With --reveal, its value alone, as JSON.
+    With --reveal, its value alone, as JSON; with --text as well, the bare text.
     """
+    if text and not reveal:
+        raise CommandError("--text goes with --reveal: it says how the value is printed")
     secret_key = SecretKey.parse(key)
     with _secrets(url, metadata) as (_, secrets):
         value = secrets.require(secret_key)
@@ -424,9 +439,16 @@ def get_secret(
     if info is None:  # deleted between the two statements
         raise _not_found(secret_key)
     if reveal:
+        if text and not isinstance(value, str):
+            raise CommandError(
+                f"{secret_key} is no text, but of the JSON type {_kind(value)}: leave --text out"
+            )
         if sys.stdout.isatty() and not yes:
             confirm(f"Show the value of {printable(secret_key)} on this terminal?")
-        write_json(value)
+        if text:
+            write_text(value)
+        else:
+            write_json(value)
         return
     write_rows(
         ("key", "version", "created", "updated", "value"),
@@ -522,7 +544,7 @@ def _read_text(file: Path | None, *, as_text: bool) -> str:
         )
     try:
         if file is not None:
-            return file.read_text("utf-8")
+            return file.read_bytes().decode("utf-8")  # its line ends too
         if sys.stdin.isatty():
             return getpass.getpass("The value (not shown): ")
         return sys.stdin.buffer.read().decode("utf-8")

@@ -10,16 +10,17 @@ import os
 import sys
 import tomllib
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import URL, Column, Engine, create_engine, inspect, make_url
+from sqlalchemy import JSON, URL, Column, Engine, String, create_engine, inspect, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Mapper, registry
 from sqlalchemy.pool import NullPool
+from sqlalchemy.types import TypeEngine
 
 from ..models import LucentBase, LucentSecretMixin
 from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 URL_VARIABLE: Final = "DATABASE_URL"
+METADATA_VARIABLE: Final = "LUCENT_METADATA"
 
 _CONNECT_TIMEOUT: Final = 10
 """Seconds to wait for PostgreSQL, whose driver would wait for minutes; PyMySQL's default."""
@@ -263,13 +265,15 @@ def load_targets(names: Sequence[str] | None) -> list[Target]:
 
 
 def _load(name: str) -> Target:
+    given = name in os.environ.get(METADATA_VARIABLE, "").split()
+    source = METADATA_VARIABLE if given else "--metadata"
     module_name, separator, attribute = name.partition(":")
     if not module_name or not separator or not attribute:
-        raise CommandError(f"--metadata is of the form package.module:Base, not {name!r}")
+        raise CommandError(f"{source} is of the form package.module:Base, not {name!r}")
     if "/" in module_name or module_name.endswith(".py"):
         dotted = module_name.removeprefix("./").removesuffix(".py").replace("/", ".").strip(".")
         raise CommandError(
-            f"--metadata takes a module, and {module_name} is a path: {dotted}:{attribute}"
+            f"{source} takes a module, and {module_name} is a path: {dotted}:{attribute}"
         )
     try:
         # What an application prints while it is imported is not our output.
@@ -277,23 +281,23 @@ def _load(name: str) -> Target:
             module = importlib.import_module(module_name)
         target: Target = operator.attrgetter(attribute)(module)
     except ImportError as error:
-        fault = f"--metadata {name}: {_first_line(error)}"
+        fault = f"{source} {name}: {_first_line(error)}"
     except AttributeError as error:
         if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
-            fault = _raised(name, error)
+            fault = _raised(f"{source} {name}", error)
         else:
-            fault = f"--metadata {name}: module {module_name} has no {attribute}"
+            fault = f"{source} {name}: module {module_name} has no {attribute}"
     except (Exception, SystemExit) as error:  # noqa: BLE001  (an application may raise anything)
-        fault = _raised(name, error)
+        fault = _raised(f"{source} {name}", error)
     else:
         return target
     raise CommandError(fault)
 
 
-def _raised(name: str, error: BaseException) -> str:
+def _raised(named: str, error: BaseException) -> str:
     (*_, last) = traceback.extract_tb(error.__traceback__)
     return (
-        f"--metadata {name}: importing it raised {type(error).__name__} at "
+        f"{named}: importing it raised {type(error).__name__} at "
         f"{last.filename}:{last.lineno}; import it in Python to see why"
     )
 
@@ -336,18 +340,45 @@ def _column_names(column: Column[Any]) -> set[str]:
 def present_tables(engine: Engine, targets: Sequence[Target]) -> list[TargetTable]:
     """Return the tables of `targets`.
 
-    :raises CommandError: one is not in the database.
+    :raises CommandError: one is not in the database, or one of the columns that are needed is not,
+        or is not encrypted there.
     :raises RotationError: there is no encrypted column among them.
     """
     tables = resolve_targets(targets, engine)
     inspector = inspect(engine)
     for table in tables:
-        if not inspector.has_table(table.clause.name, schema=table.clause.schema):
+        name, schema = table.clause.name, table.clause.schema
+        if not inspector.has_table(name, schema=schema):
             raise CommandError(
                 f"table {table.name} is not in the database ({where(engine.url)}): run your "
                 "migrations, or name another database"
             )
+        # SQLite and MySQL take a column by its name in any case.
+        columns = inspector.get_columns(name, schema=schema)
+        types = {c["name"].lower(): c["type"] for c in columns}
+        missing = [c.name for c in table.clause.columns if c.name.lower() not in types]
+        if missing:
+            raise CommandError(
+                f"table {table.name} lacks {', '.join(missing)} in the database "
+                f"({where(engine.url)}): run your migrations (alembic upgrade head)"
+            )
+        for column in table.columns:
+            type_ = types[column.name.lower()]
+            if holds_text(type_):
+                raise CommandError(
+                    f"column {table.name}.{column.name} is {type_.compile(engine.dialect)} in the "
+                    f"database ({where(engine.url)}), which holds no sealed bytes: run the "
+                    "migration that encrypts it (op.encrypt_column)"
+                )
     return tables
+
+
+def holds_text(type_: TypeEngine[Any]) -> bool:
+    """Say whether a column of the database has the type that it had before it was encrypted.
+
+    PostgreSQL and MySQL refuse to look for sealed bytes in it.
+    """
+    return isinstance(type_, (JSON, String))
 
 
 def secrets_model(names: Sequence[str] | None) -> type[LucentSecretMixin]:
@@ -356,22 +387,38 @@ def secrets_model(names: Sequence[str] | None) -> type[LucentSecretMixin]:
     :raises CommandError: there is none, or there are several.
     """
     models = {model for target in load_targets(names) for model in _secrets_models(target)}
-    if len(models) != 1:
-        what = "several models" if models else "no model"
+    if not models:
         raise CommandError(
-            f"--metadata has {what} of scoped secrets (LucentSecretMixin); name the model itself, "
-            "as in --metadata package.module:Secret"
+            "--metadata has no model of scoped secrets (LucentSecretMixin); the table "
+            "lucent_secrets is --metadata sqlalchemy_lucent:LucentBase"
+        )
+    if len(models) > 1:
+        raise CommandError(
+            "--metadata has several models of scoped secrets (LucentSecretMixin); name the model "
+            "itself, as in --metadata package.module:Secret"
         )
     return models.pop()
 
 
 def _secrets_models(target: Any) -> Iterator[type[LucentSecretMixin]]:
-    if isinstance(target, type) and isinstance(inspect(target, raiseerr=False), Mapper):
-        if issubclass(target, LucentSecretMixin):
-            yield target
+    if isinstance(target, Iterable) and not isinstance(target, (str, bytes)):
+        for member in target:
+            yield from _secrets_models(member)
         return
-    found = target if isinstance(target, registry) else getattr(target, "registry", None)
-    if isinstance(found, registry):
-        for mapper in found.mappers:
-            if issubclass(mapper.class_, LucentSecretMixin):
-                yield mapper.class_
+    if isinstance(target, (type, registry)) and not _is_mapped(target):
+        target = getattr(target, "metadata", target)  # a base is all of its tables
+    for model in _mapped_below(LucentSecretMixin):
+        if any(target is it for it in (model, model.__table__, model.__table__.metadata)):
+            yield model
+
+
+def _mapped_below(class_: type[Any]) -> Iterator[type[Any]]:
+    """Give the mapped classes that derive from `class_`."""
+    for below in class_.__subclasses__():
+        if _is_mapped(below):
+            yield below
+        yield from _mapped_below(below)
+
+
+def _is_mapped(target: object) -> bool:
+    return isinstance(inspect(target, raiseerr=False), Mapper)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from sqlalchemy import Connection, Engine, Inspector, Table, func, inspect, select
+from sqlalchemy import Column, Connection, Engine, Inspector, Table, func, inspect, select
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine, _Binary
 
@@ -18,7 +18,7 @@ from ..exceptions import ConfigurationError
 from ..keyring import Keyring, default_keyring
 from ..rotation import StatusRow, status
 from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets
-from .database import alembic_config, connected, where
+from .database import alembic_config, connected, holds_text, where
 from .terminal import counted
 
 _CLOCK_TOLERANCE: Final = timedelta(seconds=5)
@@ -46,6 +46,7 @@ def examine(targets: Sequence[Target], url: str | None) -> Iterator[Finding]:
         opens = f"; {', '.join(others)} can be opened" if others else ""
         primary = f"{keyring.primary} ({keyring.fingerprint(keyring.primary)})"
         yield Finding("ok", f"keyring: {primary} seals{opens}")
+        yield from _same_keys(keyring)
     else:
         yield Finding("fix", "keyring: none", keyring)
     yield from _alembic()
@@ -70,6 +71,21 @@ def _keyring() -> Keyring | str:
         return default_keyring()
     except ConfigurationError as error:
         return str(error)
+
+
+def _same_keys(keyring: Keyring) -> Iterator[Finding]:
+    """Say which versions have one key."""
+    versions: dict[str, list[str]] = {}
+    for version in keyring.versions:
+        versions.setdefault(keyring.fingerprint(version), []).append(version)
+    for fingerprint, same in versions.items():
+        if len(same) > 1:
+            yield Finding(
+                "note",
+                f"keyring: {' and '.join(same)} are one key ({fingerprint})",
+                "rotating from one to the other renews nothing: make a key with lucent keygen, "
+                "rotate to it, and take these out once lucent retire-check allows it",
+            )
 
 
 # -- Alembic ---------------------------------------------------------------------------------------
@@ -198,10 +214,11 @@ def _table(
     for column in present:
         yield _column_type(engine, f"{target.name}.{column.name}", types[column.name])
     yield from _index(inspector, target, table, types)
-    if len(present) < len(target.columns):
-        return
-    with engine.connect() as connection:
-        yield from _values(connection, table, keyring)
+    sealed = {column.name for column in present if not holds_text(types[column.name])}
+    countable = [column for column in columns_in(table) if column.name in sealed]
+    if countable:
+        with engine.connect() as connection:
+            yield from _values(connection, table, countable, keyring)
 
 
 def _column_type(engine: Engine, name: str, type_: TypeEngine[Any]) -> Finding:
@@ -245,13 +262,15 @@ def _index(
         yield Finding(
             "note",
             f"table {target.name}: no index on the key version was found",
-            "counting reads the whole table, which is fine up to some million rows; an index "
-            "on column.key_version is quicker",
+            "no command needs one: they read the table either way; an index on "
+            "column.key_version is for queries of your own",
         )
 
 
-def _values(connection: Connection, table: Table, keyring: Keyring | None) -> Iterator[Finding]:
-    rows = status(connection, table).rows
+def _values(
+    connection: Connection, table: Table, columns: Sequence[Column[Any]], keyring: Keyring | None
+) -> Iterator[Finding]:
+    rows = status(connection, columns).rows
     if not rows:
         yield Finding("ok", f"table {table.fullname}: no values")
     for row in rows:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from datetime import timedelta
@@ -38,6 +39,14 @@ _SECONDS_BETWEEN_FRAMES: Final = 0.1
 
 _FAILURES_SHOWN: Final = 20
 """Failures that are listed for people; ``--json`` has the first 1,000."""
+
+_REASONS: Final = {
+    "NotSealedError": "not sealed",
+    "UnknownKeyVersionError": "the keyring lacks the version",
+    "WrongKeyError": "another key of that version",
+    "TamperedError": "bytes, row or column changed",
+    "ConfigurationError": "its row cannot be bound",
+}
 
 
 def run_rotation(
@@ -104,14 +113,30 @@ def write_failures(failed: Sequence[FailedRow], count: int) -> None:
         return
     write(wrapped(f"{counted(count, 'value')} did not open, left unchanged:") + "\n")
     write_rows(
-        ("column", "primary key", "error"),
+        ("column", "primary key", "version", "fingerprint", "reason"),
         [
-            (f"{row.table}.{row.column}", ", ".join(map(str, row.primary_key)), row.error)
+            (f"{row.table}.{row.column}", ", ".join(map(str, row.primary_key)), *_why(row))
             for row in failed[:_FAILURES_SHOWN]
         ],
     )
-    if count > _FAILURES_SHOWN:
-        write(wrapped(f"and {count - _FAILURES_SHOWN} more; --json names up to 1,000") + "\n")
+    if count <= _FAILURES_SHOWN:
+        return
+    write(wrapped(f"and {count - _FAILURES_SHOWN} more; --json names up to 1,000") + "\n")
+    reasons = Counter((f"{row.table}.{row.column}", *_why(row)) for row in failed)
+    write("by reason:\n" if len(failed) == count else f"the first {len(failed):,} by reason:\n")
+    write_rows(
+        ("column", "version", "fingerprint", "reason", "values"),
+        [(*reason, number) for reason, number in reasons.most_common()],
+    )
+
+
+def _why(row: FailedRow) -> tuple[str, str, str]:
+    """Return the key version and fingerprint of a value that did not open, and the reason."""
+    return (
+        row.key_version or "-",
+        row.fingerprint or "-",
+        _REASONS.get(row.error, row.error),
+    )
 
 
 class Interrupt:

@@ -91,7 +91,10 @@ def _guarded(arguments: Sequence[str]) -> int:
 
 
 def _invoke(arguments: Sequence[str]) -> int:
-    command = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
+    for each in command.commands.values():
+        # Left to itself, the list of commands cuts what does not fit beside a name.
+        each.short_help = each.get_short_help_str(limit=1000)
     result: object = command.main(
         list(arguments) or ["--help"],
         prog_name="lucent",  # also for `python -m sqlalchemy_lucent`

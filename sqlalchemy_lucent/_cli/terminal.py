@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -83,6 +84,15 @@ def write_json(value: Any) -> None:
     """Write `value` as a JSON document."""
     as_it_is = sys.stdout.encoding.lower().replace("-", "") == "utf8"
     write(json.dumps(value, indent=2, ensure_ascii=not as_it_is) + "\n")
+
+
+def write_text(text: str) -> None:
+    """Write `text` and a line end: as it is, but on a terminal printable."""
+    if sys.stdout.isatty():
+        text = "\n".join(map(printable, text.split("\n")))
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")
+    write(f"{text}\n")
 
 
 def printable(value: object) -> str:

@@ -26,7 +26,7 @@ from sqlalchemy import (
     select,
 )
 
-from .._envelope import NONCE_SIZE, header_size
+from .._envelope import NONCE_SIZE, header_size, parse
 from .._keyset import is_behind
 from ..exceptions import ConfigurationError, DecryptionError, RotationError
 from ..keyring import Keyring
@@ -375,8 +375,10 @@ class TableWorker:
         )
 
     def _failure(self, row: Sequence[Any], sealed: SealedColumn, error: Exception) -> FailedRow:
+        envelope = parse(as_bytes(row[sealed.position]))
+        key = (envelope.version, envelope.key_id.hex()) if envelope else (None, None)
         return FailedRow(
-            self.target.name, sealed.name, self.primary_key_of(row), type(error).__name__
+            self.target.name, sealed.name, self.primary_key_of(row), type(error).__name__, *key
         )
 
     # -- batches ---------------------------------------------------------------------------------

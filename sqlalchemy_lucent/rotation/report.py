@@ -20,6 +20,10 @@ class FailedRow:
     primary_key: tuple[Any, ...]
     error: str
     """Name of the error's class, such as ``TamperedError``."""
+    key_version: str | None = None
+    """The key version that it is sealed under; ``None`` if it is not sealed."""
+    fingerprint: str | None = None
+    """The fingerprint of that key."""
 
 
 class Failures:

@@ -505,6 +505,7 @@ def test_a_port_that_is_taken_is_told_in_a_sentence(environment: dict[str, str])
         )
     assert done.returncode == 1
     assert done.stderr.startswith("cannot listen on port")
+    assert 'make demo-web DEMO_ARGS="--port 8001"' in done.stderr
     assert done.stderr.count("\n") == 1
 
 

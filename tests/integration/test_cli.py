@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from sqlalchemy import URL, Engine, create_engine, func, make_url, select, text
+from sqlalchemy import URL, Engine, LargeBinary, create_engine, func, make_url, select, text
+from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import Session
 
 from sqlalchemy_lucent import Keyring, LucentBase, LucentSecrets
@@ -223,22 +224,98 @@ def test_a_retired_key_is_looked_for_in_the_tables_that_are_named(lucent: Lucent
     assert Lucent(lucent.directory, lucent.url)("retire-check", "v3").code == 0
 
 
-def test_values_that_do_not_open_are_named(at: Lucent, engine: Engine) -> None:
-    fill(engine, 60)
-    with engine.begin() as connection:
-        foreign = text("UPDATE ledger SET free = :value WHERE id < 30")
-        connection.execute(foreign, {"value": b"plain"})
-    rotated = at("rotate", *LEDGER)
-    assert rotated.code == 1
-    assert "90 values re-encrypted; the primary is v2" in rotated.out
-    assert (
-        "30 values did not open, left unchanged:\nledger.free\t0\tNotSealedError\n" in rotated.out
+def test_values_that_do_not_open_are_named_with_the_reason(at: Lucent, engine: Engine) -> None:
+    fill(engine, 4)
+    one = Keyring({"v1": KEY_1}).fingerprint("v1")
+    moved = (
+        "UPDATE ledger SET bound = (SELECT bound FROM (SELECT * FROM ledger) AS l WHERE l.id = 0)"
     )
-    assert "and 10 more; --json names up to 1,000" in rotated.out
-    report = at("verify", "--json", *LEDGER)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE ledger SET free = :v WHERE id = 1"), {"v": b"plain"})
+        connection.execute(text(f"{moved} WHERE id = 2"))
+    done = at("rotate", *LEDGER)
+    assert done.code == 1
+    assert done.out == (
+        "6 values re-encrypted; the primary is v2\n"
+        "2 values did not open, left unchanged:\n"
+        "ledger.free\t1\t-\t-\tnot sealed\n"
+        f"ledger.bound\t2\tv1\t{one}\tbytes, row or column changed\n"
+    )
+    two = Keyring({"v2": KEY_2}).fingerprint("v2")
+    at.keys = f"v2:{KEY_1.hex()}"
+    lines = at("verify", *LEDGER).out.splitlines()
+    assert lines[0] == "0 values opened in ledger"
+    assert f"ledger.bound\t3\tv2\t{two}\tanother key of that version" in lines
+    at.keys = f"v3:{KEY_1.hex()}"
+    assert (
+        f"ledger.bound\t2\tv1\t{one}\tthe keyring lacks the version\n" in at("verify", *LEDGER).out
+    )
+
+
+def test_many_values_that_do_not_open_are_counted_by_reason(lucent: Lucent) -> None:
+    engine = engine_of(lucent)
+    fill(engine, 600)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE ledger SET free = 'plain' WHERE id < 30"))
+    engine.dispose()
+    rotated = lucent("rotate", *LEDGER)
+    assert rotated.code == 1
+    assert "30 values did not open, left unchanged:\nledger.free\t0\t" in rotated.out
+    assert rotated.out.endswith(
+        "and 10 more; --json names up to 1,000\nby reason:\nledger.free\t-\t-\tnot sealed\t30\n"
+    )
+    report = lucent("verify", "--json", *LEDGER)
     assert report.code == 1
     assert json.loads(report.out)["failed_count"] == len(json.loads(report.out)["failed"]) == 30
-    assert "ledger.free\tnot sealed\t-\t30\n" in at("status", *LEDGER).out
+    assert "ledger.free\tnot sealed\t-\t30\n" in lucent("status", *LEDGER).out
+
+    lucent.keys = keys("v1").partition(",")[0]  # which lacks v2
+    none = lucent("verify", *LEDGER)
+    assert "1200 values did not open" in none.out
+    two = Keyring({"v2": KEY_2}).fingerprint("v2")
+    _, _, summary = none.out.partition("the first 1,000 by reason:\n")
+    counts = {
+        tuple(line.split("\t")[:4]): int(line.split("\t")[4]) for line in summary.splitlines()
+    }
+    assert set(counts) == {
+        ("ledger.free", "-", "-", "not sealed"),
+        ("ledger.free", "v2", two, "the keyring lacks the version"),
+        ("ledger.bound", "v2", two, "the keyring lacks the version"),
+    }
+    assert sum(counts.values()) == 1000
+    failed = json.loads(lucent("verify", "--json", *LEDGER).out)["failed"]
+    assert {(row["key_version"], row["fingerprint"]) for row in failed} == {
+        (None, None),
+        ("v2", two),
+    }
+
+
+@pytest.mark.parametrize(
+    "columns, sentence",
+    [
+        ("free {binary}", "table ledger lacks bound in the database "),
+        ("bound {binary}, free JSON", "column ledger.free is "),
+        ("FREE {binary}, bound TEXT", "column ledger.bound is TEXT"),
+    ],
+    ids=["missing", "JSON", "text"],
+)
+def test_a_migration_that_was_not_run_is_told(
+    at: Lucent, engine: Engine, columns: str, sentence: str
+) -> None:
+    binary = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
+    columns = columns.format(binary=binary.compile(engine.dialect))
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE TABLE ledger (id INTEGER PRIMARY KEY, {columns})"))
+    for arguments in (["status"], ["verify"], ["rotate"], ["retire-check", "v1"]):
+        done = at(*arguments, *LEDGER)
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith(f"lucent: {sentence}")
+        assert re.search(
+            r": run (your migrations|the migration that encrypts it) \(.*\)\n$", done.err
+        )
+    examined = at("doctor", *LEDGER)
+    assert (examined.code, examined.err) == (1, "")
+    assert "fix\t" in examined.out
 
 
 def test_doctor_finds_nothing_to_do_where_all_is_well(at: Lucent, engine: Engine) -> None:
@@ -297,6 +374,15 @@ def test_doctor_finds_a_blob_that_is_too_small_and_a_clock_that_is_off(
     assert "fix\tledger.free: BLOB, in which a longer value is refused" in done.out
     assert "fix\tledger.bound: TEXT" in done.out
     assert re.search(r"fix\tclock: \d{6,} seconds away", done.out)
+
+
+def test_doctor_finds_a_key_that_has_two_versions(lucent: Lucent) -> None:
+    assert "are one key" not in lucent("doctor").out
+    lucent.keys = f"v3:{KEY_2.hex()},v2:{KEY_1.hex()},v1:{KEY_1.hex()}"
+    done = lucent("doctor")
+    assert (done.code, done.err) == (0, "")
+    one = Keyring({"v1": KEY_1}).fingerprint("v1")
+    assert f"note\tkeyring: v2 and v1 are one key ({one})\trotating from one to" in done.out
 
 
 def test_doctor_finds_what_is_missing_in_the_database(lucent: Lucent) -> None:
@@ -418,6 +504,38 @@ def test_a_value_comes_from_a_file_and_may_be_text(lucent: Lucent) -> None:
     assert lucent("get", SECRET_KEY, "--reveal").out == '"grüße"\n'
 
 
+@pytest.mark.parametrize(
+    "content", ["grüße\n", "-----BEGIN-----\r\nMII=\n-----END-----\n", "\n\n", "\0\n"]
+)
+def test_a_text_comes_back_as_it_was_in_the_file(lucent: Lucent, content: str) -> None:
+    file = lucent.directory / "text"
+    file.write_bytes(f"{content}x\n".encode())
+    assert lucent("set", SECRET_KEY, "--text", "--file", str(file)).code == 0
+    shown = lucent("get", SECRET_KEY, "--reveal", "--text", env={"PYTHONIOENCODING": "ascii"})
+    assert shown == (0, content + "x\n", "")
+    assert lucent("set", SECRET_KEY, "--text", stdin=shown.out).code == 0
+    assert lucent("get", SECRET_KEY, "--reveal", "--text") == shown
+
+
+def test_what_is_no_text_is_not_printed_as_one(lucent: Lucent) -> None:
+    store(lucent, apiKey={"token": PLAINTEXT})
+    done = lucent("get", SECRET_KEY, "--reveal", "--text")
+    assert (done.code, done.out) == (2, "")
+    assert (
+        done.err
+        == f"lucent: {SECRET_KEY} is no text, but of the JSON type object: leave --text out\n"
+    )
+    alone = lucent("get", SECRET_KEY, "--text")
+    assert (alone.code, alone.out) == (2, "")
+    assert "--text goes with --reveal" in alone.err
+
+
+def test_a_text_moves_no_cursor_on_a_terminal(lucent: Lucent) -> None:
+    store(lucent, apiKey="one\n\x1b[2Jtwo")
+    shown = lucent.on_terminal("get", SECRET_KEY, "--reveal", "--text", "--yes")
+    assert (shown.code, shown.raw) == (0, "one\r\n\\x1b[2Jtwo\r\n")
+
+
 def test_secrets_of_a_model_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "models.py").write_text(
         "from sqlalchemy.orm import DeclarativeBase\n"
@@ -425,9 +543,14 @@ def test_secrets_of_a_model_of_ones_own(tmp_path: Path) -> None:
         "class Base(DeclarativeBase): ...\n"
         "class Secret(LucentSecretMixin, Base): __tablename__ = 'own_secrets'\n"
         "class Other(LucentSecretMixin, Base): __tablename__ = 'other_secrets'\n"
+        "class Elsewhere(DeclarativeBase): ...\n"
+        "class Third(LucentSecretMixin, Elsewhere): __tablename__ = 'third_secrets'\n"
+        "several = (Elsewhere.metadata, [Other.__table__])\n"
+        "mine = [Elsewhere]\n"
         "if __name__ == '__main__':\n"
         "    import sqlalchemy\n"
-        "    Base.metadata.create_all(sqlalchemy.create_engine('sqlite:///app.db'))\n"
+        "    for base in (Base, Elsewhere):\n"
+        "        base.metadata.create_all(sqlalchemy.create_engine('sqlite:///app.db'))\n"
     )
     lucent = Lucent(tmp_path, "sqlite:///app.db", keys("v2"))
     subprocess.run([sys.executable, "models.py"], cwd=tmp_path, env=lucent.environ(), check=True)
@@ -435,9 +558,37 @@ def test_secrets_of_a_model_of_ones_own(tmp_path: Path) -> None:
     assert lucent("set", SECRET_KEY, *own, stdin="1").code == 0
     assert lucent("list", *own).out.startswith(SECRET_KEY)
     assert lucent("list", "--metadata", "models:Other") == (0, "", "")
-    several = lucent("list", "--metadata", "models:Base")
-    assert (several.code, several.out) == (2, "")
-    assert "several models of scoped secrets" in several.err
+    third = ("--metadata", "models:mine")
+    assert lucent("set", SECRET_KEY, *third, stdin="3").code == 0
+    for target in ("Third", "Third.__table__", "Elsewhere", "Elsewhere.metadata", "mine"):
+        assert lucent("get", SECRET_KEY, "--reveal", "--metadata", f"models:{target}").out == "3\n"
+    assert (
+        lucent("get", SECRET_KEY, "--reveal", "--metadata", "models:Elsewhere.registry").code == 0
+    )
+    assert lucent("delete", SECRET_KEY, "--yes", *third).code == 0
+    for target in ("Base", "several"):
+        several = lucent("list", "--metadata", f"models:{target}")
+        assert (several.code, several.out) == (2, "")
+        assert "several models of scoped secrets" in several.err
+    none = lucent("list", *LEDGER)
+    assert (none.code, none.out) == (2, "")
+    assert "no model of scoped secrets" in none.err
+
+
+def test_models_may_be_named_by_the_environment(lucent: Lucent) -> None:
+    engine = engine_of(lucent)
+    fill(engine, 3)
+    engine.dispose()
+    store(lucent, apiKey=1)
+    env = {"LUCENT_METADATA": "tests.integration.workers:metadata sqlalchemy_lucent:LucentBase"}
+    assert lucent("rotate", env=env) == (0, "7 values re-encrypted; the primary is v2\n", "")
+    assert lucent("list", env=env).out.startswith(SECRET_KEY)
+    assert lucent("verify", *LEDGER, env=env).out == "6 values opened in ledger\n"
+    assert lucent("verify", env={"LUCENT_METADATA": ""}).out == "1 value opened in lucent_secrets\n"
+    wrong = lucent("status", env={"LUCENT_METADATA": "nowhere:Base"})
+    assert (wrong.code, wrong.out) == (2, "")
+    assert wrong.err == "lucent: LUCENT_METADATA nowhere:Base: No module named 'nowhere'\n"
+    assert "[env var: LUCENT_METADATA]" in " ".join(lucent("rotate", "--help").out.split())
 
 
 def test_a_list_of_many_pages_and_of_one_owner(lucent: Lucent) -> None:
@@ -517,6 +668,13 @@ def test_forty_columns_are_enough(lucent: Lucent) -> None:
     assert "key      " in lucent.on_terminal("list", columns=120).text
 
 
+def test_the_list_of_commands_is_not_cut(lucent: Lucent) -> None:
+    for columns in (40, 80):
+        shown = " ".join(lucent.on_terminal("--help", columns=columns).text.split())
+        assert "..." not in shown.partition("Commands:")[2]
+        assert "verify Open every value, and name those that do not open. rotate" in shown
+
+
 def test_colours_are_for_terminals_that_want_them(lucent: Lucent) -> None:
     assert "\x1b[" in lucent.on_terminal("doctor").raw
     assert "\x1b" not in lucent.on_terminal("doctor", env={"NO_COLOR": "1"}).raw
@@ -585,6 +743,17 @@ def test_ctrl_c_ends_any_command_with_a_word(lucent: Lucent) -> None:
     store(lucent, apiKey=1)
     shown = lucent.on_terminal("delete", SECRET_KEY, typed=[("[y/N]", "\x03")])
     assert (shown.code, shown.text.splitlines()[-1]) == (130, "lucent: interrupted")
+
+
+def test_ctrl_c_while_the_command_is_imported_ends_it_with_a_word(lucent: Lucent) -> None:
+    (lucent.directory / "typer.py").write_text(
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # some shells ignore it\n"
+        "signal.raise_signal(signal.SIGINT)\n"
+    )
+    process = lucent.start("keys")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "lucent: interrupted\n")
 
 
 # -- workers, completion ---------------------------------------------------------------------------

@@ -860,6 +860,8 @@ def test_a_report_is_json_ready_whatever_the_primary_key(engine: Engine, promote
                 "column": "payload",
                 "primary_key": [str(identity), str(MOMENT)],
                 "error": "NotSealedError",
+                "key_version": None,
+                "fingerprint": None,
             }
         ],
         "failed_count": 1,

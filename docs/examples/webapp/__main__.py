@@ -30,7 +30,10 @@ def main() -> None:
     try:
         listener = socket.create_server((HOST, options.port))
     except (OSError, OverflowError) as error:
-        sys.exit(f"cannot listen on port {options.port}: {error}. Choose another with --port")
+        sys.exit(
+            f"cannot listen on port {options.port}: {error}. Choose another with --port, as in "
+            'make demo-web DEMO_ARGS="--port 8001"'
+        )
 
     with listener, tempfile.TemporaryDirectory(prefix="lucent-demo-") as folder:
         # The database ends with the process, and so may its key. A key for data that stays comes
