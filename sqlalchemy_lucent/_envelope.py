@@ -46,7 +46,7 @@ def pack_header(version: str, key_id: bytes) -> bytes:
 
 def header_size(sealed: bytes) -> int:
     """Return the length of the header that `sealed` would have; cheap, and checks nothing."""
-    return sealed.find(_SEPARATOR, 0, MAX_VERSION_LENGTH + 1) + _HEADER_TAIL
+    return sealed.find(_SEPARATOR) + _HEADER_TAIL
 
 
 def parse(sealed: bytes) -> Envelope | None:
@@ -56,7 +56,7 @@ def parse(sealed: bytes) -> Envelope | None:
     must not have its first half taken for a key version and shown. A value cut short behind its
     header is still parsed.
     """
-    separator = sealed.find(_SEPARATOR, 0, MAX_VERSION_LENGTH + 1)
+    separator = sealed.find(_SEPARATOR)
     if separator < 1 or len(sealed) < separator + _HEADER_TAIL:
         return None
     version = sealed[:separator].decode("latin-1")

@@ -125,11 +125,10 @@ class EngineCodec:
         )
         restored = self.loads(data)
         try:
-            comes_back = same_value(restored, value)
-        except Exception:  # noqa: BLE001  (a value's own methods may raise anything)
-            comes_back = False
-        if comes_back:
-            return data
+            if same_value(restored, value):
+                return data
+        except Exception:  # noqa: BLE001, S110  (a value's own methods may raise anything)
+            pass
         raise SerializationError(
             f"$: a value of type {type(value).__name__} does not come back equal through the "
             "engine's json_serializer and json_deserializer"

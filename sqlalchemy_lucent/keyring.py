@@ -421,7 +421,7 @@ def _read_file(variable: str, path: str) -> str:
     try:
         return Path(path).read_text("utf-8").strip()
     except OSError as error:
-        fault = error.strerror or type(error).__name__
+        fault = str(error.strerror)
     except ValueError:
         fault = "it is not a text file, or its name is not a path"
     raise ConfigurationError(f"{variable}: the file that it names cannot be read: {fault}")

@@ -541,6 +541,44 @@ def test_a_value_that_an_engines_functions_change_is_refused(
     assert fault in refusal(value, EngineCodec(serializer, deserializer))
 
 
+class LyingText(str):
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = str.__hash__
+
+
+class LyingInteger(int):
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = int.__hash__
+
+
+class LyingObject:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    "value, text, deserializer",
+    [
+        (LyingText(MARKER), '"another"', json.loads),
+        (LyingInteger(5), "6", json.loads),
+        (None, "null", lambda text: LyingObject()),
+    ],
+)
+def test_what_a_value_says_of_its_being_equal_is_not_asked(
+    value: Any, text: str, deserializer: Any
+) -> None:
+    codec = EngineCodec(lambda value: text, deserializer)
+    assert "does not come back equal" in refusal(value, codec)
+
+
 def test_a_value_that_cannot_be_compared_is_refused() -> None:
     class Incomparable:
         def __eq__(self, other: object) -> bool:

@@ -51,6 +51,7 @@ from sqlalchemy_lucent import (
     generate_master_key,
     set_default_keyring,
 )
+from sqlalchemy_lucent.keyring import context_keys
 from tests.conftest import KEY_1, KEY_2
 from tests.strategies import KEY_VERSIONS, MASTER_KEYS
 
@@ -735,6 +736,22 @@ def no_default() -> None:
 def test_what_is_set_is_the_default(promoted: Keyring) -> None:
     set_default_keyring(promoted)
     assert default_keyring() is promoted
+
+
+def test_the_subkeys_of_a_value_are_those_of_the_keyring_at_hand(
+    keyring: Keyring, promoted: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):  # derived, and kept
+        set_default_keyring(promoted)
+        assert context_keys("c") is promoted.for_context("c")
+        assert context_keys("c", keyring) is keyring.for_context("c")
+        set_default_keyring(lambda: keyring)
+        assert context_keys("c") is keyring.for_context("c")
+        assert context_keys("d") is keyring.for_context("d") is not context_keys("c")
+    monkeypatch.setenv("LUCENT_SECRETS_KEY", KEY_2.hex())
+    set_default_keyring(None)
+    assert context_keys("c") is default_keyring().for_context("c")
+    assert context_keys("c").primary.header.startswith(b"v1:")
 
 
 @pytest.mark.usefixtures("no_default")
