@@ -29,6 +29,10 @@ VERSION_PATTERN: Final = re.compile(r"[A-Za-z0-9._-]{1,32}", re.ASCII)
 _SEPARATOR: Final = b":"
 _HEADER_TAIL: Final = 1 + 1 + KEY_ID_SIZE  # separator, format, key id
 
+LONGEST_PREFIX: Final = MAX_VERSION_LENGTH + _HEADER_TAIL + NONCE_SIZE
+"""So many bytes have the header and the nonce of any value. The nonce is fresh for every seal, so
+comparing them decides as well as comparing the whole value."""
+
 
 class Envelope(NamedTuple):
     """One sealed value, taken apart. ``body`` is the ciphertext with its tag."""

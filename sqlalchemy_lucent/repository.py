@@ -44,7 +44,7 @@ from sqlalchemy.orm import Session, scoped_session
 from sqlalchemy.sql.dml import Insert
 
 from ._dialects import is_mysql
-from ._envelope import MAX_VERSION_LENGTH, NONCE_SIZE, header_size, parse
+from ._envelope import LONGEST_PREFIX, NONCE_SIZE, header_size, parse
 from ._keyset import is_behind
 from ._schema import Schema
 from .events import AccessHandler, Action, SecretAccess
@@ -75,9 +75,6 @@ _ROTATE_ATTEMPTS: Final = 5
 _KEYS_PER_STATEMENT: Final = 128
 """Keys looked up at once. PostgreSQL's planning time grows faster than their number: a thousand
 keys took 39 ms by 64 and 81 ms by 256, while each batch costs a round trip."""
-
-_TOKEN_SIZE: Final = MAX_VERSION_LENGTH + 1 + 1 + 4 + NONCE_SIZE
-"""Bytes of the longest header with its nonce, which is fresh for each seal."""
 
 
 class _Unset(enum.Enum):
@@ -480,7 +477,7 @@ class LucentSecrets:
             columns.key_version,
             columns.created_at,
             columns.updated_at,
-            func.substr(columns.payload, 1, _TOKEN_SIZE, type_=LargeBinary).label("prefix"),
+            func.substr(columns.payload, 1, LONGEST_PREFIX, type_=LargeBinary).label("prefix"),
         )
 
     def _load(self, key: SecretKey, *, lock: bool = False) -> Sealed | None:

@@ -26,7 +26,7 @@ from sqlalchemy import (
     select,
 )
 
-from .._envelope import NONCE_SIZE, header_size, parse
+from .._envelope import LONGEST_PREFIX, parse
 from .._keyset import is_behind
 from ..exceptions import ConfigurationError, DecryptionError, RotationError
 from ..keyring import Keyring
@@ -339,9 +339,7 @@ class TableWorker:
                 failed.append((number, self._failure(row, sealed, error)))
                 continue
             renewed.numbers.append(number)
-            # What is compared when it is written: the nonce is fresh for every seal, so this
-            # decides as well as the whole value would, and sends a few bytes.
-            renewed.old.append(value[: header_size(value) + NONCE_SIZE])
+            renewed.old.append(value[:LONGEST_PREFIX])  # what is compared when it is written
             renewed.new.append(new)
         renewed.size = size
         return renewed

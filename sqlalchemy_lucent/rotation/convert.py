@@ -35,7 +35,7 @@ from sqlalchemy import (
 from sqlalchemy.sql.expression import ColumnClause
 from sqlalchemy.types import TypeEngine
 
-from .._envelope import NONCE_SIZE, header_size
+from .._envelope import LONGEST_PREFIX
 from .._json import Codec, JSONValue, same_value
 from .._keyset import is_behind
 from ..exceptions import DecryptionError, LucentError
@@ -442,7 +442,7 @@ class RebindWorker(_Worker):
                 failed.append(self._failure(self._column, row, error))
             else:
                 sealed = as_bytes(row[-1])
-                old.append(sealed[: header_size(sealed) + NONCE_SIZE])
+                old.append(sealed[:LONGEST_PREFIX])
         self._set(connection, self._column, LargeBinary(), changes, old)
         size = sum(len(as_bytes(row[-1])) for row in rows)
         return Batch(len(rows), self._last(rows), len(changes), failed, size)

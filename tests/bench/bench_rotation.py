@@ -59,7 +59,8 @@ together. The figures are rows a second."""
 
 BATCH = 1000
 ROWS = 20_000
-SIZES = ("small", "medium")
+ROUNDS = {"small": 14, "medium": 6}
+PEER_ROUNDS = 3
 LABELS = {"sqlite": "SQLite", "postgresql": "PostgreSQL", "mysql": "MariaDB"}
 
 table = Table(
@@ -288,7 +289,7 @@ def measure_on(engine: Engine, kind: str, size: str, rows: int, rounds: int) -> 
             "sqlalchemy-utils, no objects": utils.by_statements,
             "MultiFernet": lambda: with_fernet(engine, next(fernets)),
         },
-        max(1, rounds // 2),
+        min(PEER_ROUNDS, rounds),
         warm_up=0,
     )
     goals = {"by hand": at_least(0.8)}
@@ -315,9 +316,13 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
     for kind in BY_HAND:
         with bench_database(kind) as url:
             engine = create_engine(url)
-            for size in SIZES:
+            for size in ROUNDS:
                 yield from measure_on(
-                    engine, kind, size, rows=20 if smoke else ROWS, rounds=1 if smoke else 6
+                    engine,
+                    kind,
+                    size,
+                    rows=20 if smoke else ROWS,
+                    rounds=1 if smoke else ROUNDS[size],
                 )
             engine.dispose()
 
