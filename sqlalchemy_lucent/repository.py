@@ -20,6 +20,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast, overload
 
 from sqlalchemy import (
+    ARRAY,
     ColumnElement,
     CursorResult,
     Executable,
@@ -27,9 +28,11 @@ from sqlalchemy import (
     Result,
     Row,
     Select,
+    String,
     Table,
     and_,
     bindparam,
+    column,
     delete,
     false,
     func,
@@ -73,8 +76,7 @@ _ROTATE_ATTEMPTS: Final = 5
 """Compare-and-swap attempts of one rotation. A second is rare, a fifth means a hot key."""
 
 _KEYS_PER_STATEMENT: Final = 128
-"""Keys looked up at once. PostgreSQL's planning time grows faster than their number: a thousand
-keys took 39 ms by 64 and 81 ms by 256, while each batch costs a round trip."""
+"""Keys of one statement whose parts are parameters: databases limit these, and plan long for many."""
 
 
 class _Unset(enum.Enum):
@@ -496,12 +498,26 @@ class LucentSecrets:
     def _load_many(
         self, keys: Sequence[SecretKey], *, lock: bool = False
     ) -> dict[SecretKey, Sealed]:
-        found = {}
+        found: dict[SecretKey, Sealed] = {}
+        if not keys:
+            return found
         # In key order, so that two callers lock the same rows in the same order.
-        for size, parameters in _batches(sorted(keys)):
-            statement = _select_payloads(self._table, size)
+        ordered = sorted(keys)
+        statements: Iterable[tuple[Select[Any], Any]]
+        locked = None
+        if self._dialect.name == "postgresql":
+            parts = map(list, zip(*ordered, strict=True))
+            arrays = dict(zip(KEY_PART_NAMES, parts, strict=True))
+            statements = [(_select_payloads_by_arrays(self._table), arrays)]
+            locked = self._table  # and not the arrays
+        else:
+            statements = (
+                (_select_payloads(self._table, size), parameters)
+                for size, parameters in _batches(ordered)
+            )
+        for statement, parameters in statements:
             if lock:
-                statement = statement.order_by(*self._key_columns).with_for_update()
+                statement = statement.order_by(*self._key_columns).with_for_update(of=locked)
             for row in self._execute(statement, parameters):
                 found[_stored_key(row[:-1])] = row[-1]
         return found
@@ -840,6 +856,21 @@ def _select_payloads(table: Table, size: int) -> Select[Any]:
     """Return the SELECT of the payloads under `size` keys, with their keys."""
     columns = (table.c[name] for name in (*KEY_PART_NAMES, "payload"))
     return select(*columns).where(_is_one_of(table, size))
+
+
+@functools.lru_cache(maxsize=32)
+def _select_payloads_by_arrays(table: Table) -> Select[Any]:
+    """Return PostgreSQL's SELECT of the payloads under any number of keys, with their keys.
+
+    An array for each part of the keys: the statement is the same for all, and is planned as a join.
+    """
+    wanted = (
+        func.unnest(*(bindparam(name, type_=ARRAY(String)) for name in KEY_PART_NAMES))
+        .table_valued(*(column(name, String) for name in KEY_PART_NAMES), name="wanted")
+        .render_derived()
+    )
+    columns = (table.c[name] for name in (*KEY_PART_NAMES, "payload"))
+    return select(*columns).where(*(table.c[name] == wanted.c[name] for name in KEY_PART_NAMES))
 
 
 @functools.lru_cache(maxsize=32)

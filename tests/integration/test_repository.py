@@ -389,7 +389,7 @@ def test_a_thousand_secrets_take_a_bounded_number_of_statements(
     assert len(statements) == 1
     with counted(engine) as statements:
         assert secrets.get_many(THOUSAND) == values
-    assert len(statements) == 8
+    assert len(statements) == (1 if engine.dialect.name == "postgresql" else 8)
     with counted(engine) as statements:
         versions = secrets.rotate_many(THOUSAND, promoted)
     assert len(statements) <= 9
