@@ -76,7 +76,7 @@ _ROTATE_ATTEMPTS: Final = 5
 """Compare-and-swap attempts of one rotation. A second is rare, a fifth means a hot key."""
 
 _KEYS_PER_STATEMENT: Final = 128
-"""Keys of one statement whose parts are parameters: databases limit these, and plan long for many."""
+"""Keys of one statement, four parameters each: databases limit these, and plan long for many."""
 
 
 class _Unset(enum.Enum):
