@@ -1,6 +1,8 @@
 # Everything happens in .venv; nothing outside this folder is touched.
 PYTHON ?= python3
 BIN := .venv/bin
+# One more than there are cores: the tests often wait for a server or for another process.
+TEST_WORKERS := $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 
 .PHONY: demo demo-web test lint docs bench wheel mutants checklist clean
 
@@ -11,7 +13,7 @@ demo-web: .venv/.demo-web
 	cd docs/examples && $(abspath $(BIN))/python -m webapp $(DEMO_ARGS)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -214,14 +214,17 @@ def take_through_its_life(project: Project) -> None:
     engine.dispose()
 
 
-@pytest.mark.parametrize("template", ["generic", "pyproject"])
-def test_synchronous_templates(tmp_path: Path, template: str) -> None:
-    take_through_its_life(Project(tmp_path, template, make_url(f"sqlite:///{tmp_path}/app.db")))
-
-
-@pytest.mark.parametrize("template", sorted({"async", "pyproject_async"} & SHIPPED))
-def test_asynchronous_templates(tmp_path: Path, template: str) -> None:
-    url = make_url(f"sqlite+aiosqlite:///{tmp_path}/app.db")
+# The templates `generic` and `async` are below, on SQLite and elsewhere.
+@pytest.mark.parametrize(
+    "template, driver",
+    [
+        (template, driver)
+        for template, driver in (("pyproject", "sqlite"), ("pyproject_async", "sqlite+aiosqlite"))
+        if template in SHIPPED
+    ],
+)
+def test_the_templates_with_a_pyproject(tmp_path: Path, template: str, driver: str) -> None:
+    url = make_url(f"{driver}:///{tmp_path}/app.db")
     take_through_its_life(Project(tmp_path, template, url))
 
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 3_000
-KILLS = 4
+KILLS = 50 if os.environ.get("LUCENT_TEST_LONG") == "1" else 3
 VALUES = {n: {"n": n, "padding": "x" * 50} for n in range(ROWS)}
 
 ENV = """
