@@ -57,6 +57,29 @@ class Shown(NamedTuple):
         return ESCAPE.sub("", self.raw).replace("\r\n", "\n")
 
 
+def request_run(
+    program: str,
+    arguments: Sequence[str],
+    directory: Path,
+    environ: Mapping[str, str],
+    streams: Sequence[int],
+    *,
+    terminal: bool = False,
+) -> int:
+    """Have a program run; return the descriptor from which its exit code can be read."""
+    request = {
+        "program": program,
+        "arguments": arguments,
+        "directory": str(directory),
+        "environ": environ,
+        "terminal": terminal,
+    }
+    code, told = os.pipe()
+    socket.send_fds(server(), [json.dumps(request).encode()], [*streams, told])
+    os.close(told)
+    return code
+
+
 @dataclass
 class Lucent:
     """The command, in a directory, with a database and keys in its environment."""
@@ -103,17 +126,9 @@ class Lucent:
         *,
         terminal: bool,
     ) -> int:
-        """Have it run; return the descriptor from which its exit code can be read."""
-        request = {
-            "arguments": arguments,
-            "directory": str(self.directory),
-            "environ": self.environ(env),
-            "terminal": terminal,
-        }
-        code, told = os.pipe()
-        socket.send_fds(server(), [json.dumps(request).encode()], [*streams, told])
-        os.close(told)
-        return code
+        return request_run(
+            "lucent", arguments, self.directory, self.environ(env), streams, terminal=terminal
+        )
 
     def start(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         """Start it as a program of its own, its three streams being pipes."""

@@ -1,4 +1,4 @@
-"""Start the command ``lucent`` many times at the cost of one: imported once, forked for each run.
+"""Start ``lucent`` or ``alembic`` often at the cost of once: imported once, forked for each run.
 
 Each run is a process of its own, with its own streams, directory, environment and terminal. The
 tests of what others see of a process (its arguments, its exit by a signal) start it themselves.
@@ -17,12 +17,26 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+import alembic.config
+
 # Imported here, they need not be in each run.
+import sqlalchemy.ext.asyncio  # noqa: F401
+
+import sqlalchemy_lucent.migrations  # noqa: F401
+from sqlalchemy_lucent import cli
 from sqlalchemy_lucent._cli import run  # noqa: F401
-from sqlalchemy_lucent.cli import main
 from tests.integration import workers  # noqa: F401
 
 STREAMS = 3
+
+
+def run_alembic(arguments: Sequence[str]) -> int:
+    sys.path.insert(0, os.getcwd())  # as `python -m` does  # noqa: PTH109
+    alembic.config.main(arguments, prog="alembic")
+    return 0
+
+
+PROGRAMS = {"lucent": cli.main, "alembic": run_alembic}
 
 
 def serve(channel: socket.socket) -> None:
@@ -71,7 +85,7 @@ def run_command(request: dict[str, Any], streams: Sequence[int]) -> int:
     sys.stderr = open(2, "w", encoding=encoding, closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        code = main(request["arguments"])
+        code = PROGRAMS[request["program"]](request["arguments"])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 0
     except BaseException:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import alembic
@@ -36,6 +35,7 @@ from sqlalchemy_lucent import (
     verify,
 )
 from sqlalchemy_lucent.types import RowPart
+from tests.command import exit_code, request_run
 from tests.conftest import KEY_1, KEY_2
 from tests.databases import SYNC_DRIVERS
 from tests.docs.pages import ROOT, blocks
@@ -132,16 +132,13 @@ class Project:
             "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
             "LUCENT_SECRETS_KEYS": ",".join(f"{n}:{KEYS[n].hex()}" for n in reversed(names)),
         }
-        done = subprocess.run(
-            [sys.executable, "-m", "alembic", *arguments],
-            cwd=self.folder,
-            env=environ,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert (done.returncode != 0) == fails, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        with tempfile.TemporaryFile() as output, Path(os.devnull).open("rb") as nothing:
+            streams = (nothing.fileno(), output.fileno(), output.fileno())
+            code = exit_code(request_run("alembic", arguments, self.folder, environ, streams))
+            output.seek(0)
+            text = output.read().decode()
+        assert (code != 0) == fails, text
+        return text
 
     def database(self, number: int) -> str:
         """Return the URL of one of several databases."""
