@@ -40,6 +40,7 @@ from sqlalchemy import (
     literal,
     or_,
     select,
+    tuple_,
     update,
 )
 from sqlalchemy.engine import Dialect
@@ -181,7 +182,7 @@ class LucentSecrets:
             self._tell("write", key, sealed, "ok" if written else "conflict")
         if not written:
             raise _conflict(key)
-        return _token(bytes(sealed)) or ""
+        return _prefix(bytes(sealed)).hex()
 
     def get(self, key: _Key) -> Any:
         """Return the value stored under `key`, or ``None``.
@@ -384,7 +385,9 @@ class LucentSecrets:
             deleted = 0
             with self._undone_by_handler():
                 for size, parameters in _batches(keys):
-                    statement = delete(self._table).where(_is_one_of(self._table, size))
+                    statement = delete(self._table).where(
+                        _is_one_of(self._table, self._dialect.name, size)
+                    )
                     deleted += self._write((), statement, parameters)
                 for key in keys:
                     self._tell("delete", key, None, "ok")
@@ -505,14 +508,15 @@ class LucentSecrets:
         ordered = sorted(keys)
         statements: Iterable[tuple[Select[Any], Any]]
         locked = None
-        if self._dialect.name == "postgresql":
+        dialect_name = self._dialect.name
+        if dialect_name == "postgresql":
             parts = map(list, zip(*ordered, strict=True))
             arrays = dict(zip(KEY_PART_NAMES, parts, strict=True))
             statements = [(_select_payloads_by_arrays(self._table), arrays)]
             locked = self._table  # and not the arrays
         else:
             statements = (
-                (_select_payloads(self._table, size), parameters)
+                (_select_payloads(self._table, dialect_name, size), parameters)
                 for size, parameters in _batches(ordered)
             )
         for statement, parameters in statements:
@@ -838,24 +842,32 @@ def _select_payload(table: Table) -> Select[Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def _is_one_of(table: Table, size: int) -> ColumnElement[bool]:
+def _is_one_of(table: Table, dialect_name: str, size: int) -> ColumnElement[bool]:
     """Return whether a key is one of `size` given as parameters; kept for the same reason.
 
-    Not `(a, b, …) IN (…)`: SQLite scans the table for it, and PostgreSQL plans twice as long.
+    `(a, b, …) IN (…)` is what MySQL and MariaDB take less time for. For it, SQLite scans the table,
+    and PostgreSQL plans twice as long.
     """
+    columns = [table.c[name] for name in KEY_PART_NAMES]
+    keys = [
+        [bindparam(f"{column.name}_{position}", type_=column.type) for column in columns]
+        for position in range(size)
+    ]
+    if dialect_name in ("mysql", "mariadb"):
+        return tuple_(*columns).in_([tuple_(*key) for key in keys])
     return or_(
         *(
-            and_(*(table.c[name] == bindparam(f"{name}_{position}") for name in KEY_PART_NAMES))
-            for position in range(size)
+            and_(*(column == part for column, part in zip(columns, key, strict=True)))
+            for key in keys
         )
     )
 
 
 @functools.lru_cache(maxsize=256)
-def _select_payloads(table: Table, size: int) -> Select[Any]:
+def _select_payloads(table: Table, dialect_name: str, size: int) -> Select[Any]:
     """Return the SELECT of the payloads under `size` keys, with their keys."""
     columns = (table.c[name] for name in (*KEY_PART_NAMES, "payload"))
-    return select(*columns).where(_is_one_of(table, size))
+    return select(*columns).where(_is_one_of(table, dialect_name, size))
 
 
 @functools.lru_cache(maxsize=32)

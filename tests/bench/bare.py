@@ -14,7 +14,7 @@ from sqlalchemy import Dialect, LargeBinary
 from sqlalchemy.types import TypeDecorator
 
 from sqlalchemy_lucent._envelope import length_prefixed, pack_header
-from sqlalchemy_lucent._json import _PLAIN_ONLY
+from sqlalchemy_lucent._json import _FLOAT, _PLAIN_ONLY, _may_be_infinite_or_nan
 
 _AEAD = AESGCM(bytes(range(32)))
 _HEADER = pack_header("v2", b"\0\1\2\3")
@@ -41,20 +41,25 @@ def bare_open() -> Callable[[bytes], Any]:
 
 
 def steps_of_sealing() -> dict[str, Callable[[Any], bytes]]:
-    """What the contract asks for beyond the floor, added one after the other without a frame.
+    """What the contract asks for beyond the floor, added one after the other.
 
     What is left to ours is Python: a function for each layer, and the keyring's look-up.
     """
     encrypt, urandom, dumps, packb = _AEAD.encrypt, os.urandom, orjson.dumps, ormsgpack.packb
     header, associated_data = _HEADER, _ASSOCIATED_DATA
 
+    def check(value: Any) -> None:
+        packed = packb(value, None, _PLAIN_ONLY)
+        if _FLOAT in packed and _may_be_infinite_or_nan(packed):
+            raise ValueError
+
     def strict(value: Any) -> bytes:
-        packb(value, None, _PLAIN_ONLY)
+        check(value)
         nonce = urandom(12)
         return nonce + encrypt(nonce, dumps(value), None)
 
     def bound(value: Any) -> bytes:
-        packb(value, None, _PLAIN_ONLY)
+        check(value)
         nonce = urandom(12)
         return header + nonce + encrypt(nonce, dumps(value), associated_data)
 

@@ -17,13 +17,13 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 
-from sqlalchemy import URL, Engine, create_engine, text
+from sqlalchemy import URL, Engine, create_engine
 
 from sqlalchemy_lucent import Keyring, RotationReport, rotate, set_default_keyring
 from tests.bench.bench_rotation import fill, table
 from tests.bench.documents import DOCUMENTS
 from tests.bench.measure import KEYS, Contender, Figure, at_least, in_turns, run_alone
-from tests.bench.servers import bench_database
+from tests.bench.servers import bench_database, tidy_up
 from tests.databases import drop_everything
 
 TITLE = "Rotation: two workers"
@@ -57,13 +57,6 @@ def to_v2() -> Keyring:
     return KEYS
 
 
-def clean(engine: Engine) -> None:
-    """Have the server do now what it would do at a moment of its own."""
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("VACUUM ANALYZE documents"))
-        connection.execute(text("CHECKPOINT"))
-
-
 def measure_on(
     engine: Engine, executors: dict[str, Executor], size: str, smoke: bool
 ) -> Iterator[Figure]:
@@ -83,7 +76,7 @@ def measure_on(
         rotations[name] = partial(rotate, executor=executor, connect=connect, ranges=ranges)
     turns = in_turns(
         {
-            name: Contender(partial(run, rotation), partial(clean, engine))
+            name: Contender(partial(run, rotation), partial(tidy_up, engine))
             for name, rotation in rotations.items()
         },
         rounds,

@@ -20,8 +20,8 @@ from sqlalchemy_lucent import (
     set_default_keyring,
 )
 from tests.bench.documents import medium
-from tests.bench.measure import KEYS, Figure, in_turns, run_alone
-from tests.bench.servers import bench_database
+from tests.bench.measure import KEYS, Contender, Figure, in_turns, run_alone
+from tests.bench.servers import bench_database, tidy_up
 
 TITLE = "PostgreSQL: toast_tuple_target"
 ABOUT = """\
@@ -65,8 +65,6 @@ def filled(engine: Engine, rows: int) -> None:
         for model in MODELS.values():
             with Session(engine) as session, session.begin():
                 LucentSecrets(session, model=model).set_many(values)
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("VACUUM ANALYZE"))
 
 
 def measure(smoke: bool = False) -> Iterator[Figure]:
@@ -97,7 +95,11 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
             "rotate": (rows, rotate_all),
         }
         for name, (count, do) in work.items():
-            turns = in_turns({name: partial(do, model) for name, model in MODELS.items()}, rounds)
+            contenders = {
+                name: Contender(partial(do, model), partial(tidy_up, engine))
+                for name, model in MODELS.items()
+            }
+            turns = in_turns(contenders, rounds)
             yield Figure(
                 group="2.3 kB secrets",
                 name=name,
