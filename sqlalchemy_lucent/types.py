@@ -39,6 +39,7 @@ from ._redacted import REDACTED, redact
 from ._schema import Schema
 from .exceptions import (
     ConfigurationError,
+    LucentError,
     PicklingRefusedError,
     SerializationError,
     TamperedError,
@@ -102,6 +103,11 @@ class ColumnCodec:
         self.redacts = redacts
         self.schema = schema
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether values are JSON documents as the default codec writes them, and nothing else."""
+        return self.schema is None and self.codec is STRICT
+
     def seal(self, value: Any, row: bytes = b"", keyring: Keyring | None = None) -> bytes:
         """Return the stored bytes of a value."""
         try:
@@ -135,7 +141,7 @@ class ColumnCodec:
         What is usual is done without the layers between this column and its key; whatever else
         there is, and whatever is wrong, goes through them.
         """
-        if self.schema is not None or self.codec is not STRICT:
+        if not self.is_plain:
             return self.open
         context, through_the_layers = self.contexts[0], self.open
         redacted = REDACTED if self.redacts else {}
@@ -495,10 +501,19 @@ class EncryptedJSON(TypeDecorator[Any]):
         column = self.column_codec(dialect)
         seal, bound_to = column.seal, column.bound_to
         none_as_null, json_null = self.none_as_null, JSON.NULL
+        context, dumps = column.contexts[0], column.codec.dumps
+        usual = _USUAL_KINDS if column.is_plain and not bound_to else frozenset()
 
         def process(value: Any) -> bytes | None:
             row = b""
             kind = type(value)
+            # What is usual is sealed without the layers between this column and its key; whatever
+            # else there is, and whatever is wrong, goes through them.
+            if kind in usual:
+                try:
+                    return context_keys(context).primary.seal(dumps(value))
+                except LucentError:
+                    return seal(value)  # raises again, and says more
             if kind is Bound:
                 row = _row_of(value, column)
                 value = value.value
@@ -574,6 +589,9 @@ class EncryptedJSON(TypeDecorator[Any]):
         ]
         return f"{type(self).__name__}({', '.join(arguments)})"
 
+
+_USUAL_KINDS: Final = frozenset({dict, list, str, int, float, bool})
+"""Types of values that are a document, and none of the forms that mean something else."""
 
 _DEFAULTS: Final[dict[str, object]] = {
     "none_as_null": False,
