@@ -1,4 +1,4 @@
-"""The floor: the cipher and the JSON library by themselves, as functions and as a column type."""
+"""The cipher and the JSON library by themselves, and the least that the contract takes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from sqlalchemy.types import TypeDecorator
 
 from sqlalchemy_lucent._envelope import length_prefixed, pack_header
 from sqlalchemy_lucent._json import _FLOAT, _PLAIN_ONLY, _may_be_infinite_or_nan
+from sqlalchemy_lucent._redacted import RedactedDict
 
 _AEAD = AESGCM(bytes(range(32)))
 _HEADER = pack_header("v2", b"\0\1\2\3")
 _ASSOCIATED_DATA = length_prefixed(_HEADER, b"documents.payload")
+
+STRICT_AND_BOUND = "strict, bound to its column"
 
 
 def bare_seal() -> Callable[[Any], bytes]:
@@ -63,7 +66,7 @@ def steps_of_sealing() -> dict[str, Callable[[Any], bytes]]:
         nonce = urandom(12)
         return header + nonce + encrypt(nonce, dumps(value), associated_data)
 
-    return {"strict": strict, "strict, bound to its column": bound}
+    return {"strict": strict, STRICT_AND_BOUND: bound}
 
 
 def steps_of_opening() -> dict[str, Callable[[bytes], Any]]:
@@ -78,17 +81,28 @@ def steps_of_opening() -> dict[str, Callable[[bytes], Any]]:
         open_ = keys[data[:size]]
         return loads(open_(data[size : size + 12], data[size + 12 :], associated_data))
 
-    return {"strict": strict, "strict, bound to its column": bound}
+    return {"strict": strict, STRICT_AND_BOUND: bound}
 
 
-class BareJSON(TypeDecorator[Any]):
+def floor_seal() -> Callable[[Any], bytes]:
+    """What the contract asks for, in one function and with one key."""
+    return steps_of_sealing()[STRICT_AND_BOUND]
+
+
+def floor_open(*, redacted: bool = True) -> Callable[[bytes], Any]:
+    """The same for opening; the document is a `dict`."""
+    open_ = steps_of_opening()[STRICT_AND_BOUND]
+    return (lambda data: RedactedDict(open_(data))) if redacted else open_
+
+
+class FloorJSON(TypeDecorator[Any]):
     """A column that is sealed by the floor: one key for everything, and not even SQL NULL."""
 
     impl = LargeBinary
     cache_ok = True
 
     def bind_processor(self, dialect: Dialect) -> Any:
-        return bare_seal()
+        return floor_seal()
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Any:
-        return bare_open()
+        return floor_open()

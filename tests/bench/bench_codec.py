@@ -20,14 +20,21 @@ from sqlalchemy import Column, Dialect, MetaData, Table, create_engine
 from sqlalchemy.types import TypeEngine
 
 from sqlalchemy_lucent import EncryptedJSON, set_default_keyring
-from tests.bench.bare import bare_open, bare_seal, steps_of_opening, steps_of_sealing
+from tests.bench.bare import (
+    bare_open,
+    bare_seal,
+    floor_open,
+    floor_seal,
+    steps_of_opening,
+    steps_of_sealing,
+)
 from tests.bench.documents import DOCUMENTS
 from tests.bench.measure import KEYS, Figure, Turns, at_least, at_most, in_turns, run_alone
 
 TITLE = "One value"
 ABOUT = """\
 A value is sealed and opened by the functions that SQLAlchemy calls for each parameter and each
-result (`bind_processor`, `result_processor`), with no database behind them. *Bare* is the floor:
+result (`bind_processor`, `result_processor`), with no database behind them. *Bare* is
 `os.urandom(12)`, one `AESGCM` object that is kept, orjson, and nothing else: no key id, no context,
 no strictness, no keyring to be looked up. The small document is an API key of 67 bytes, the medium
 one a service-account key of 2.2 kB, the large one 64 kB of nested settings. *Opened, redacted* is
@@ -35,7 +42,8 @@ the default; *opened, plain* is `EncryptedJSON(redact=False)`. The ratio to the 
 says how many times quicker ours is; they run on SQLite's dialect, where all of them work, and
 those that store text are given it by `json.dumps`.
 
-*Where the rest goes* adds to the floor, in one function, what the contract asks for. *Strict*:
+*Where the rest goes* adds to the bare, in one function, what the contract asks for; with all of it,
+that is the floor. *Strict*:
 orjson writes NaN as `null` and a tuple as a list, and reads an integer past 64 bits as a float,
 so a document is vouched for by ormsgpack before it is written, and is read by msgspec. *Bound to
 its column*: the header, the associated data, and the key's look-up by the header. What is left to
@@ -130,6 +138,7 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
         dialect = create_engine(url).dialect
         contenders = {
             "bare": Processors(bare_seal(), bare_open()),
+            "floor": Processors(floor_seal(), floor_open(redacted=False)),
             "plain": through(EncryptedJSON(redact=False), dialect),
             "redacted": through(EncryptedJSON(), dialect),
         }
@@ -147,7 +156,7 @@ def beside_bare(
 ) -> Iterator[Figure]:
     rounds, count = (1, 4) if smoke else (41, VALUES_PER_TURN[size])
     figure = partial(Figure, group=f"{dialect}'s dialect, {size}", unit="µs")
-    sealing = {name: contenders[name] for name in ("bare", "redacted")}
+    sealing = {name: contenders[name] for name in ("bare", "floor", "redacted")}
     turns, micro = turns_of(sealing, "seal", size, rounds, count)
     yield figure(
         name="sealed",
@@ -155,6 +164,7 @@ def beside_bare(
         against="bare",
         reference=turns.median("bare") * micro,
         ratio=turns.ratio("redacted", to="bare"),
+        floor=turns.ratio("floor", to="bare"),
         goal=at_most(1.15),
     )
     turns, micro = turns_of(contenders, "open", size, rounds, count)
@@ -165,6 +175,7 @@ def beside_bare(
             against="bare",
             reference=turns.median("bare") * micro,
             ratio=turns.ratio(name, to="bare"),
+            floor=turns.ratio("floor", to="bare") if goal else None,
             goal=goal,
         )
     yield figure(
@@ -202,7 +213,10 @@ def where_the_rest_goes(dialect: Dialect, size: str, smoke: bool) -> Iterator[Fi
 
 
 def beside_peers(dialect: Dialect, size: str, smoke: bool) -> Iterator[Figure]:
-    ours = {"ours": through(EncryptedJSON(), dialect)}
+    ours = {
+        "ours": through(EncryptedJSON(), dialect),
+        "floor": Processors(floor_seal(), floor_open()),
+    }
     others = peers(dialect)
     rounds, count = (1, 4) if smoke else (21, PEER_VALUES_PER_TURN)
     for what, done in (("seal", "sealed"), ("open", "opened")):
@@ -216,6 +230,7 @@ def beside_peers(dialect: Dialect, size: str, smoke: bool) -> Iterator[Figure]:
                 reference=turns.median(name) * micro,
                 unit="µs",
                 ratio=turns.ratio(name, to="ours"),
+                floor=turns.ratio(name, to="floor"),
                 goal=at_least(6),
                 form="{:.1f}",
             )

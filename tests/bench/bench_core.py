@@ -18,8 +18,7 @@ ABOUT = """\
 One `connection.execute(insert(table), rows)` in a transaction, and one
 `connection.execute(select(table)).all()`, against the same table with a `sqlalchemy.JSON` column.
 SQLite is in memory, where the database costs least and the difference between the columns shows
-most. *Bare* is the floor as a column type: `AESGCM` and orjson in a `LargeBinary` whose processors
-are its own: what that misses the goal by, any encrypted column does."""
+most."""
 
 ROWS = {"small": 20_000, "medium": 10_000}
 GOALS = {
@@ -40,7 +39,7 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
                 group=f"{rows:,} {size} rows",
                 rows=30 if smoke else rows,
                 rounds=1 if smoke else 9,
-                beside=["JSON", "bare"],
+                beside=["JSON"],
                 goals=GOALS,
                 clock=time.thread_time,
             )

@@ -17,12 +17,12 @@ TITLE = "PostgreSQL and MariaDB"
 ABOUT = """\
 The same work as on SQLite, through each driver, over a connection to a server on the same
 machine. On PostgreSQL it is compared with a `JSON` and with a `JSONB` column. With an async
-driver the work runs in `AsyncConnection.run_sync` and `AsyncSession.run_sync`. *Bare* is the
-floor as a column type, as on SQLite: what it misses by, any encrypted column does. Two things
-weigh there. Sealed bytes do not compress: where PostgreSQL keeps JSON of 2.2 kB in its row, by
-compressing it, it moves the sealed value out of the row (see [toast_tuple_target](#postgresql-
-toast-tuple-target)). And drivers take bytes another way than text: psycopg reads them as
-hexadecimal digits, those of MariaDB write them escaped into the statement."""
+driver the work runs in `AsyncConnection.run_sync` and `AsyncSession.run_sync`. Two things weigh
+there, on the floor as on ours. Sealed bytes do not compress: where PostgreSQL keeps JSON of 2.2 kB
+in its row, by compressing it, it moves the sealed value out of the row
+([toast_tuple_target](#postgresql-toast_tuple_target) keeps it there). And drivers take bytes
+another way than text: psycopg reads them as hexadecimal digits, those of MariaDB write them
+escaped into the statement."""
 
 DRIVERS = {
     "PostgreSQL, psycopg": ("postgresql", "postgresql+psycopg"),
@@ -51,14 +51,14 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
                 url = url.set(drivername=driver)
                 with opened(url, is_async=driver in ASYNC) as database:
                     for size, rows in ROWS.items():
-                        for compare, floor in ((compare_core, ["bare"]), (compare_orm, [])):
+                        for compare in (compare_core, compare_orm):
                             yield from compare(
                                 database,
                                 size,
                                 group=f"{label}, {rows:,} {size} documents",
                                 rows=10 if smoke else rows,
                                 rounds=1 if smoke else 5,
-                                beside=[*beside, *floor],
+                                beside=beside,
                                 goals=GOALS,
                             )
 

@@ -39,7 +39,7 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
                 group=f"{ROWS:,} {size} entities",
                 rows=30 if smoke else ROWS,
                 rounds=1 if smoke else 7,
-                beside=["JSON", "bare"],
+                beside=["JSON"],
                 goals=GOALS,
                 clock=time.thread_time,
             )

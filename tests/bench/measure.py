@@ -6,7 +6,8 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ class Figure:
     """One measurement of ours beside one of something else.
 
     `ours` and `reference` are in `unit`. `ratio` is what the goal is about, and `form` prints it.
+    `floor` is the ratio of the floor to the same reference: what cannot be done for less.
     """
 
     group: str
@@ -55,6 +57,7 @@ class Figure:
     reference: float
     unit: str
     ratio: float
+    floor: float | None = None
     goal: Goal | None = None
     form: str = "{:.2f}"
     rows: int = 0
@@ -62,6 +65,11 @@ class Figure:
     @property
     def met(self) -> bool | None:
         return None if self.goal is None else self.goal.met_by(self.ratio)
+
+    @property
+    def out_of_reach(self) -> bool:
+        """Whether the floor misses the goal too."""
+        return self.goal is not None and self.floor is not None and not self.goal.met_by(self.floor)
 
 
 class Contender(NamedTuple):
@@ -96,6 +104,21 @@ class Turns:
         )
 
 
+@contextmanager
+def frozen_heap() -> Iterator[None]:
+    """Have the garbage collector leave alone what is there, as a server does after its start.
+
+    Else a few objects more would decide whether it looks through the whole heap of the process,
+    with all of its modules, once more in a contender's turn.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def in_turns(
     contenders: Mapping[str, Contender | Callable[[], object]],
     rounds: int,
@@ -121,19 +144,20 @@ def in_turns(
         for name, each in contenders.items()
     ]
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(-warm_up, rounds):
-        for name, contender in order:
-            if contender.before is not None:
-                contender.before()
-            if collect:
-                gc.collect()
-            begin = clock()
-            result = contender.work()
-            taken = clock() - begin
-            del result  # giving memory back is not timed
-            if number >= 0:
-                seconds[name].append(taken)
-        order.reverse()
+    with frozen_heap():
+        for number in range(-warm_up, rounds):
+            for name, contender in order:
+                if contender.before is not None:
+                    contender.before()
+                if collect:
+                    gc.collect()
+                begin = clock()
+                result = contender.work()
+                taken = clock() - begin
+                del result  # giving memory back is not timed
+                if number >= 0:
+                    seconds[name].append(taken)
+            order.reverse()
     return Turns(seconds)
 
 
@@ -151,12 +175,13 @@ def table_of(figures: Iterable[Figure]) -> list[str]:
                 *([""] if lines else []),
                 f"**{group}**",
                 "",
-                "| | ours | beside | theirs | ratio | goal | met |",
-                "|---|--:|---|--:|--:|---|---|",
+                "| | ours | beside | theirs | ratio | floor | goal | met |",
+                "|---|--:|---|--:|--:|--:|---|---|",
             ]
         lines.append(
             f"| {figure.name} | {_number(figure.ours)} {figure.unit} | {figure.against} "
             f"| {_number(figure.reference)} {figure.unit} | {figure.form.format(figure.ratio)} "
+            f"| {'' if figure.floor is None else figure.form.format(figure.floor)} "
             f"| {figure.goal or ''} | {_MET[figure.met]} |"
         )
     return lines

@@ -14,7 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import TypeEngine
 
 from sqlalchemy_lucent import EncryptedJSON
-from tests.bench.bare import BareJSON
+from tests.bench.bare import FloorJSON
 
 T = TypeVar("T")
 
@@ -39,11 +39,11 @@ def model(name: str, type_: TypeEngine[Any]) -> type[Document]:
 
 PLAIN = model("plain_json", JSON())
 BINARY = model("plain_jsonb", JSON().with_variant(JSONB(), "postgresql"))
-BARE = model("bare", BareJSON())
+FLOOR = model("floor", FloorJSON())
 SEALED = model("sealed", EncryptedJSON())
 LAZY = model("sealed_lazy", EncryptedJSON(lazy=True))
 
-MODELS = {"JSON": PLAIN, "JSONB": BINARY, "bare": BARE, "ours": SEALED, "ours, lazy": LAZY}
+MODELS = {"JSON": PLAIN, "JSONB": BINARY, "floor": FLOOR, "ours": SEALED, "ours, lazy": LAZY}
 
 
 class Database:
