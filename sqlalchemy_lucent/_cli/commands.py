@@ -353,6 +353,11 @@ def retire_check(
         [(f"{table}.{column}", count) for (table, column), count in counts.items()],
     )
     write(wrapped(f"no value in these tables needs key version {version}") + "\n")
+    if not settle:
+        tell(
+            "counted once, which does not see what open transactions are about to commit: "
+            "--settle counts again after so many seconds"
+        )
     if not metadata:
         tell(f"only {_names(tables)} was looked at: name your models with --metadata as well")
 

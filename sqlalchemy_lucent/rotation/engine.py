@@ -140,10 +140,11 @@ def rotate(
         lock or statement timeout, a lost connection), each with half the rows.
     :param on_error: ``"report"`` goes on when a value does not open; ``"raise"`` ends the run
         with a :exc:`RotationError`, the batch in hand rolled back.
-    :param on_progress: called after each batch. With `executor`, in this process, each time that a
-        worker has finished a range or worked on one for 5 seconds.
-    :param stop_when: called after each batch, or as `on_progress` is; something true ends the run
-        there, and the report says what remains. Workers come to the end of their 5 seconds.
+    :param on_progress: called after each batch, and before each further pass over a table. With
+        `executor`, in this process, each time that a worker has finished a range or worked on one
+        for 5 seconds.
+    :param stop_when: called when `on_progress` is; something true ends the run there, and the
+        report says what remains. Workers come to the end of their 5 seconds.
     :param dry_run: open and seal everything in memory, and write nothing.
     :param executor: a :class:`concurrent.futures.Executor` of processes (or Dask's, from
         ``Client.get_executor()``), or a function that returns one, which is called again when a
@@ -441,6 +442,9 @@ class _Run:
             if number:
                 # What is left changes at the pace of those who write it, or hold it locked.
                 self._sleep(min(_FIRST_PAUSE * 2**number, _LONGEST_PAUSE))
+                self._tell(worker, failures)  # no batch may have had a row to tell of
+                if self._stopped:
+                    break
             before = self._rotated
             if number == 0 and self._shared is not None and isinstance(worker, TableWorker):
                 failures = self._shared_pass(worker, self._shared)

@@ -785,6 +785,25 @@ def test_stop_when_ends_the_run_after_a_batch(engine: Engine, promoted: Keyring)
     assert counts(engine, table)["payload", "v2"] == 10
 
 
+@pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)  # SQLite locks no rows
+def test_stop_when_is_asked_before_a_pass_that_may_find_nothing(
+    engine: Engine, promoted: Keyring
+) -> None:
+    table = documents_table()
+    fill(engine, table)
+    asked: list[int] = []
+
+    def is_done(progress: RotationProgress) -> bool:
+        asked.append(progress.rotated)
+        return asked.count(24) == 3  # after the batch, and before two passes without any
+
+    with engine.begin() as other:
+        other.execute(select(table).where(table.c.id == 3).with_for_update())
+        report = rotate(engine, table, keyring=promoted, stop_when=is_done)
+    assert (report.stopped, report.rotated, report.remaining) == (True, 24, 1)
+    assert asked == [24, 24, 24]
+
+
 def test_progress_tells_what_is_done_and_what_is_left(engine: Engine, promoted: Keyring) -> None:
     table = documents_table()
     fill(engine, table)
