@@ -19,6 +19,7 @@ PACKAGES = (
     "cryptography",
     "orjson",
     "msgspec",
+    "ormsgpack",
     "psycopg",
     "asyncpg",
     "PyMySQL",

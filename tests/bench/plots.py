@@ -39,7 +39,7 @@ def draw_rotation(figures: Sequence[Figure], path: Path) -> None:
     """Draw the rows a second of a rotation, and of each other way."""
     groups = [name for name in _groups(figures) if name.endswith("small")]
     with mpl.rc_context(_STYLE):
-        drawing = Drawing(figsize=(8, 1.5 * len(groups)), layout="constrained")
+        drawing = Drawing(figsize=(8, 2.2 * len(groups)), layout="constrained")
         for (axes,), group in zip(_axes(drawing, len(groups), 1), groups, strict=True):
             rows = [f for f in figures if f.group == group]
             bars = {"rotate": rows[0].ours} | {f.against: f.reference for f in rows}

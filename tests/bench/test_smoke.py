@@ -23,7 +23,7 @@ FIGURES = {
     "orm": 2 * 3,
     "databases": 2 * 5 * (3 * 2 + 2),
     "repository": 4 * 2 * 4,
-    "rotation": 3 * 2 * 4,
+    "rotation": 2 * (3 + 6 + 4 + 3 * 3),
     "workers": 2 * 2,
     "swap": 3 * 2,
     "toast": 3,
