@@ -26,6 +26,22 @@ class Piece:
     """What ended the last attempt."""
 
 
+def check_executor(executor: object) -> None:
+    """Refuse what is neither an executor nor may make one.
+
+    :raises RotationError: it is neither.
+    """
+    if not isinstance(executor, Executor) and not callable(executor):
+        raise _no_executor(executor)
+
+
+def _no_executor(given: object) -> RotationError:
+    return RotationError(
+        "executor= is a concurrent.futures.Executor or a function that returns one; "
+        f"this is of type {type(given).__name__}"
+    )
+
+
 class Sharing:
     """The executor of a run.
 
@@ -43,10 +59,7 @@ class Sharing:
             self._make = executor
             executor = executor()
         if not isinstance(executor, Executor):
-            raise RotationError(
-                "executor= is a concurrent.futures.Executor or a function that returns one, "
-                f"not a {type(executor).__name__}"
-            )
+            raise _no_executor(executor)
         self._executor = executor
         self._work = work
 

@@ -131,12 +131,8 @@ class Workplace:
     ) -> Workplace:
         """Describe where a worker of this process's `engine` and `keyring` works.
 
-        :raises RotationError: the URL has a password or may have one, or a function has no name
-            to go by.
+        :raises RotationError: the URL has a password or may have one.
         """
-        for name, function in (("connect", connect), ("keyring", make_keyring)):
-            if function is not None:
-                _check_goes_by_name(name, function)
         url = ""
         if connect is None:
             if engine.url.password is not None or set(engine.url.query) - _HARMLESS_OPTIONS:
@@ -276,18 +272,31 @@ _HARMLESS_OPTIONS = frozenset(
 )
 
 
-def _check_goes_by_name(name: str, function: object) -> None:
-    """Refuse what a pickle would hold more of than a name: a partial may have a key in it."""
+def check_goes_by_name(name: str, function: object) -> None:
+    """Refuse what a pickle would hold more of than a name: a partial may have a key in it.
+
+    :raises RotationError: `function` is not ``None``, and not a function that pickles by its name.
+    """
+    if function is None:
+        return
+    given = function
     if inspect.ismethod(function):
         function = function.__self__  # of a class: Keyring.from_env
         goes = inspect.isclass(function)
     else:
         goes = inspect.isfunction(function) or inspect.isclass(function)
-    if not goes:
-        raise RotationError(
-            f"{name}= is a function at the top level of a module, which workers import by its "
-            f"name, not a {type(function).__name__}"
-        )
+    fault = f"this {type(function).__name__} is none"
+    if goes:
+        try:
+            pickle.dumps(given)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            fault = f"{getattr(given, '__qualname__', 'this one')} is not found there"
+        else:
+            return
+    raise RotationError(
+        f"{name}= is a function at the top level of a module, which workers import by its name; "
+        f"{fault}"
+    )
 
 
 def _fingerprints(keyring: Keyring) -> tuple[tuple[str, str], ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
@@ -21,9 +23,9 @@ from ._inplace import InPlaceWorker, can_work_in_place
 from ._link import Link
 from ._pace import Pace
 from ._ranges import KeyRange, split
-from ._share import Sharing
+from ._share import Sharing, check_executor
 from ._table import Batch, PrimaryKey, TableWorker
-from ._task import Outcome, TableDescription, Task, Workplace, place_of
+from ._task import Outcome, TableDescription, Task, Workplace, check_goes_by_name, place_of
 from .report import FailedRow, Failures, RotationProgress, RotationReport
 from .targets import Target, TargetTable, resolve_targets
 
@@ -89,6 +91,19 @@ class RotationOptions:
             raise RotationError("pause is a number of seconds, 0 or more")
         if self.on_error not in ("report", "raise"):
             raise RotationError('on_error is "report" or "raise"')
+        if not isinstance(self.dry_run, bool):
+            raise RotationError("dry_run is True or False")
+        for name in ("on_progress", "stop_when"):
+            function = getattr(self, name)
+            if function is not None and not callable(function):
+                raise RotationError(f"{name} is a function of the progress")
+            if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+                getattr(function, "__call__", None)  # noqa: B004  (of an object that is called)
+            ):
+                raise RotationError(
+                    f"{name} is a plain function, also for arotate(): nothing would await a "
+                    "coroutine"
+                )
 
 
 def rotate(
@@ -178,13 +193,17 @@ def rotate(
         return _rotate(bind, targets, own, options, time.sleep)
     if not isinstance(bind, Engine):
         raise RotationError(
-            f"executor= needs the Engine, not a {type(bind).__name__}: each worker has a "
+            f"executor= needs the Engine, not this {type(bind).__name__}: each worker has a "
             "connection of its own"
         )
     _check_ranges(ranges, options.max_rate)
+    # Also where this process will do the work alone: what is wrong shows in a rehearsal then.
+    check_executor(executor)
+    make_keyring = None if isinstance(keyring, Keyring) else keyring
+    for name, function in (("connect", connect), ("keyring", make_keyring)):
+        check_goes_by_name(name, function)
     if bind.dialect.name == "sqlite":
         return _rotate(bind, targets, own, options, time.sleep)
-    make_keyring = None if isinstance(keyring, Keyring) else keyring
     workplace = Workplace.of(bind, connect, make_keyring, own)
     sharing = Sharing(executor, work_on_range)
     try:
@@ -221,11 +240,15 @@ async def arotate(
     `stop_when` are ordinary functions. There is no `executor` here: its workers need an ordinary
     engine, and so does waiting for them.
     """
-    if {"executor", "ranges", "connect"} & set(options):
+    for_workers = {"executor", "ranges", "connect"} & set(options)
+    if for_workers:
         raise RotationError(
-            "arotate() takes no executor=: run rotate() with an ordinary Engine in a thread, "
-            "await asyncio.to_thread(rotate, engine, targets, executor=...)"
+            f"arotate() takes no {min(for_workers)}=: run rotate() with an ordinary Engine in a "
+            "thread, await asyncio.to_thread(rotate, engine, targets, executor=...)"
         )
+    unknown = set(options) - {field.name for field in fields(RotationOptions)}
+    if unknown:
+        raise TypeError(f"arotate() got an unexpected keyword argument {min(unknown)!r}")
     checked = RotationOptions(**options)
     own = _keyring_of(keyring)
     return await run_sync(bind, lambda sync: _rotate(sync, targets, own, checked, sleep_in_async))
@@ -568,7 +591,7 @@ class _Run:
 
 def _is_number(value: object, kind: type[int | float] | None = None) -> bool:
     kinds = (int, float) if kind is None else kind
-    return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _first_line(error: DBAPIError) -> str:

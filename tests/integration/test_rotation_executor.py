@@ -661,7 +661,7 @@ def test_a_function_without_a_name_is_refused_before_the_first_write(
     server_engine: Engine,
 ) -> None:
     fill(server_engine, 4)
-    with pytest.raises(RotationError, match="cannot be sent to a worker"):
+    with pytest.raises(RotationError, match=r"keyring= is a function at the top .*<lambda>"):
         rotate(
             server_engine,
             ledger,
@@ -885,6 +885,9 @@ def test_a_rate_is_divided_by_the_ranges(server_engine: Engine, threads: Executo
         ({"executor": Recorder(), "ranges": True}, "ranges is a whole number"),
         ({"ranges": 3}, "for the workers of an executor"),
         ({"connect": sharing.connect}, "for the workers of an executor"),
+        ({"executor": 3}, "a function that returns one; this is of type int"),
+        ({"executor": Recorder(), "connect": lambda: None}, "connect= .* <lambda> is not found"),
+        ({"executor": Recorder(), "connect": 3}, "connect= .* this int is none"),
     ],
 )
 def test_a_wrong_option_is_refused(options: dict[str, Any], fault: str) -> None:
@@ -923,15 +926,19 @@ def test_an_executor_that_was_shut_down_is_refused(
 def test_a_connection_is_refused(engine: Engine) -> None:
     with (
         engine.connect() as connection,
-        pytest.raises(RotationError, match="needs the Engine, not a Connection"),
+        pytest.raises(RotationError, match="needs the Engine, not this Connection"),
     ):
         rotate(connection, ledger, executor=Recorder())
 
 
 def test_arotate_refuses_an_executor() -> None:
     engine = create_async_engine("sqlite+aiosqlite://")
-    with pytest.raises(RotationError, match=r"asyncio\.to_thread"):
+    with pytest.raises(RotationError, match=r"takes no executor=: .*asyncio\.to_thread"):
         asyncio.run(arotate(engine, ledger, executor=Recorder()))
+    with pytest.raises(RotationError, match="takes no ranges="):
+        asyncio.run(arotate(engine, ledger, ranges=2))
+    with pytest.raises(TypeError, match=r"arotate\(\) got an unexpected .* 'bacth_size'"):
+        asyncio.run(arotate(engine, ledger, bacth_size=2))
 
 
 def test_sqlite_has_one_writer_so_the_caller_does_it_alone(

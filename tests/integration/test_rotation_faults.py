@@ -638,6 +638,15 @@ def test_a_commit_that_readers_hold_up_is_tried_again(impatient: Engine, promote
 # -- Bad input -------------------------------------------------------------------------------------
 
 
+async def nobody_awaits(progress: RotationProgress) -> bool:
+    return False
+
+
+class AwaitedByNobody:
+    async def __call__(self, progress: RotationProgress) -> bool:
+        return False
+
+
 @pytest.mark.parametrize(
     "option, value",
     [
@@ -654,6 +663,14 @@ def test_a_commit_that_readers_hold_up_is_tried_again(impatient: Engine, promote
         ("pause", None),
         ("retries", -1),
         ("on_error", "ignore"),
+        ("batch_time", float("inf")),
+        ("max_rate", float("nan")),
+        ("pause", float("inf")),
+        ("dry_run", "no"),
+        ("on_progress", 3),
+        ("stop_when", True),
+        ("on_progress", nobody_awaits),
+        ("stop_when", AwaitedByNobody()),
     ],
 )
 def test_an_option_out_of_range_is_refused(option: str, value: Any) -> None:
