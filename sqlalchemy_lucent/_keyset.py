@@ -1,11 +1,25 @@
-"""Keyset pagination: the one condition that pages of secrets and batches of rows go on from."""
+"""Keyset pagination: the order and the condition that pages and batches go on from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Dialect, and_, or_, tuple_
+from sqlalchemy import (
+    Cast,
+    ColumnElement,
+    Connection,
+    Dialect,
+    LargeBinary,
+    and_,
+    cast,
+    func,
+    literal_column,
+    or_,
+    text,
+    tuple_,
+)
+from sqlalchemy.sql.expression import TableClause
 
 from ._dialects import is_mysql
 
@@ -29,3 +43,37 @@ def is_behind(
             for last in range(len(columns))
         )
     )
+
+
+_ORDERED_BY_POSITION: Final = text(
+    "SELECT column_name AS name FROM information_schema.columns WHERE table_name = :name"
+    " AND table_schema = coalesce(:schema, database()) AND data_type IN ('enum', 'set')"
+)
+
+
+def order_of(
+    connection: Connection, table: TableClause, columns: Sequence[ColumnElement[Any]]
+) -> list[ColumnElement[Any]]:
+    """Return what to order a table's key by, so that :func:`is_behind` goes on from there.
+
+    MySQL and MariaDB order an ENUM by the position of its values, and compare it as text: what is
+    behind a row in the one order is not what is in the other.
+    """
+    if not is_mysql(connection.dialect):
+        return list(columns)
+    names = {"name": str(table.name), "schema": table.schema}
+    by_position = {name.lower() for name in connection.scalars(_ORDERED_BY_POSITION, names)}
+    return [
+        _as_text(column) if str(column.name).lower() in by_position else column
+        for column in columns
+    ]
+
+
+def in_the_form_of(order: ColumnElement[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return `value` as what :func:`order_of` gave can be compared with it."""
+    return _as_text(value) if isinstance(order, Cast) else value
+
+
+def _as_text(value: ColumnElement[Any]) -> ColumnElement[Any]:
+    # By its bytes in one character set: a comparison has a collation, and would need to agree.
+    return cast(func.convert(value.op("USING")(literal_column("utf8mb4"))), LargeBinary)

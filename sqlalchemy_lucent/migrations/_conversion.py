@@ -490,7 +490,7 @@ class _Conversion:
             limit = pace.limit
             batch = worker.batch(self._connection, after, limit)
             failures.add(batch.failed)
-            more = batch.rows >= limit
+            more = batch.more
             after = batch.last
             pace.after(batch.rows, batch.size, 0)
         # Whatever became of the passes: with this lock, a value that is not there is lost.

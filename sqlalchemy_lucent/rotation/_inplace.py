@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from sqlalchemy import (
     ColumnElement,
@@ -28,10 +28,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 
-from ..exceptions import ConfigurationError, DecryptionError
+from ..exceptions import ConfigurationError, DecryptionError, RotationError
 from ..keyring import Keyring
 from ..types import encode_row
-from ._table import Batch, PrimaryKey, SealedColumn, TableWorker
+from ._table import Batch, PrimaryKey, Reach, SealedColumn, TableWorker
 from .report import FailedRow
 from .targets import TargetTable
 
@@ -52,34 +52,40 @@ class InPlaceWorker(TableWorker):
         ]
         self._updates: dict[bool, Update] = {}
 
-    def batch(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Batch:
-        """Re-seal the next `limit` stale rows behind `after`."""
-        rows, last = self._reach(connection, after, limit)
-        if last is None:
-            return Batch(0, None, 0, (), 0)
+    def work(self, connection: Connection, after: PrimaryKey | None, reach: Reach) -> Batch:
+        """Re-seal the stale rows behind `after`, as far as `reach` says."""
         with self._registered(connection):
-            connection.execute(self._update(after), self.parameters(after, last))
+            connection.execute(self._update(after), self.parameters(after, reach.last))
         counts = [function.done() for function in self._functions]
         written = sum(values for values, _ in counts)
         failed: Sequence[FailedRow] = ()
-        if len(self._functions) > 1 or written < rows:
+        if len(self._functions) > 1 or written < reach.rows:
             # What is stale now is what does not open.
-            left = self.read(connection, after, None, upto=last, stale_only=True)
+            left = self.read(connection, after, None, upto=reach.last, stale_only=True)
             failed = self.reseal(left).failed
-        return Batch(rows, last, written, failed, sum(size for _, size in counts))
+        size = sum(size for _, size in counts)
+        return Batch(reach.rows, reach.last, reach.more, written, failed, size)
 
-    def _reach(
-        self, connection: Connection, after: PrimaryKey | None, limit: int
-    ) -> tuple[int, PrimaryKey | None]:
-        """Return how many stale rows the next batch has, and the primary key of the last one."""
+    def reach(
+        self,
+        connection: Connection,
+        after: PrimaryKey | None,
+        limit: int,
+        *,
+        stale_only: bool = True,
+    ) -> Reach:
+        """Return how far the next `limit` stale rows behind `after` go.
+
+        Their size does not matter: SQLite hands them to the functions one by one.
+        """
         # A whole batch needs its last row only.
         skipping = {**self.parameters(after, None, 1), "lucent_skip": limit - 1}
-        last = connection.execute(self._selection(after, last_only=True), skipping).first()
-        if last is not None:
-            return limit, tuple(last)
+        last = self._all(connection, self._selection(after, last_only=True), skipping)
+        if last:
+            return Reach(limit, tuple(last[0]), True)
         bounds = self.parameters(after, None, limit)
-        keys = connection.execute(self._selection(after, last_only=False), bounds).all()
-        return len(keys), tuple(keys[-1]) if keys else None
+        keys = self._all(connection, self._selection(after, last_only=False), bounds)
+        return Reach(len(keys), tuple(keys[-1]) if keys else None, False)
 
     def _selection(self, after: PrimaryKey | None, *, last_only: bool) -> Select[Any]:
         kind = ("last" if last_only else "keys", after is None)
@@ -110,17 +116,18 @@ class InPlaceWorker(TableWorker):
         """Have the functions on the connection for one statement: they hold keys."""
         driver = connection.connection.driver_connection
         assert isinstance(driver, sqlite3.Connection)
-        for function in self._functions:
-            function.begin()
-            driver.create_function(function.function_name, -1, function.called)
         refused: DBAPIError | None = None
         try:
+            for function in self._functions:
+                function.begin()
+                _register(driver, function.function_name, function.called)
             yield
         except DBAPIError as error:
             refused = error
         finally:
             for function in self._functions:
-                driver.create_function(function.function_name, -1, None)
+                function.end()
+                _register(driver, function.function_name, None)
         if refused is None:
             return
         # SQLite reports every exception of a function in the same few words.
@@ -157,10 +164,14 @@ class _Function:
     def begin(self) -> None:
         """Begin a statement."""
         self.raised: BaseException | None = None
-        self.called, self.done = self._counting()
+        self.called, self.done, self.end = self._counting()
 
-    def _counting(self) -> tuple[Callable[..., bytes], Callable[[], tuple[int, int]]]:
-        """Return what SQLite calls, and what tells how many values and bytes were renewed by it."""
+    def _counting(
+        self,
+    ) -> tuple[Callable[..., bytes], Callable[[], tuple[int, int]], Callable[[], None]]:
+        """Return what SQLite calls, what tells how many values and bytes were renewed by it, and
+        what takes the keys from it: it may outlive the statement.
+        """
         # Called for every value, so all that it needs is at hand.
         open_, seal = self._open, self._seal
         written = size = 0
@@ -188,11 +199,38 @@ class _Function:
                 raise
             return reseal(value, row)
 
-        return reseal_bound if self._bound_to else reseal, lambda: (written, size)
+        def end() -> None:
+            nonlocal open_, seal
+            open_ = seal = _ended
+
+        return reseal_bound if self._bound_to else reseal, lambda: (written, size), end
 
     def _row_context(self, bound: tuple[Any, ...]) -> bytes:
-        parts = [
-            part if process is None else process(part)
-            for process, part in zip(self._processors, bound, strict=True)
-        ]
-        return encode_row(parts, self._bound_to)
+        try:
+            parts = [
+                part if process is None else process(part)
+                for process, part in zip(self._processors, bound, strict=True)
+            ]
+        except (LookupError, ValueError, TypeError):
+            fault = ConfigurationError("a value of a binding column is none of its type")
+        else:
+            return encode_row(parts, self._bound_to)
+        raise fault
+
+
+def _ended(data: bytes, row: bytes) -> NoReturn:
+    raise RotationError("the rotation that this function was made for has ended")
+
+
+def _register(driver: sqlite3.Connection, name: str, function: Callable[..., bytes] | None) -> None:
+    try:
+        driver.create_function(name, -1, function)
+    except sqlite3.Error:
+        pass
+    else:
+        return
+    raise RotationError(
+        "the connection has a result that was not read to its end, which keeps SQLite from being "
+        "given the function that seals. Read or close it first, or pass an engine with a "
+        "connection of its own for the rotation"
+    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Final, Self
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
+from .._dialects import is_mysql
 from ..exceptions import RotationError
 
 # READ COMMITTED whatever the engine's default is: under a stricter level a batch would fail
@@ -26,9 +27,14 @@ _BEGIN["mariadb"] = _BEGIN["mysql"]
 # PostgreSQL, appendix A: serialization failure, deadlock, lock timeout, statement timeout or
 # cancelled, too many connections.
 _TRANSIENT_SQLSTATES: Final = frozenset({"40001", "40P01", "55P03", "57014", "53300"})
-# Lock wait timeout, deadlock, statement timeout (MariaDB, MySQL), a row that changed since the
-# snapshot (MariaDB).
-_TRANSIENT_MYSQL_CODES: Final = frozenset({1205, 1213, 1969, 3024, 1020})
+# Lock wait timeout, deadlock, statement timeout (MariaDB, MySQL), a statement that was cancelled, a
+# row that changed since the snapshot (MariaDB).
+_TRANSIENT_MYSQL_CODES: Final = frozenset({1205, 1213, 1969, 3024, 1317, 1020})
+
+# Without a strict mode, MySQL cuts a value that its column has no room for and says that it was
+# written. And an UPDATE by a join is refused where "safe updates" are on.
+_SESSION: Final = text("SELECT @@SESSION.sql_mode, @@SESSION.sql_safe_updates")
+_SET_SESSION: Final = text("SET SESSION sql_mode = :sql_mode, SESSION sql_safe_updates = :safe")
 
 
 class Link:
@@ -48,6 +54,8 @@ class Link:
         self._engine = bind if isinstance(bind, Engine) else None
         self._connection = bind if isinstance(bind, Connection) else None
         self._restored_level: Any = None
+        self._restored_session: tuple[str, int] | None = None
+        self._began = False
         self.dialect = bind.dialect
         if self.dialect.name not in _BEGIN:
             raise RotationError(
@@ -60,18 +68,19 @@ class Link:
             self.renew()
             return self
         bind = self._connection
-        if bind.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+        if _is_autocommit(bind):
+            # A transaction that a listener began for SQLAlchemy is ended below.
+            if _is_in_transaction(bind) and not bind.dispatch.begin:
+                raise _inside_a_transaction()
+        else:
             if bind.in_transaction():
-                raise RotationError(
-                    "the connection is inside a transaction; a rotation commits batch by batch and "
-                    "will not end a transaction that is not its own. Commit it first, or pass the "
-                    "engine"
-                )
+                raise _inside_a_transaction()
             level = bind.get_isolation_level()
             bind.rollback()  # asking began a transaction
             bind.execution_options(isolation_level="AUTOCOMMIT")
             self._restored_level = level
         self._begin_outermost(bind)
+        self._set_session(bind)
         return self
 
     def __exit__(
@@ -83,11 +92,16 @@ class Link:
         connection = self._connection
         if connection is None:
             return
+        self._restore_session(connection)
         if self._engine is not None:
             connection.close()
-        elif self._restored_level is not None and not connection.invalidated:
+            return
+        if self._began:
             connection.rollback()
-            connection.execution_options(isolation_level=self._restored_level)
+        if self._restored_level is not None:
+            # One that was lost connects again for it, which may fail: then so would its next use.
+            with suppress(DBAPIError):
+                connection.execution_options(isolation_level=self._restored_level)
 
     @property
     def connection(self) -> Connection:
@@ -112,8 +126,12 @@ class Link:
                 "SQLite memory database does within one thread: end that transaction first"
             )
         try:
-            connection.execution_options(isolation_level="AUTOCOMMIT")
+            # A cursor of the server's would need a transaction, and every batch is read whole.
+            connection.execution_options(
+                isolation_level="AUTOCOMMIT", stream_results=False, yield_per=None
+            )
             self._begin_outermost(connection)
+            self._set_session(connection)
         except BaseException:
             connection.close()
             raise
@@ -124,8 +142,24 @@ class Link:
         # SQLAlchemy begins, also in AUTOCOMMIT mode. Let it do so now, and only now.
         if not connection.in_transaction():
             connection.begin()
+            self._began = True
         if _is_in_transaction(connection):
             connection.exec_driver_sql("COMMIT")
+
+    def _set_session(self, connection: Connection) -> None:
+        if not is_mysql(self.dialect):
+            return
+        sql_mode, safe = connection.execute(_SESSION).one()
+        self._restored_session = (sql_mode, safe)
+        strict = ",".join(filter(None, (sql_mode, "STRICT_ALL_TABLES")))
+        connection.execute(_SET_SESSION, {"sql_mode": strict, "safe": 0})
+
+    def _restore_session(self, connection: Connection) -> None:
+        # A connection that is lost has taken its session with it.
+        if self._restored_session is not None and not connection.invalidated:
+            sql_mode, safe = self._restored_session
+            with suppress(DBAPIError):
+                connection.execute(_SET_SESSION, {"sql_mode": sql_mode, "safe": safe})
 
     def recovers_from(self, error: DBAPIError) -> bool:
         """Say whether the same work may succeed if it is tried again."""
@@ -161,10 +195,61 @@ def _roll_back(connection: Connection) -> None:
         connection.invalidate(error)
 
 
+def _inside_a_transaction() -> RotationError:
+    return RotationError(
+        "the connection is inside a transaction; a rotation commits batch by batch and will not "
+        "end a transaction that is not its own. Commit it first, or pass the engine"
+    )
+
+
+def _is_autocommit(connection: Connection) -> bool:
+    """Say whether `connection` was put in AUTOCOMMIT mode, or its engine puts all in it.
+
+    The database does not know: to it, that is a mode of the driver's.
+    """
+    of_engine = getattr(connection.dialect, "_on_connect_isolation_level", None)
+    level = connection.get_execution_options().get("isolation_level", of_engine)
+    return isinstance(level, str) and level.upper().replace("_", " ") == "AUTOCOMMIT"
+
+
 def _is_in_transaction(connection: Connection) -> bool:
-    """Say whether the driver of a SQLite connection is in a transaction."""
-    driver = connection.connection.driver_connection
-    return connection.dialect.name == "sqlite" and bool(getattr(driver, "in_transaction", False))
+    """Say whether the driver's connection is in a transaction, whatever SQLAlchemy knows of it."""
+    driver: Any = connection.connection.driver_connection
+    name = connection.dialect.name
+    if name == "sqlite":
+        return bool(getattr(driver, "in_transaction", False))
+    if name == "postgresql":
+        if hasattr(driver, "is_in_transaction"):  # asyncpg
+            return bool(driver.is_in_transaction())
+        info = getattr(driver, "info", None)  # psycopg; 0 is idle
+        return bool(getattr(info, "transaction_status", 0))
+    return bool(getattr(driver, "server_status", 0) & _SERVER_STATUS_IN_TRANS)
+
+
+_SERVER_STATUS_IN_TRANS: Final = 1  # of MySQL's protocol: Protocol::OK_Packet
+
+
+# PostgreSQL, appendix A: data exception, integrity constraint violation, check option violation,
+# an exception that PL/pgSQL raised.
+_REFUSING_SQLSTATES: Final = ("22", "23", "44", "P0")
+# Column cannot be NULL, duplicate, foreign key (2), out of range, wrong value, too long, SIGNAL,
+# check constraint (MySQL, MariaDB).
+_REFUSING_MYSQL_CODES: Final = frozenset(
+    {1048, 1062, 1451, 1452, 1264, 1366, 1406, 1644, 3819, 4025}
+)
+
+
+def refuses_a_row(error: DBAPIError, dialect_name: str) -> bool:
+    """Say whether the database would let other rows of the batch be changed: a constraint or a
+    trigger is against one of them.
+    """
+    original: Any = error.orig
+    if dialect_name == "sqlite":
+        name = getattr(original, "sqlite_errorname", "")
+        return name.startswith(("SQLITE_CONSTRAINT", "SQLITE_TOOBIG"))
+    if dialect_name == "postgresql":
+        return str(getattr(original, "sqlstate", None)).startswith(_REFUSING_SQLSTATES)
+    return bool(original.args) and original.args[0] in _REFUSING_MYSQL_CODES
 
 
 def _is_transient(error: DBAPIError, dialect_name: str) -> bool:

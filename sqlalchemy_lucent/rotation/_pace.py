@@ -11,6 +11,13 @@ _FIRST_BATCH: Final = 100
 _BATCH_BYTES: Final = 16 << 20
 """Bytes of values that a batch aims at, so that large documents do not fill the memory."""
 
+_REST_AFTER: Final = 1.0
+"""Seconds of work after which a rotation lets others write, on a database with one writer."""
+
+_REST: Final = 0.12
+"""Seconds of that rest. Who waits for SQLite's lock looks again every 100 ms
+(``sqliteDefaultBusyCallback``), and would else find it taken until it gives up."""
+
 _LARGEST_BATCH: Final = 50_000
 """Rows up to which a batch time may let batches grow."""
 
@@ -23,6 +30,7 @@ class Pace:
     :param max_rate: rows per second at most.
     :param pause: seconds to wait after each batch.
     :param sleep: waits so many seconds.
+    :param has_one_writer: whether others cannot write while a batch does.
     """
 
     def __init__(
@@ -32,7 +40,11 @@ class Pace:
         max_rate: float | None,
         pause: float,
         sleep: Callable[[float], object],
+        *,
+        has_one_writer: bool = False,
     ) -> None:
+        self._has_one_writer = has_one_writer
+        self._worked = 0.0
         self._batch_time = batch_time
         self._max_rate = max_rate
         self._pause = pause
@@ -63,5 +75,9 @@ class Pace:
         wait = self._pause
         if self._max_rate is not None:
             wait = max(wait, rows / self._max_rate - seconds)
+        self._worked = 0.0 if wait >= _REST else self._worked + seconds
+        if self._has_one_writer and self._worked >= _REST_AFTER:
+            self._worked = 0.0
+            wait = _REST
         if wait > 0:
             self._sleep(wait)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
@@ -25,14 +27,15 @@ from sqlalchemy import (
     or_,
     select,
 )
+from sqlalchemy.exc import DBAPIError
 
 from .._envelope import LONGEST_PREFIX, parse
-from .._keyset import is_behind
+from .._keyset import in_the_form_of, is_behind, order_of
 from ..exceptions import ConfigurationError, DecryptionError, RotationError
 from ..keyring import Keyring
 from ..types import as_bytes, encode_row, open_in_contexts
 from ._visible import refuse_hidden_rows
-from ._write import Changes, Writer, writer_for
+from ._write import Changes, Writer, without_limits, writer_for
 from .report import FailedRow
 from .targets import TargetColumn, TargetTable
 
@@ -51,12 +54,30 @@ class Batch(NamedTuple):
     rows: int
     """Rows that were read."""
     last: PrimaryKey | None
-    """The primary key of the last one."""
+    """The primary key to go on behind."""
+    more: bool
+    """Whether there may be rows behind it."""
     written: int
     """Values written."""
     failed: Sequence[FailedRow]
     size: int
     """Bytes of the values that were read."""
+
+
+class Reach(NamedTuple):
+    """How far a batch goes. Found by looking, before anything is locked."""
+
+    rows: int
+    """Rows that there are to do up to `last`."""
+    last: PrimaryKey | None
+    """The primary key of the last one; ``None`` if there is none."""
+    more: bool
+    """Whether there may be rows behind it."""
+
+
+BATCH_BYTES: Final = 16 << 20
+"""Bytes of values that a batch has at most, unless one row has more: they are held in memory, some
+copies of each."""
 
 
 class Resealed(NamedTuple):
@@ -142,6 +163,8 @@ class TableWorker:
         self.selected: list[ColumnElement[Any]] = [*plain_first, *values]
         names = [*(c.name for c in plain_first), *(found.name for found in target.columns)]
         self.columns = [SealedColumn(found, keyring, names) for found in target.columns]
+        self._order: Sequence[ColumnElement[Any]] = target.primary_key
+        self._bound_types = [without_limits(part.type, dialect) for part in target.primary_key]
         self._key_size = len(target.primary_key)
         self._writer: Writer | None = None
         self._in_binary = False
@@ -158,19 +181,21 @@ class TableWorker:
         result = connection.execute(statement, self.parameters(None, None, 0))
         if self._dialect.driver == "psycopg" and not self._dialect.is_async:
             described = result.cursor.description or ()
-            self._in_binary = {column[1] for column in described} <= _BINARY_OIDS
+            known = {column[1] for column in described} <= _BINARY_OIDS
+            # A cursor that puts parameters into the text has no binary results.
+            self._in_binary = known and not hasattr(result.cursor, "mogrify")
         result.close()
 
     def check_keys(self, connection: Connection) -> None:
         """Refuse a table with rows that are not seen, or that no primary key leads to.
 
-        The one is row-level security; the other is NULL in a primary key, which SQLite allows.
+        The one is row-level security; the other is NULL in a primary key, which SQLite allows, and
+        any database where the model's key is not the table's own.
 
         :raises RotationError: there is, or may be, such a row.
         """
         refuse_hidden_rows(connection, self.target.clause.name, self.target.clause.schema)
-        if connection.dialect.name != "sqlite":
-            return
+        self._order = order_of(connection, self.target.clause, self.primary_key)
         lost = or_(*(part.is_(None) for part in self.primary_key))
         statement = select(literal(1)).select_from(self.target.clause).where(lost).limit(1)
         if connection.execute(statement).first() is not None:
@@ -214,13 +239,86 @@ class TableWorker:
         stale_only: bool = False,
         lock: bool = True,
     ) -> Sequence[Row[Any]]:
-        """Return rows behind the primary key `after`, in order; stale ones are locked."""
+        """Return rows behind the primary key `after`, in order; stale ones are locked.
+
+        :raises RotationError: a value of a key or binding column is none of its type.
+        """
         statement = self._reading(after, upto, limit, stale_only=stale_only, lock=lock)
         parameters = self.parameters(after, upto, limit)
-        if not self._in_binary:
+        with _binary_results(connection) if self._in_binary else nullcontext():
+            return self._all(connection, statement, parameters)
+
+    def _all(
+        self, connection: Connection, statement: Select[Any], parameters: dict[str, Any]
+    ) -> Sequence[Row[Any]]:
+        try:
             return connection.execute(statement, parameters).all()
-        with _binary_results(connection):
-            return connection.execute(statement, parameters).all()
+        except (LookupError, ValueError, TypeError) as error:
+            fault = type(error).__name__
+        raise RotationError(
+            f"a row of table {self.name} cannot be read ({fault}): a value of its primary key, or "
+            "of a column that values are bound to, is none of the column's type. Correct it, or "
+            "the type"
+        )
+
+    def reach(
+        self,
+        connection: Connection,
+        after: PrimaryKey | None,
+        limit: int,
+        *,
+        stale_only: bool = True,
+    ) -> Reach:
+        """Return how far the next `limit` rows behind `after` go, or as many as fit into a batch.
+
+        Nothing is locked: where few rows are stale, finding the next ones may take a look at the
+        whole table, and whoever wants to write one of those found before would wait for it.
+        """
+        while True:
+            statement = self._reaching(after, stale_only=stale_only)
+            found = self._all(connection, statement, self.parameters(after, self.upto, limit))
+            if not found:
+                return Reach(0, None, False)
+            *last, rows, size = tuple(found[0])
+            if size <= BATCH_BYTES or rows == 1:
+                return Reach(rows, tuple(last), rows == limit)
+            limit = max(1, rows * BATCH_BYTES // int(size))
+
+    def _reaching(self, after: PrimaryKey | None, *, stale_only: bool) -> Select[Any]:
+        kind = ("reach", after is None, self.upto is None, stale_only)
+        if kind not in self._statements:
+            clause = self.target.clause
+            values = [clause.c[sealed.name] for sealed in self.columns]
+            # The length of bytes is known without reading them, also where they are out of the row.
+            sizes = (func.coalesce(func.length(value), 0) for value in values)
+            order = [each.label(f"lucent_order_{n}") for n, each in enumerate(self._order)]
+            batch = (
+                select(
+                    *(part.label(f"lucent_key_{n}") for n, part in enumerate(self.primary_key)),
+                    *order,
+                    functools.reduce(operator.add, sizes).label("lucent_size"),
+                )
+                .where(self.any_stale() if stale_only else self.any_value())
+                .where(*self.key_range(after, self.upto))
+                .order_by(*self._order)
+                .limit(bindparam("lucent_limit"))
+                .subquery()
+            )
+            self._statements[kind] = (
+                select(
+                    *(batch.c[f"lucent_key_{n}"] for n in range(self._key_size)),
+                    func.count().over(),
+                    func.sum(batch.c.lucent_size).over(),
+                )
+                .order_by(*(batch.c[each.name].desc() for each in order))
+                .limit(1)
+            )
+        return self._statements[kind]
+
+    def any_value(self) -> ColumnElement[bool]:
+        """The condition that a row has a value."""
+        clause = self.target.clause
+        return or_(*(clause.c[sealed.name].is_not(None) for sealed in self.columns))
 
     def _reading(
         self,
@@ -233,11 +331,7 @@ class TableWorker:
     ) -> Select[Any]:
         kind = (after is None, upto is None, limit is None, stale_only, lock)
         if kind not in self._statements:
-            if stale_only:
-                condition = self.any_stale()
-            else:
-                clause = self.target.clause
-                condition = or_(*(clause.c[sealed.name].is_not(None) for sealed in self.columns))
+            condition = self.any_stale() if stale_only else self.any_value()
             statement = self.in_order(select(*self.selected).where(condition), after, upto, limit)
             if stale_only and lock and self._locking:
                 # Rows that another rotator has in hand are left to it. `key_share` is PostgreSQL's
@@ -254,7 +348,7 @@ class TableWorker:
         limit: int | None,
     ) -> Select[Any]:
         """Order `statement` by primary key, within what :meth:`parameters` will give."""
-        statement = statement.where(*self.key_range(after, upto)).order_by(*self.primary_key)
+        statement = statement.where(*self.key_range(after, upto)).order_by(*self._order)
         return statement if limit is None else statement.limit(bindparam("lucent_limit"))
 
     def key_range(
@@ -263,12 +357,19 @@ class TableWorker:
         """The conditions that a row is behind `after`, and not behind `upto`."""
         conditions = []
         if after is not None:
-            parameters = _parameters(self.primary_key, "after")
-            conditions.append(is_behind(self.primary_key, parameters, self._dialect))
+            conditions.append(is_behind(self._order, self._bounds("after"), self._dialect))
         if upto is not None:
-            parameters = _parameters(self.primary_key, "upto")
-            conditions.append(not_(is_behind(self.primary_key, parameters, self._dialect)))
+            conditions.append(not_(is_behind(self._order, self._bounds("upto"), self._dialect)))
         return conditions
+
+    def _bounds(self, name: str) -> list[ColumnElement[Any]]:
+        """Return the parameters of a key that :meth:`parameters` gives, in the form compared."""
+        return [
+            in_the_form_of(order, bindparam(f"lucent_{name}_{position}", type_=type_))
+            for position, (type_, order) in enumerate(
+                zip(self._bound_types, self._order, strict=True)
+            )
+        ]
 
     def parameters(
         self, after: PrimaryKey | None, upto: PrimaryKey | None, limit: int | None = None
@@ -286,10 +387,6 @@ class TableWorker:
     def primary_key_of(self, row: Sequence[Any]) -> PrimaryKey:
         """Return the primary key of `row`."""
         return tuple(row[: self._key_size])
-
-    def size_of(self, row: Sequence[Any]) -> int:
-        """Return the bytes of the sealed values of `row`."""
-        return sum(len(row[sealed.position] or b"") for sealed in self.columns)
 
     def open_values(self, row: Sequence[Any]) -> Iterator[FailedRow | None]:
         """Open each value of `row`; give ``None`` for it, or how it failed."""
@@ -381,21 +478,34 @@ class TableWorker:
 
     # -- batches ---------------------------------------------------------------------------------
 
-    def batch(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Batch:
-        """Re-seal the next `limit` stale rows behind `after`."""
-        rows = self.read(connection, after, limit, upto=self.upto, stale_only=True)
+    def work(self, connection: Connection, after: PrimaryKey | None, reach: Reach) -> Batch:
+        """Re-seal the stale rows behind `after`, as far as `reach` says."""
+        rows = self.read(connection, after, None, upto=reach.last, stale_only=True)
         changes, failed, size = self.reseal(rows)
         assert self._writer is not None
         written = sum(self._writer.write(connection, change) for change in changes)
-        last = self.primary_key_of(rows[-1]) if rows else None
-        return Batch(len(rows), last, written, failed, size)
+        return Batch(len(rows), reach.last, reach.more, written, failed, size)
 
-    def rehearse(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Batch:
-        """Do what :meth:`batch` does, but lock nothing and write nothing."""
-        rows = self.read(connection, after, limit, upto=self.upto, stale_only=True, lock=False)
+    def rehearse(self, connection: Connection, after: PrimaryKey | None, reach: Reach) -> Batch:
+        """Do what :meth:`work` does, but lock nothing and write nothing."""
+        rows = self.read(connection, after, None, upto=reach.last, stale_only=True, lock=False)
         changes, failed, size = self.reseal(rows)
-        last = self.primary_key_of(rows[-1]) if rows else None
-        return Batch(len(rows), last, sum(len(c) * len(c.names) for c in changes), failed, size)
+        written = sum(len(each) * len(each.names) for each in changes)
+        return Batch(len(rows), reach.last, reach.more, written, failed, size)
+
+    def refused(
+        self, connection: Connection, after: PrimaryKey | None, reach: Reach, error: DBAPIError
+    ) -> Batch:
+        """Return what became of the one row of `reach`, which the database does not let change."""
+        rows = self.read(connection, after, None, upto=reach.last, stale_only=True, lock=False)
+        failed = [
+            self._failure(row, sealed, error)
+            for row in rows
+            for sealed in self.columns
+            if row[sealed.position] is not None
+            and not as_bytes(row[sealed.position]).startswith(sealed.header)
+        ]
+        return Batch(len(rows), reach.last, reach.more, 0, failed, 0)
 
 
 @contextmanager
@@ -419,10 +529,3 @@ def _open_in_contexts(
     contexts: Sequence[str], keyring: Keyring, sealed: bytes, row: bytes
 ) -> bytes:
     return open_in_contexts(contexts, sealed, row, keyring)
-
-
-def _parameters(columns: Sequence[ColumnElement[Any]], name: str) -> list[ColumnElement[Any]]:
-    return [
-        bindparam(f"lucent_{name}_{position}", type_=column.type)
-        for position, column in enumerate(columns)
-    ]

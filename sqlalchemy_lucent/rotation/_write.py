@@ -134,12 +134,14 @@ def _bind_processor(type_: TypeEngine[Any], dialect: Dialect) -> Callable[[Any],
     return type_.dialect_impl(dialect).bind_processor(dialect)
 
 
-def _without_limits(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
-    """Return `type_` for a cast in PostgreSQL that leaves every key as it is.
+def without_limits(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
+    """Return `type_` for a cast in PostgreSQL that leaves every key as it is; elsewhere, `type_`.
 
     The column in the database may be wider than the model says: a cast to the model's type would
     cut the key off, or round it.
     """
+    if dialect.name != "postgresql":
+        return type_
     from sqlalchemy.dialects import postgresql  # with that database only
 
     implementation = type_.dialect_impl(dialect)
@@ -208,7 +210,7 @@ class ArrayWriter:
 
     def __init__(self, target: TargetTable, dialect: Dialect) -> None:
         self._target = target
-        self._key_types = [_without_limits(c.type, dialect) for c in target.primary_key]
+        self._key_types = [without_limits(c.type, dialect) for c in target.primary_key]
         self._statements: dict[tuple[str, ...], Update] = {}
 
     def write(self, connection: Connection, changes: Changes) -> int:
@@ -289,7 +291,7 @@ class BinaryArrayWriter(ArrayWriter):
         self._processors: dict[str, Callable[[Any], Any] | None] = {}
         for position, key in enumerate(target.primary_key):
             of_array = _bind_processor(ARRAY(key.type), dialect)
-            if isinstance(key.type, Integer):
+            if isinstance(key.type.dialect_impl(dialect), Integer):
                 of_array = _array_literal  # which psycopg takes three times as long to make
             self._processors[f"lucent_key_{position}"] = of_array
             for end in ("first", "last"):
@@ -301,7 +303,15 @@ class BinaryArrayWriter(ArrayWriter):
     ) -> int:
         text = self._texts.get(statement)
         if text is None:
-            text = _BYTES_PARAMETER.sub(r"\1b", str(statement.compile(dialect=self._dialect)))
+            # The type of a key may be in a schema of its own.
+            schemas = connection.get_execution_options().get("schema_translate_map")
+            options = (
+                {"schema_translate_map": schemas, "render_schema_translate": True}
+                if schemas
+                else {}
+            )
+            compiled = statement.compile(dialect=self._dialect, **options)
+            text = _BYTES_PARAMETER.sub(r"\1b", str(compiled))
             self._texts[statement] = text
         for name, process in self._processors.items():
             if process is not None:

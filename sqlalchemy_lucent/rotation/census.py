@@ -15,7 +15,6 @@ from ..exceptions import KeyInUseError, RotationError
 from ..keyring import Keyring, default_keyring
 from ._async import run_sync, sleep_in_async
 from ._link import not_a_bind
-from ._pace import Pace
 from ._table import PrimaryKey, TableWorker
 from ._visible import refuse_hidden_rows
 from .engine import DEFAULT_BATCH_SIZE
@@ -213,18 +212,21 @@ async def averify(
 
 def _rows(worker: TableWorker, connection: Connection, sample: int | None) -> Iterator[Any]:
     """Give the rows of a table in constant memory."""
-    pace = Pace(DEFAULT_BATCH_SIZE, None, None, 0, time.sleep)
     after: PrimaryKey | None = None
     left = sample
     while left is None or left > 0:
-        limit = pace.limit if left is None else min(left, pace.limit)
-        rows = worker.read(connection, after, limit)
-        yield from rows
-        if len(rows) < limit:
+        limit = DEFAULT_BATCH_SIZE if left is None else min(left, DEFAULT_BATCH_SIZE)
+        reach = worker.reach(connection, after, limit, stale_only=False)
+        if reach.last is None:
             return
-        after = worker.primary_key_of(rows[-1])
+        # Without a bound at the end: a key of an inexact type may not be found by its own value.
+        upto = reach.last if reach.more or left is not None else None
+        rows = worker.read(connection, after, None, upto=upto)
+        yield from rows
+        if not reach.more:
+            return
+        after = reach.last
         left = None if left is None else left - len(rows)
-        pace.after(len(rows), sum(map(worker.size_of, rows)), 0)
 
 
 @contextmanager
@@ -234,6 +236,8 @@ def _connected(bind: Engine | Connection) -> Iterator[Connection]:
     elif isinstance(bind, Engine):
         # AUTOCOMMIT: a transaction as long as the reading would keep the database from cleaning up.
         with bind.connect() as connection:
-            yield connection.execution_options(isolation_level="AUTOCOMMIT")
+            yield connection.execution_options(
+                isolation_level="AUTOCOMMIT", stream_results=False, yield_per=None
+            )
     else:
         raise not_a_bind(bind)

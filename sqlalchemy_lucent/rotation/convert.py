@@ -338,7 +338,8 @@ class BackfillWorker(_Worker):
         if changes and self._compare:
             failed += self._written_otherwise(connection, after, limit, {key for key, _ in changes})
         size = sum(len(value) for row in rows for value in row[-2:] if hasattr(value, "__len__"))
-        return Batch(len(rows), self._last(rows), len(changes), failed, size)
+        more = len(rows) >= limit
+        return Batch(len(rows), self._last(rows), more, len(changes), failed, size)
 
     @property
     def _is_pending(self) -> ColumnElement[bool]:
@@ -445,7 +446,8 @@ class RebindWorker(_Worker):
                 old.append(sealed[:LONGEST_PREFIX])
         self._set(connection, self._column, LargeBinary(), changes, old)
         size = sum(len(as_bytes(row[-1])) for row in rows)
-        return Batch(len(rows), self._last(rows), len(changes), failed, size)
+        more = len(rows) >= limit
+        return Batch(len(rows), self._last(rows), more, len(changes), failed, size)
 
     def earlier_context(self, connection: Connection) -> str | None:
         """Return the context of the first value that is of an earlier one."""

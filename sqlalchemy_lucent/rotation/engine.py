@@ -20,7 +20,7 @@ from ..exceptions import LucentError, RotationError
 from ..keyring import Keyring, default_keyring
 from ._async import run_sync, sleep_in_async
 from ._inplace import InPlaceWorker, can_work_in_place
-from ._link import Link
+from ._link import Link, refuses_a_row
 from ._pace import Pace
 from ._ranges import KeyRange, split
 from ._share import Sharing, check_executor
@@ -329,13 +329,17 @@ class Worker(Protocol):
     def count_stale(self, connection: Connection) -> int:
         """Count what is left to do."""
 
+
+class SimpleWorker(Worker, Protocol):
+    """One that finds its rows and changes them at once."""
+
     def batch(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Batch:
         """Do the next `limit` rows behind `after`."""
 
 
 def run_workers(
     connection: Connection,
-    workers: Sequence[Worker],
+    workers: Sequence[SimpleWorker],
     keyring: Keyring,
     *,
     batch_size: int,
@@ -367,7 +371,12 @@ class _Run:
         self._shared = shared
         self._passes = 1 if options.dry_run else passes or MAX_PASSES
         self._pace = Pace(
-            options.batch_size, options.batch_time, options.max_rate, options.pause, sleep
+            options.batch_size,
+            options.batch_time,
+            options.max_rate,
+            options.pause,
+            sleep,
+            has_one_writer=link.dialect.name == "sqlite",
         )
         self._began = time.monotonic()
         self._total = 0
@@ -375,6 +384,7 @@ class _Run:
         self._stopped = False
         self._stopped_behind: PrimaryKey | None = None
         self._taken_over: list[str] = []
+        self._raised_by_callback: DBAPIError | None = None
 
     def guarded(self, work: Callable[[], RotationReport]) -> RotationReport:
         """Do `work` over the link; say where it stands if the database ends it."""
@@ -382,6 +392,8 @@ class _Run:
             with self._link:
                 return work()
         except DBAPIError as error:
+            if error is self._raised_by_callback:
+                raise
             fault = self.where_it_stands(_first_line(error))
         raise RotationError(fault)
 
@@ -389,7 +401,7 @@ class _Run:
         """Rotate `tables`."""
         return self.drive([self._worker(table) for table in tables])
 
-    def drive(self, workers: Sequence[Worker]) -> RotationReport:
+    def drive(self, workers: Sequence[TableWorker | SimpleWorker]) -> RotationReport:
         """Run `workers`, one after the other, until each is done."""
         # Whatever is missing in any of them shows before the first write.
         for worker in workers:
@@ -457,7 +469,7 @@ class _Run:
     def _prepare(self, worker: Worker, _: int) -> None:
         worker.prepare(self._link.connection, lock=not self._options.dry_run)
 
-    def _until_done(self, worker: Worker) -> tuple[Failures, int]:
+    def _until_done(self, worker: TableWorker | SimpleWorker) -> tuple[Failures, int]:
         """Pass over the table until a count finds nothing stale but what does not open."""
         failures = Failures()
         remaining = 0
@@ -513,7 +525,9 @@ class _Run:
         worker.upto = None
         return failures
 
-    def _one_pass(self, worker: Worker, after: PrimaryKey | None = None) -> Failures:
+    def _one_pass(
+        self, worker: TableWorker | SimpleWorker, after: PrimaryKey | None = None
+    ) -> Failures:
         """Go through the rows behind `after`; note where, if ``stop_when`` ends it before."""
         failures = Failures()
         self._pace.begin_table()
@@ -521,11 +535,11 @@ class _Run:
         more = not self._stopped
         while more:
             started = time.monotonic()
-            batch, limit = self._attempt(partial(self._batch, worker, after))
+            batch = self._attempt(partial(self._batch, worker, after))
             before, after = after, batch.last
             self._rotated += batch.written
             failures.add(batch.failed)
-            more = batch.rows >= limit
+            more = batch.more
             if more and batch.last == before:
                 raise RotationError(
                     f"the rows of {worker.name} cannot be gone through in order: the database does "
@@ -539,16 +553,34 @@ class _Run:
                 more = False
         return failures
 
-    def _batch(self, worker: Worker, after: PrimaryKey | None, limit: int) -> tuple[Batch, int]:
-        if self._options.dry_run:
-            assert isinstance(worker, TableWorker)
-            batch = worker.rehearse(self._link.connection, after, limit)
-            self._raise_if_wanted(batch)
-        else:
+    def _batch(
+        self, worker: TableWorker | SimpleWorker, after: PrimaryKey | None, limit: int
+    ) -> Batch:
+        if not isinstance(worker, TableWorker):
             with self._link.transaction() as connection:
-                batch = worker.batch(connection, after, limit)
+                return worker.batch(connection, after, limit)
+        connection = self._link.connection
+        reach = worker.reach(connection, after, limit)
+        if reach.last is None:
+            return Batch(0, None, more=False, written=0, failed=(), size=0)
+        if self._options.dry_run:
+            batch = worker.rehearse(connection, after, reach)
+            self._raise_if_wanted(batch)
+            return batch
+        try:
+            with self._link.transaction():
+                batch = worker.work(connection, after, reach)
                 self._raise_if_wanted(batch)
-        return batch, limit
+                return batch
+        except DBAPIError as error:
+            if self._options.on_error == "raise" or not refuses_a_row(
+                error, self._link.dialect.name
+            ):
+                raise
+            if reach.rows == 1:
+                return worker.refused(connection, after, reach, error)
+        # One row of it is against the rules of the table, and is found by halves.
+        return self._batch(worker, after, reach.rows // 2)
 
     def _raise_if_wanted(self, batch: Batch) -> None:
         if batch.failed and self._options.on_error == "raise":
@@ -584,9 +616,15 @@ class _Run:
             rate=rate,
             seconds_left=left / rate if rate else None,
         )
-        if options.on_progress is not None:
-            options.on_progress(progress)
-        self._stopped = options.stop_when is not None and bool(options.stop_when(progress))
+        try:
+            if options.on_progress is not None:
+                options.on_progress(progress)
+            # Asked no more once it said so: workers at their last turn are told of too.
+            if options.stop_when is not None and not self._stopped:
+                self._stopped = bool(options.stop_when(progress))
+        except DBAPIError as error:
+            self._raised_by_callback = error  # of the caller's own SQL: it is raised as it is
+            raise
 
 
 def _is_number(value: object, kind: type[int | float] | None = None) -> bool:

@@ -627,7 +627,8 @@ def test_large_values_are_rotated_in_small_batches(engine: Engine, promoted: Key
         on_progress=lambda progress: rotated.append(progress.rotated),
     )
     assert (report.ok, report.rotated) == (True, 12)
-    assert rotated == [6, 11, 12]  # 16 MiB hold five of them
+    # 16 MiB hold five of them; SQLite hands them to the functions one by one.
+    assert rotated == ([6, 11, 12] if engine.dialect.name == "sqlite" else [5, 10, 12])
 
 
 # -- Targets ---------------------------------------------------------------------------------------

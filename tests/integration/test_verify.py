@@ -68,18 +68,19 @@ def test_a_sample_below_one_is_refused(engine: Engine, sample: Any) -> None:
 
 
 def test_rows_are_read_in_batches_by_primary_key(engine: Engine) -> None:
-    fill(engine, 250)
-    sizes: list[str] = []
+    fill(engine, 1200)
+    reads: list[str] = []
 
     @event.listens_for(engine, "before_cursor_execute")
     def remember(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        if "ORDER BY" in statement:
-            sizes.append(statement)
+        if statement.startswith("SELECT ledger.id, ") and "lucent_key" not in statement:
+            reads.append(statement)
 
-    verify(engine, ledger)
-    assert len(sizes) == 2
-    assert "WHERE ledger.id >" not in sizes[0].replace('"', "").replace("`", "")
-    assert "ledger.id >" in sizes[1].replace('"', "").replace("`", "")
+    assert verify(engine, ledger).opened == 2400
+    assert len(reads) == 2
+    assert all(statement.endswith("ORDER BY ledger.id") for statement in reads)
+    assert ["ledger.id <= " in statement for statement in reads] == [True, False]
+    assert ["ledger.id > " in statement for statement in reads] == [False, True]
 
 
 def test_a_connection_may_be_in_a_transaction(engine: Engine) -> None:

@@ -102,3 +102,19 @@ def test_a_batch_has_a_row_at_least_and_not_more_than_allowed(
         if max_rate is not None:
             assert paced.limit <= max_rate
         paced.after(min(rows, paced.limit), size, seconds)
+
+
+def test_where_one_may_write_others_get_their_turn_each_second() -> None:
+    clock = Clock()
+    paced = Pace(1000, None, None, 0.0, clock.sleep, has_one_writer=True)
+    for _ in range(25):
+        paced.after(100, 100, 0.1)
+    assert [round(slept, 2) for slept in clock.waits] == [0.12, 0.12]
+
+
+def test_a_pause_is_a_turn_for_others_too() -> None:
+    clock = Clock()
+    paced = Pace(1000, None, None, 0.2, clock.sleep, has_one_writer=True)
+    for _ in range(25):
+        paced.after(100, 100, 0.1)
+    assert clock.waits == [0.2] * 25
