@@ -68,6 +68,7 @@ def url_of(engine: Engine) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_at_any_moment_loses_nothing_and_the_next_goes_on(
     engine: Engine, keyring: Keyring, promoted: Keyring
 ) -> None:
