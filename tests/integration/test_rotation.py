@@ -599,15 +599,31 @@ def test_earlier_contexts_open_and_are_left_behind(engine: Engine, promoted: Key
     assert verify(engine, only_new, keyring=promoted.without("v1")).opened == 4
 
 
-def test_mutable_columns_are_rotated(engine: Engine, promoted: Keyring) -> None:
+@pytest.mark.parametrize(
+    "type_",
+    [
+        MutableDict.as_mutable(EncryptedJSON()),
+        EncryptedJSON.mutable(),
+        EncryptedJSON(schema=dict[str, int]),
+        EncryptedJSON.mutable(schema=dict[str, int]),
+    ],
+    ids=["of SQLAlchemy", "mutable", "with a schema", "mutable with a schema"],
+)
+def test_columns_that_track_or_check_their_values_are_rotated(
+    engine: Engine, promoted: Keyring, type_: TypeEngine[Any]
+) -> None:
     table = Table(
         "documents",
         MetaData(),
         Column("id", Integer, primary_key=True, autoincrement=False),
-        Column("payload", MutableDict.as_mutable(EncryptedJSON())),
+        Column("payload", type_),
     )
     fill(engine, table, 3)
     assert rotate(engine, table, keyring=promoted).rotated == 3
+    set_default_keyring(promoted.without("v1"))
+    with engine.connect() as connection:
+        found = connection.scalars(select(table.c.payload).order_by(table.c.id)).all()
+    assert found == [{"n": 0}, {"n": 1}, {"n": 2}]
 
 
 def test_large_values_are_rotated_in_small_batches(engine: Engine, promoted: Keyring) -> None:
