@@ -367,18 +367,21 @@ ERRORS = {
         "serialization failure": "40001",
         "lock timeout": "55P03",
         "statement timeout": "57014",
+        "too many connections": "53300",
     },
     "mysql": {
         "deadlock": "1213",
         "serialization failure": "1020",
         "lock timeout": "1205",
         "statement timeout": "1969",
+        "MySQL's statement timeout": "3024",
     },
 }
 
 
-@pytest.mark.parametrize("fault", list(ERRORS["mysql"]))
-@pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+@pytest.mark.parametrize(
+    "url, fault", [(url, fault) for url in ERRORS for fault in ERRORS[url]], indirect=["url"]
+)
 def test_a_passing_fault_is_retried_with_smaller_batches(
     engine: Engine, promoted: Keyring, fault: str, refuse: Callable[[str, int], None]
 ) -> None:
@@ -406,6 +409,57 @@ def test_a_fault_that_does_not_pass_is_reported_in_words(
         rotate(engine, ledger, keyring=promoted, batch_size=10, retries=2)
     assert (caught.value.__cause__, caught.value.__context__) == (None, None)
     assert count_under(engine, "v1") == 80
+
+
+@pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+def test_a_batch_that_takes_longer_than_a_statement_may_is_halved(
+    engine: Engine, promoted: Keyring
+) -> None:
+    fill(engine, 12)
+    dialect: Any = engine.dialect
+    if dialect.name == "mysql" and not dialect.is_mariadb:
+        pytest.skip("MySQL has a limit for SELECT alone")
+    slowly = {  # 0.6 seconds for all rows
+        "postgresql": [
+            (
+                "CREATE FUNCTION slowed() RETURNS trigger LANGUAGE plpgsql AS"
+                " $$ BEGIN PERFORM pg_sleep(0.05); RETURN NEW; END $$"
+            ),
+            "CREATE TRIGGER slowing BEFORE UPDATE ON ledger FOR EACH ROW EXECUTE FUNCTION slowed()",
+        ],
+        "mysql": ["CREATE TRIGGER slowing BEFORE UPDATE ON ledger FOR EACH ROW DO SLEEP(0.05)"],
+    }
+    limit = {
+        "postgresql": "SET statement_timeout = '500ms'",
+        "mysql": "SET SESSION max_statement_time = 0.5",
+    }[engine.dialect.name]
+    with engine.begin() as connection:
+        for statement in slowly[engine.dialect.name]:
+            connection.exec_driver_sql(statement)
+    limited = create_engine(engine.url)
+
+    @event.listens_for(limited, "connect")
+    def set_limit(driver: Any, _record: Any) -> None:
+        driver.cursor().execute(limit)
+        driver.commit()
+
+    errors: list[str] = []
+    event.listen(limited, "handle_error", lambda c: errors.append(str(c.original_exception)))
+    batches: list[int] = []
+    report = rotate(
+        limited,
+        ledger,
+        keyring=promoted,
+        batch_size=12,
+        on_progress=lambda progress: batches.append(progress.rotated),
+    )
+    limited.dispose()
+    if engine.dialect.name == "postgresql":
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP FUNCTION slowed() CASCADE")
+    assert any("timeout" in error or "max_statement_time" in error for error in errors)
+    assert (report.ok, report.rotated) == (True, 24)
+    assert batches[0] <= 12
 
 
 @pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
