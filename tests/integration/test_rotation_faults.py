@@ -586,28 +586,47 @@ def test_a_lost_connection_that_is_the_callers_is_reported(
     assert rotate(engine, ledger, keyring=promoted).rotated == 60
 
 
+def stop_server_of(away: Engine, engine: Engine, times: int) -> Callable[[object], None]:
+    """Return what ends the connection of `away`, which then finds no server so many times."""
+    with away.connect() as connection:
+        victims = [backend(connection)]
+    left = iter(range(times))
+
+    def find_nothing(dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
+        if next(left, None) is None:
+            return None
+        return dialect.connect(*arguments, **{**options, "port": 1})
+
+    def stop(_progress: object) -> None:
+        if victims:
+            event.listen(away, "do_connect", find_nothing)
+            terminate(engine, victims.pop())
+
+    return stop
+
+
 @pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
 def test_a_database_that_stays_away_is_reported(engine: Engine, promoted: Keyring) -> None:
     fill(engine, 40)
     away = create_engine(engine.url)
-
-    def go_away(progress: RotationProgress) -> None:
-        # From now on, connecting fails, as when the server is stopped.
-        event.listen(away, "do_connect", lambda d, r, a, k: k.update(port=1))
-        event.listen(
-            away,
-            "before_cursor_execute",
-            lambda c, *_: terminate(engine, int(c.info["pid"])),
-            once=True,
-        )
-
-    with away.connect() as connection:
-        pid = backend(connection)
-        connection.info["pid"] = pid
+    stop = stop_server_of(away, engine, 100)
     with pytest.raises(RotationError, match="20 values were re-encrypted before"):
-        rotate(away, ledger, keyring=promoted, batch_size=10, retries=2, on_progress=go_away)
+        rotate(away, ledger, keyring=promoted, batch_size=10, retries=2, on_progress=stop)
     away.dispose()
     assert count_under(engine, "v2") == 20
+
+
+@pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+def test_a_database_that_comes_back_is_gone_on_with(engine: Engine, promoted: Keyring) -> None:
+    fill(engine, 40)
+    away = create_engine(engine.url)
+    errors: list[Exception] = []
+    event.listen(away, "handle_error", lambda context: errors.append(context.original_exception))
+    stop = stop_server_of(away, engine, 2)
+    report = rotate(away, ledger, keyring=promoted, batch_size=10, retries=3, on_progress=stop)
+    away.dispose()
+    assert (report.ok, report.rotated) == (True, 80)
+    assert len(errors) == 3  # the connection that was lost, and two that were not had
 
 
 def test_an_async_engine_replaces_a_lost_connection(promoted: Keyring, databases: Any) -> None:
