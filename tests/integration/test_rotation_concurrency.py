@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -40,11 +42,23 @@ from tests.integration.workers import contents, fill, finish, ledger, reap, star
 
 ROWS = 400
 WRITERS = 4
-CHANGES = 150
 
 
 def versions(engine: Engine, target: Any = ledger) -> set[str | None]:
     return {row.key_version for row in status(engine, target).rows}
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def rest_of(process: subprocess.Popen[str]) -> list[str]:
+    """Return the other lines, for which communicate() would not look where line_of() has them."""
+    assert process.stdout is not None
+    lines = process.stdout.readlines()
+    finish(process)
+    return lines
 
 
 @pytest.mark.slow
@@ -53,20 +67,35 @@ def test_four_writers_beside_two_rotators_lose_nothing(engine: Engine, promoted:
     url = engine.url.render_as_string(hide_password=False)
     # The writers still have the old primary, so there is always something to rotate.
     writers = [
-        start("writer", url, number, WRITERS, ROWS, CHANGES, primary="v1")
+        start("writer", url, number, WRITERS, ROWS, primary="v1", stdin=subprocess.PIPE)
         for number in range(WRITERS)
     ]
-    rotators = [start("rotator", url, 20, 0.001) for _ in range(2)]
+    rotators: list[subprocess.Popen[str]] = []
     try:
-        last: dict[int, int] = {}
+        changes = [line_of(writer) for writer in writers]
+        # Long enough for one pass that both are at work before the other one is through.
+        rotators += [start("rotator", url, 20, 0.05) for _ in range(2)]
+        told: list[list[str]] = [[], []]
+        # The writers go on until what they wrote meanwhile was re-encrypted too.
+        while sum(int(lines[-1]) for lines in told if lines) <= 2 * ROWS:
+            for rotator, lines in zip(rotators, told, strict=True):
+                lines.append(line_of(rotator))
         for writer in writers:
-            for line in finish(writer).splitlines():
-                row, seq = map(int, line.split())
-                last[row] = seq
-        reports = [finish(rotator) for rotator in rotators]
+            print(file=writer.stdin, flush=True)
+        for writer in writers:
+            changes += rest_of(writer)
+        for rotator, lines in zip(rotators, told, strict=True):
+            lines += rest_of(rotator)
     finally:
         reap([*writers, *rotators])
-    assert all('"failed_count": 0' in report for report in reports)
+    last: dict[int, int] = {}
+    for change in changes:
+        row, seq = map(int, change.split())
+        last[row] = seq
+    reports = [json.loads(lines[-1]) for lines in told]
+    assert all(report["failed_count"] == 0 for report in reports)
+    assert sum(report["rotated"] for report in reports) > 2 * ROWS
+    assert min(report["rotated"] for report in reports) > 0
     assert rotate(engine, ledger, keyring=promoted).ok
     assert versions(engine) == {"v2"}
     set_default_keyring(promoted.without("v1"))
