@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from sqlalchemy import (
     create_engine,
     event,
     insert,
+    null,
     select,
     text,
     update,
@@ -36,8 +38,15 @@ from sqlalchemy_lucent import (
     verify,
 )
 from sqlalchemy_lucent.rotation._table import TableWorker
-from sqlalchemy_lucent.rotation._write import BinaryArrayWriter, JoinWriter, RowWriter, writer_for
-from sqlalchemy_lucent.rotation.targets import resolve_targets
+from sqlalchemy_lucent.rotation._write import (
+    BinaryArrayWriter,
+    JoinWriter,
+    RowWriter,
+    Writer,
+    writer_for,
+)
+from sqlalchemy_lucent.rotation.targets import TargetTable, resolve_targets
+from tests.databases import SYNC_DRIVERS
 from tests.integration.workers import contents, fill, finish, ledger, reap, start
 
 ROWS = 400
@@ -259,13 +268,34 @@ def keyed(*key: Column[Any]) -> Table:
     return Table("documents", MetaData(), *key, Column("payload", EncryptedJSON))
 
 
-@pytest.mark.parametrize("form", ["own", "row"])
-@pytest.mark.parametrize("key", ["integer", "text"])
+def derived_table_first(connection: Connection, target: TargetTable) -> JoinWriter:
+    """The form that MySQL takes, and MariaDB where the model has another primary key."""
+    return JoinWriter(target, connection.dialect, (), rows_first=False)
+
+
+def row_by_row(_: Connection, target: TargetTable) -> RowWriter:
+    return RowWriter(target)
+
+
+TYPES: dict[str, Any] = {
+    "integer": Integer(),
+    "text": String(20),
+    "binary text": String(20, "utf8mb4_bin"),
+}
+
+
+@pytest.mark.parametrize(
+    "url, key, make_writer",
+    [
+        *itertools.product(SYNC_DRIVERS, ["integer", "text"], [writer_for, row_by_row]),
+        *itertools.product(["mysql"], ["integer", "binary text"], [derived_table_first]),
+    ],
+    indirect=["url"],
+)
 def test_a_value_changed_since_it_was_read_is_not_overwritten(
-    engine: Engine, promoted: Keyring, key: str, form: str
+    engine: Engine, promoted: Keyring, key: str, make_writer: Callable[..., Writer]
 ) -> None:
-    types: dict[str, Any] = {"integer": Integer(), "text": String(20)}
-    table = keyed(Column("id", types[key], primary_key=True, autoincrement=False))
+    table = keyed(Column("id", TYPES[key], primary_key=True, autoincrement=False))
     table.metadata.create_all(engine)
     identities = [1, 2, 3] if key == "integer" else ["1", "2", "3"]
     with engine.begin() as connection:
@@ -273,7 +303,7 @@ def test_a_value_changed_since_it_was_read_is_not_overwritten(
     with engine.begin() as connection:
         (target,) = resolve_targets(table, engine)
         worker = TableWorker(target, promoted, engine.dialect)
-        writer = RowWriter(target) if form == "row" else writer_for(connection, target)
+        writer = make_writer(connection, target)
         rows = worker.read(connection, None, 10, stale_only=True, lock=False)
     (changes,), _, _ = worker.reseal(rows)
     with engine.begin() as connection:
@@ -286,6 +316,24 @@ def test_a_value_changed_since_it_was_read_is_not_overwritten(
         found = connection.scalars(select(table.c.payload).order_by(table.c.id)).all()
     assert found == ["old", "new"]
     assert status(engine, table).rows[0].count == 1
+
+
+@pytest.mark.parametrize("url", ["mysql"], indirect=True)
+def test_the_form_that_mysql_takes_writes_several_statements_and_columns(
+    engine: Engine, promoted: Keyring
+) -> None:
+    fill(engine, 1100)  # a statement has 500 rows
+    with engine.begin() as connection:
+        connection.execute(update(ledger).where(ledger.c.id < 30).values(free=null()))
+        (target,) = resolve_targets(ledger, engine)
+        writer = derived_table_first(connection, target)
+        worker = TableWorker(target, promoted, engine.dialect)
+        rows = worker.read(connection, None, 2000, stale_only=True)
+        changes = worker.reseal(rows).changes
+        assert [change.names for change in changes] == [("bound",), ("free", "bound")]
+        assert [writer.write(connection, change) for change in changes] == [30, 2 * 1070]
+    assert versions(engine) == {"v2"}
+    assert verify(engine, ledger, keyring=promoted.without("v1")).opened == 2200 - 30
 
 
 @pytest.mark.parametrize(
