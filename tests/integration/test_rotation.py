@@ -676,6 +676,32 @@ def test_what_may_be_named(engine: Engine, promoted: Keyring) -> None:
     assert rotate(engine, attribute, keyring=new).rotated == 2
 
 
+def test_every_encrypted_column_of_a_metadata_is_found(engine: Engine, promoted: Keyring) -> None:
+    metadata = MetaData()
+    for name, types in (
+        ("typed", [EncryptedJSON(schema=dict[str, int]), EncryptedJSON(lazy=True)]),
+        ("plain", [JSON()]),
+        ("tracked", [EncryptedJSON.mutable(), EncryptedJSON(context="elsewhere"), JSON()]),
+    ):
+        columns = [Column(f"c{number}", type_) for number, type_ in enumerate(types)]
+        key = Column("id", Integer, primary_key=True, autoincrement=False)
+        Table(name, metadata, key, *columns)
+    metadata.create_all(engine)
+    with engine.begin() as connection:
+        for table in metadata.tables.values():
+            values = {column.name: {"n": 1} for column in table.c if column.name != "id"}
+            connection.execute(insert(table), [{"id": n, **values} for n in range(3)])
+    assert rotate(engine, metadata, keyring=promoted).rotated == 4 * 3
+    assert {
+        (row.table, row.column, row.key_version, row.count) for row in status(engine, metadata).rows
+    } == {
+        ("typed", "c0", "v2", 3),
+        ("typed", "c1", "v2", 3),
+        ("tracked", "c0", "v2", 3),
+        ("tracked", "c1", "v2", 3),
+    }
+
+
 # -- Connections -----------------------------------------------------------------------------------
 
 
@@ -799,6 +825,16 @@ def test_stop_when_ends_the_run_after_a_batch(engine: Engine, promoted: Keyring)
     )
     assert (report.stopped, report.ok, report.rotated, report.remaining) == (True, False, 10, 15)
     assert counts(engine, table)["payload", "v2"] == 10
+
+
+def test_rows_are_taken_in_the_order_of_the_primary_key(engine: Engine, promoted: Keyring) -> None:
+    table = documents_table()
+    table.metadata.create_all(engine)
+    with engine.begin() as connection:
+        for number in range(25):  # stored in another order
+            connection.execute(insert(table).values(id=number * 7 % 25, payload={"n": number}))
+    rotate(engine, table, keyring=promoted, batch_size=10, stop_when=lambda progress: True)
+    assert [value[:2] for value in raw(engine, table)] == [b"v2"] * 10 + [b"v1"] * 15
 
 
 def test_progress_tells_what_is_done_and_what_is_left(engine: Engine, promoted: Keyring) -> None:
