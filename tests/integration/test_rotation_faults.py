@@ -411,6 +411,18 @@ def test_a_fault_that_does_not_pass_is_reported_in_words(
     assert count_under(engine, "v1") == 80
 
 
+def engine_with(settings: dict[str, str], engine: Engine) -> Engine:
+    """Return another engine, whose connections begin with the statement for their database."""
+    other = create_engine(engine.url)
+
+    @event.listens_for(other, "connect")
+    def begin_with(driver: Any, _record: Any) -> None:
+        driver.cursor().execute(settings[engine.dialect.name])
+        driver.commit()
+
+    return other
+
+
 @pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
 def test_a_batch_that_takes_longer_than_a_statement_may_is_halved(
     engine: Engine, promoted: Keyring
@@ -432,17 +444,11 @@ def test_a_batch_that_takes_longer_than_a_statement_may_is_halved(
     limit = {
         "postgresql": "SET statement_timeout = '500ms'",
         "mysql": "SET SESSION max_statement_time = 0.5",
-    }[engine.dialect.name]
+    }
     with engine.begin() as connection:
         for statement in slowly[engine.dialect.name]:
             connection.exec_driver_sql(statement)
-    limited = create_engine(engine.url)
-
-    @event.listens_for(limited, "connect")
-    def set_limit(driver: Any, _record: Any) -> None:
-        driver.cursor().execute(limit)
-        driver.commit()
-
+    limited = engine_with(limit, engine)
     errors: list[str] = []
     event.listen(limited, "handle_error", lambda c: errors.append(str(c.original_exception)))
     batches: list[int] = []
@@ -460,6 +466,37 @@ def test_a_batch_that_takes_longer_than_a_statement_may_is_halved(
     assert any("timeout" in error or "max_statement_time" in error for error in errors)
     assert (report.ok, report.rotated) == (True, 24)
     assert batches[0] <= 12
+
+
+@pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+def test_a_table_that_somebody_locks_is_come_back_to(engine: Engine, promoted: Keyring) -> None:
+    fill(engine, 20)
+    limit = {
+        "postgresql": "SET lock_timeout = '50ms'",
+        "mysql": "SET SESSION lock_wait_timeout = 1",
+    }
+    lock, unlock = {
+        "postgresql": ("LOCK TABLE ledger IN EXCLUSIVE MODE", "ROLLBACK"),
+        "mysql": ("LOCK TABLES ledger WRITE", "UNLOCK TABLES"),
+    }[engine.dialect.name]
+    impatient = engine_with(limit, engine)
+    errors: list[str] = []
+    with engine.connect() as somebody:
+
+        def hold(_progress: RotationProgress) -> None:
+            if not errors:
+                somebody.exec_driver_sql(lock)
+
+        @event.listens_for(impatient, "handle_error")
+        def release(context: Any) -> None:
+            errors.append(str(context.original_exception))
+            somebody.exec_driver_sql(unlock)
+
+        report = rotate(impatient, ledger, keyring=promoted, batch_size=15, on_progress=hold)
+    impatient.dispose()
+    assert len(errors) == 1
+    assert "timeout" in errors[0]
+    assert (report.ok, report.rotated) == (True, 40)
 
 
 @pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
