@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One more than there are cores: the tests often wait for a server or for another process.
 TEST_WORKERS := $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 
-.PHONY: demo demo-web test lint docs bench wheel mutants checklist clean
+.PHONY: demo demo-web test test-long lint docs bench wheel mutants checklist clean
 
 demo: .venv/.demo
 	$(BIN)/python docs/examples/demo.py
@@ -14,6 +14,9 @@ demo-web: .venv/.demo-web
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+
+test-long: .venv/.dev
+	LUCENT_TEST_LONG=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) -m long $(PYTEST_ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

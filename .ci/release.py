@@ -88,6 +88,10 @@ def gate_is_green() -> None:
     run("the gate is red; its message stands above", ".ci/run")
 
 
+def long_tests_pass() -> None:
+    run("a test fails in its long form", "make", "--silent", "test-long")
+
+
 def no_mutant_survives() -> None:
     run(
         "a mutant survives without an explanation; it stands above",
@@ -125,6 +129,7 @@ STEPS: Final[tuple[tuple[str, Callable[[], None]], ...]] = (
     ("the version is new", tag_is_free),
     ("the changelog names it, dated today", changelog_names_the_version),
     ("the gate is green", gate_is_green),
+    ("the long forms of the tests pass", long_tests_pass),
     ("no unexplained mutant survives", no_mutant_survives),
     ("two builds have the same bytes", builds_are_equal),
     ("the wheel works alone", wheel_works_alone),

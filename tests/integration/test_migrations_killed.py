@@ -24,7 +24,7 @@ from sqlalchemy import Column, Engine, Integer, MetaData, Table
 from sqlalchemy_lucent import EncryptedJSON, TamperedError
 from tests.conftest import KEY_1
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 3_000

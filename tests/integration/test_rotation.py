@@ -599,15 +599,31 @@ def test_earlier_contexts_open_and_are_left_behind(engine: Engine, promoted: Key
     assert verify(engine, only_new, keyring=promoted.without("v1")).opened == 4
 
 
-def test_mutable_columns_are_rotated(engine: Engine, promoted: Keyring) -> None:
+@pytest.mark.parametrize(
+    "type_",
+    [
+        MutableDict.as_mutable(EncryptedJSON()),
+        EncryptedJSON.mutable(),
+        EncryptedJSON(schema=dict[str, int]),
+        EncryptedJSON.mutable(schema=dict[str, int]),
+    ],
+    ids=["of SQLAlchemy", "mutable", "with a schema", "mutable with a schema"],
+)
+def test_columns_that_track_or_check_their_values_are_rotated(
+    engine: Engine, promoted: Keyring, type_: TypeEngine[Any]
+) -> None:
     table = Table(
         "documents",
         MetaData(),
         Column("id", Integer, primary_key=True, autoincrement=False),
-        Column("payload", MutableDict.as_mutable(EncryptedJSON())),
+        Column("payload", type_),
     )
     fill(engine, table, 3)
     assert rotate(engine, table, keyring=promoted).rotated == 3
+    set_default_keyring(promoted.without("v1"))
+    with engine.connect() as connection:
+        found = connection.scalars(select(table.c.payload).order_by(table.c.id)).all()
+    assert found == [{"n": 0}, {"n": 1}, {"n": 2}]
 
 
 def test_large_values_are_rotated_in_small_batches(engine: Engine, promoted: Keyring) -> None:
@@ -659,6 +675,32 @@ def test_what_may_be_named(engine: Engine, promoted: Keyring) -> None:
     assert rotate(engine, table.c.payload, keyring=old).rotated == 2
     attribute = Document.payload  # type: ignore[attr-defined]
     assert rotate(engine, attribute, keyring=new).rotated == 2
+
+
+def test_every_encrypted_column_of_a_metadata_is_found(engine: Engine, promoted: Keyring) -> None:
+    metadata = MetaData()
+    for name, types in (
+        ("typed", [EncryptedJSON(schema=dict[str, int]), EncryptedJSON(lazy=True)]),
+        ("plain", [JSON()]),
+        ("tracked", [EncryptedJSON.mutable(), EncryptedJSON(context="elsewhere"), JSON()]),
+    ):
+        columns = [Column(f"c{number}", type_) for number, type_ in enumerate(types)]
+        key = Column("id", Integer, primary_key=True, autoincrement=False)
+        Table(name, metadata, key, *columns)
+    metadata.create_all(engine)
+    with engine.begin() as connection:
+        for table in metadata.tables.values():
+            values = {column.name: {"n": 1} for column in table.c if column.name != "id"}
+            connection.execute(insert(table), [{"id": n, **values} for n in range(3)])
+    assert rotate(engine, metadata, keyring=promoted).rotated == 4 * 3
+    assert {
+        (row.table, row.column, row.key_version, row.count) for row in status(engine, metadata).rows
+    } == {
+        ("typed", "c0", "v2", 3),
+        ("typed", "c1", "v2", 3),
+        ("tracked", "c0", "v2", 3),
+        ("tracked", "c1", "v2", 3),
+    }
 
 
 # -- Connections -----------------------------------------------------------------------------------
@@ -803,6 +845,16 @@ def test_stop_when_is_asked_before_a_pass_that_may_find_nothing(
         report = rotate(engine, table, keyring=promoted, stop_when=is_done)
     assert (report.stopped, report.rotated, report.remaining) == (True, 24, 1)
     assert asked == [24, 24, 24]
+
+
+def test_rows_are_taken_in_the_order_of_the_primary_key(engine: Engine, promoted: Keyring) -> None:
+    table = documents_table()
+    table.metadata.create_all(engine)
+    with engine.begin() as connection:
+        for number in range(25):  # stored in another order
+            connection.execute(insert(table).values(id=number * 7 % 25, payload={"n": number}))
+    rotate(engine, table, keyring=promoted, batch_size=10, stop_when=lambda progress: True)
+    assert [value[:2] for value in raw(engine, table)] == [b"v2"] * 10 + [b"v1"] * 15
 
 
 def test_progress_tells_what_is_done_and_what_is_left(engine: Engine, promoted: Keyring) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from sqlalchemy import (
     create_engine,
     event,
     insert,
+    null,
     select,
     text,
     update,
@@ -34,17 +38,36 @@ from sqlalchemy_lucent import (
     verify,
 )
 from sqlalchemy_lucent.rotation._table import TableWorker
-from sqlalchemy_lucent.rotation._write import BinaryArrayWriter, JoinWriter, RowWriter, writer_for
-from sqlalchemy_lucent.rotation.targets import resolve_targets
+from sqlalchemy_lucent.rotation._write import (
+    BinaryArrayWriter,
+    JoinWriter,
+    RowWriter,
+    Writer,
+    writer_for,
+)
+from sqlalchemy_lucent.rotation.targets import TargetTable, resolve_targets
+from tests.databases import SYNC_DRIVERS
 from tests.integration.workers import contents, fill, finish, ledger, reap, start
 
 ROWS = 400
 WRITERS = 4
-CHANGES = 150
 
 
 def versions(engine: Engine, target: Any = ledger) -> set[str | None]:
     return {row.key_version for row in status(engine, target).rows}
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def rest_of(process: subprocess.Popen[str]) -> list[str]:
+    """Return the other lines, for which communicate() would not look where line_of() has them."""
+    assert process.stdout is not None
+    lines = process.stdout.readlines()
+    finish(process)
+    return lines
 
 
 @pytest.mark.slow
@@ -53,20 +76,35 @@ def test_four_writers_beside_two_rotators_lose_nothing(engine: Engine, promoted:
     url = engine.url.render_as_string(hide_password=False)
     # The writers still have the old primary, so there is always something to rotate.
     writers = [
-        start("writer", url, number, WRITERS, ROWS, CHANGES, primary="v1")
+        start("writer", url, number, WRITERS, ROWS, primary="v1", stdin=subprocess.PIPE)
         for number in range(WRITERS)
     ]
-    rotators = [start("rotator", url, 20, 0.001) for _ in range(2)]
+    rotators: list[subprocess.Popen[str]] = []
     try:
-        last: dict[int, int] = {}
+        changes = [line_of(writer) for writer in writers]
+        # Long enough for one pass that both are at work before the other one is through.
+        rotators += [start("rotator", url, 20, 0.05) for _ in range(2)]
+        told: list[list[str]] = [[], []]
+        # The writers go on until what they wrote meanwhile was re-encrypted too.
+        while sum(int(lines[-1]) for lines in told if lines) <= 2 * ROWS:
+            for rotator, lines in zip(rotators, told, strict=True):
+                lines.append(line_of(rotator))
         for writer in writers:
-            for line in finish(writer).splitlines():
-                row, seq = map(int, line.split())
-                last[row] = seq
-        reports = [finish(rotator) for rotator in rotators]
+            print(file=writer.stdin, flush=True)
+        for writer in writers:
+            changes += rest_of(writer)
+        for rotator, lines in zip(rotators, told, strict=True):
+            lines += rest_of(rotator)
     finally:
         reap([*writers, *rotators])
-    assert all('"failed_count": 0' in report for report in reports)
+    last: dict[int, int] = {}
+    for change in changes:
+        row, seq = map(int, change.split())
+        last[row] = seq
+    reports = [json.loads(lines[-1]) for lines in told]
+    assert all(report["failed_count"] == 0 for report in reports)
+    assert sum(report["rotated"] for report in reports) > 2 * ROWS
+    assert min(report["rotated"] for report in reports) > 0
     assert rotate(engine, ledger, keyring=promoted).ok
     assert versions(engine) == {"v2"}
     set_default_keyring(promoted.without("v1"))
@@ -230,13 +268,34 @@ def keyed(*key: Column[Any]) -> Table:
     return Table("documents", MetaData(), *key, Column("payload", EncryptedJSON))
 
 
-@pytest.mark.parametrize("form", ["own", "row"])
-@pytest.mark.parametrize("key", ["integer", "text"])
+def derived_table_first(connection: Connection, target: TargetTable) -> JoinWriter:
+    """The form that MySQL takes, and MariaDB where the model has another primary key."""
+    return JoinWriter(target, connection.dialect, (), rows_first=False)
+
+
+def row_by_row(_: Connection, target: TargetTable) -> RowWriter:
+    return RowWriter(target)
+
+
+TYPES: dict[str, Any] = {
+    "integer": Integer(),
+    "text": String(20),
+    "binary text": String(20, "utf8mb4_bin"),
+}
+
+
+@pytest.mark.parametrize(
+    "url, key, make_writer",
+    [
+        *itertools.product(SYNC_DRIVERS, ["integer", "text"], [writer_for, row_by_row]),
+        *itertools.product(["mysql"], ["integer", "binary text"], [derived_table_first]),
+    ],
+    indirect=["url"],
+)
 def test_a_value_changed_since_it_was_read_is_not_overwritten(
-    engine: Engine, promoted: Keyring, key: str, form: str
+    engine: Engine, promoted: Keyring, key: str, make_writer: Callable[..., Writer]
 ) -> None:
-    types: dict[str, Any] = {"integer": Integer(), "text": String(20)}
-    table = keyed(Column("id", types[key], primary_key=True, autoincrement=False))
+    table = keyed(Column("id", TYPES[key], primary_key=True, autoincrement=False))
     table.metadata.create_all(engine)
     identities = [1, 2, 3] if key == "integer" else ["1", "2", "3"]
     with engine.begin() as connection:
@@ -244,7 +303,7 @@ def test_a_value_changed_since_it_was_read_is_not_overwritten(
     with engine.begin() as connection:
         (target,) = resolve_targets(table, engine)
         worker = TableWorker(target, promoted, engine.dialect)
-        writer = RowWriter(target) if form == "row" else writer_for(connection, target)
+        writer = make_writer(connection, target)
         rows = worker.read(connection, None, 10, stale_only=True, lock=False)
     (changes,), _, _ = worker.reseal(rows)
     with engine.begin() as connection:
@@ -257,6 +316,24 @@ def test_a_value_changed_since_it_was_read_is_not_overwritten(
         found = connection.scalars(select(table.c.payload).order_by(table.c.id)).all()
     assert found == ["old", "new"]
     assert status(engine, table).rows[0].count == 1
+
+
+@pytest.mark.parametrize("url", ["mysql"], indirect=True)
+def test_the_form_that_mysql_takes_writes_several_statements_and_columns(
+    engine: Engine, promoted: Keyring
+) -> None:
+    fill(engine, 1100)  # a statement has 500 rows
+    with engine.begin() as connection:
+        connection.execute(update(ledger).where(ledger.c.id < 30).values(free=null()))
+        (target,) = resolve_targets(ledger, engine)
+        writer = derived_table_first(connection, target)
+        worker = TableWorker(target, promoted, engine.dialect)
+        rows = worker.read(connection, None, 2000, stale_only=True)
+        changes = worker.reseal(rows).changes
+        assert [change.names for change in changes] == [("bound",), ("free", "bound")]
+        assert [writer.write(connection, change) for change in changes] == [30, 2 * 1070]
+    assert versions(engine) == {"v2"}
+    assert verify(engine, ledger, keyring=promoted.without("v1")).opened == 2200 - 30
 
 
 @pytest.mark.parametrize(

@@ -884,6 +884,7 @@ print(len(found), len(set(found)))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
 def test_nonces_of_forked_children_never_repeat(tmp_path: Path) -> None:
     seals = 200_000 if os.environ.get("LUCENT_TEST_LONG") == "1" else 20_000

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import textwrap
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,6 +218,31 @@ def test_a_value_is_not_rendered_into_sql(value: Any) -> None:
     for dialect in DIALECTS:
         with pytest.raises(UnsupportedOperationError, match="not rendered into SQL"):
             statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True})
+
+
+@pytest.mark.parametrize(
+    "type_",
+    [EncryptedJSON(context="t.c"), EncryptedJSON(context="t.c", schema=dict[str, int])],
+    ids=["any", "schema"],
+)
+@pytest.mark.parametrize("what", ["sealing", "opening"])
+def test_nothing_is_left_behind(type_: EncryptedJSON, what: str) -> None:
+    bound = type_.dialect_impl(SQLITE)
+    seal, open_ = bound.bind_processor(SQLITE), bound.result_processor(SQLITE, None)
+    assert seal is not None
+    assert open_ is not None
+    process, value = (seal, {"n": 1}) if what == "sealing" else (open_, seal({"n": 1}))
+    kept = []
+    tracemalloc.start()
+    try:
+        for count in (1_000, 50_000):  # the first ones fill what is kept on purpose
+            for _ in range(count):
+                process(value)
+            gc.collect()
+            kept.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert kept[1] - kept[0] < 1_000
 
 
 def test_ddl_and_compiling_need_no_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""Rotate the ledger; print a line after each batch. Arguments: URL, batch size, pause."""
+"""Rotate the ledger; print a line at the start and after each batch.
+
+Arguments: URL, batch size, pause.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ def tell(progress: RotationProgress) -> None:
 
 def main(url: str, batch_size: str, pause: str) -> None:
     engine = create_engine(url)
+    print(0, flush=True)
     report = rotate(
         engine, ledger, batch_size=int(batch_size), pause=float(pause), on_progress=tell
     )

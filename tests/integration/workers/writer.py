@@ -1,14 +1,16 @@
 """
 Keep changing random rows of the ledger, and print each change once it is committed.
 
-Arguments: URL, number of this writer, number of writers, rows, changes. A writer changes its own
-rows only, so that the last value of each row is known.
+Arguments: URL, number of this writer, number of writers, rows. A writer changes its own rows only,
+so that the last value of each row is known. It goes on until its standard input has a line.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
+import threading
 import time
 
 from sqlalchemy import Engine, create_engine, update
@@ -35,13 +37,18 @@ def change(engine: Engine, row: int, seq: int) -> None:
         return
 
 
-def main(url: str, number: str, writers: str, rows: str, changes: str) -> None:
+def main(url: str, number: str, writers: str, rows: str) -> None:
     engine = create_engine(url)
     own = range(int(number), int(rows), int(writers))
-    for seq in range(1, int(changes) + 1):
+    waiting = threading.Thread(target=sys.stdin.readline, daemon=True)
+    waiting.start()
+    for seq in itertools.count(1):
+        if not waiting.is_alive():
+            break
         row = random.choice(own)
         change(engine, row, seq)
         print(row, seq, flush=True)
+        time.sleep(random.uniform(0, 0.01))  # or SQLite's only lock would seldom be free
     engine.dispose()
 
 
