@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -833,6 +834,7 @@ def test_a_second_interrupt_says_what_the_workers_have_committed_at_least(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep is not installed")
 def test_a_worker_that_died_is_told_of(on_postgresql: tuple[Lucent, Engine]) -> None:
     lucent, engine = on_postgresql
     fill(engine, 1500)
