@@ -852,7 +852,8 @@ def test_a_worker_that_died_is_told_of(on_postgresql: tuple[Lucent, Engine]) -> 
     report = json.loads(out)
     assert (process.returncode, report["ok"], report["taken_over"]) == (0, True, [])
     assert report["rotated"] < stored_under(engine, "v2") == 1500
-    assert err == (
+    # On a busy machine there are lines of progress before it.
+    assert err.endswith(
         "a worker died, and the workers were replaced: what they had in hand was done again, "
         "and what they had committed of it is not counted\n"
     )
