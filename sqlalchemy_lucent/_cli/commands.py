@@ -290,7 +290,7 @@ def rotate(
     """Re-encrypt every value under the primary key.
 
     It may be interrupted and run again. Ctrl-C finishes the batch in hand, a second one rolls it
-    back.
+    back; workers finish theirs in any case.
     """
     targets = narrowed(load_targets(metadata), table, column)
     lucent.default_keyring()

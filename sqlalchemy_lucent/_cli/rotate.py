@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from datetime import timedelta
-from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
@@ -60,9 +59,12 @@ def run_rotation(
     **options: Any,
 ) -> Exit:
     """Rotate, show how it goes and what came of it, and return the exit code."""
+    pools = None
     if workers > 1:
-        options |= _shared(engine, workers, metadata, max_rate)
-    interrupt, shown = Interrupt(), ShownProgress()
+        pools = _Pools(workers, metadata)
+        options |= _shared(engine, pools, max_rate)
+    shares = pools is not None and engine.dialect.name != "sqlite"
+    interrupt, shown = Interrupt(shares=shares), ShownProgress()
     fault = report = None
     try:
         with interrupt, shown:
@@ -78,10 +80,16 @@ def run_rotation(
         interrupt.asked = True
     except RotationError as error:
         fault = error
+    if pools is not None and pools.made > 1:
+        tell(
+            "a worker died, and the workers were replaced: what they had in hand was done again, "
+            "and what they had committed of it is not counted"
+        )
     if report is None:
         # Nothing was left in the middle: a batch is committed as a whole, or not at all.
         if interrupt.asked:
-            raise CommandError(f"interrupted; {shown.where_it_stands()}", Exit.INTERRUPTED)
+            stands = shown.where_it_stands(shares=shares)
+            raise CommandError(f"interrupted; {stands}", Exit.INTERRUPTED)
         raise CommandError(str(fault), Exit.LEFT)
     if as_json:
         write_json(report.as_dict())
@@ -140,10 +148,18 @@ def _why(row: FailedRow) -> tuple[str, str, str]:
 
 
 class Interrupt:
-    """Ctrl-C: the first one ends the run after the batch in hand, the second one at once."""
+    """Ctrl-C: the first one ends the run after the batch in hand, the second one at once.
 
-    def __init__(self) -> None:
+    :param shares: whether workers have batches in hand, which they finish in any case.
+    """
+
+    def __init__(self, *, shares: bool) -> None:
         self.asked = False
+        self._answer = (
+            b"the workers finish what they have in hand; Ctrl-C again leaves the count out"
+            if shares
+            else b"finishing the batch in hand; Ctrl-C again rolls it back"
+        )
 
     def __enter__(self) -> Self:
         self._previous = signal.signal(signal.SIGINT, self._on_signal)
@@ -162,7 +178,7 @@ class Interrupt:
             raise KeyboardInterrupt
         self.asked = True
         # Not by the stream, which may be writing just now.
-        os.write(2, b"\nfinishing the batch in hand; Ctrl-C again rolls it back\n")
+        os.write(2, b"\n" + self._answer + b"\n")
 
 
 class ShownProgress:
@@ -219,14 +235,17 @@ class ShownProgress:
             refresh=True,
         )
 
-    def where_it_stands(self) -> str:
-        """Say what is committed."""
+    def where_it_stands(self, *, shares: bool) -> str:
+        """Say what is committed. Of workers, that is known of the ranges that they handed back."""
         rotated, total = (self._last.rotated, self._last.total) if self._last else (0, 0)
         of = f" of {total}" if total else ""
-        return (
-            f"{rotated}{of} values were re-encrypted and are committed, the batch in hand was "
-            "rolled back; run it again to go on"
-        )
+        known = f"{rotated}{of} values were re-encrypted and are committed"
+        if shares:
+            return (
+                f"at least {known}, and the workers finish the batches that they have in hand: "
+                "lucent status counts; run it again to go on"
+            )
+        return f"{known}, the batch in hand was rolled back; run it again to go on"
 
     @staticmethod
     def _line(progress: RotationProgress) -> str:
@@ -262,19 +281,17 @@ def _time_left(progress: RotationProgress) -> str:
 # -- workers ---------------------------------------------------------------------------------------
 
 
-def _shared(
-    engine: Engine, workers: int, metadata: Sequence[str] | None, max_rate: float | None
-) -> dict[str, Any]:
+def _shared(engine: Engine, pools: _Pools, max_rate: float | None) -> dict[str, Any]:
     """Return the options of a rotation whose work processes share."""
-    if max_rate is not None and max_rate < workers:
+    if max_rate is not None and max_rate < pools.workers:
         raise CommandError("--max-rate is 1 or more for each of the --workers")
     # Like their keys, they find the URL in their environment: nothing secret is sent to them.
     os.environ[URL_VARIABLE] = engine.url.render_as_string(hide_password=False)
     return {
-        "executor": partial(_pool, workers, metadata),
+        "executor": pools,
         "connect": connect_worker,
         # The rate is shared among the ranges.
-        "ranges": None if max_rate is None else workers,
+        "ranges": None if max_rate is None else pools.workers,
     }
 
 
@@ -283,21 +300,29 @@ def connect_worker() -> Engine:
     return engine_of(find_url(None))
 
 
-def _pool(workers: int, metadata: Sequence[str] | None) -> Executor:
-    """Return an executor of `workers` processes."""
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        # An application's modules, because one of them may set the keyring.
-        initializer=load_targets,
-        initargs=(metadata,),
-    )
-    # Ctrl-C in a terminal goes to every process. They inherit that it is ignored, from their
-    # first moment on: what it means is decided here.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        for _ in range(workers):
-            pool.submit(os.getpid)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    return pool
+class _Pools:
+    """Makes executors of `workers` processes: one, and another when a process of it died."""
+
+    def __init__(self, workers: int, metadata: Sequence[str] | None) -> None:
+        self.workers = workers
+        self.made = 0
+        self._metadata = metadata
+
+    def __call__(self) -> Executor:
+        self.made += 1
+        pool = ProcessPoolExecutor(
+            self.workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            # An application's modules, because one of them may set the keyring.
+            initializer=load_targets,
+            initargs=(self._metadata,),
+        )
+        # Ctrl-C in a terminal goes to every process. They inherit that it is ignored, from their
+        # first moment on: what it means is decided here.
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            for _ in range(self.workers):
+                pool.submit(os.getpid)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        return pool

@@ -17,7 +17,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -59,12 +59,14 @@ from ..rotation._table import PrimaryKey
 from ..rotation._visible import refuse_hidden_rows
 from ..rotation.convert import BackfillWorker, PlainColumn, Reader, Writer
 from ..rotation.engine import run_workers
-from ..rotation.report import Failures
+from ..rotation.report import FailedRow, Failures
 from ..types import EncryptedJSON
 
 logger = logging.getLogger("alembic.runtime.migration.lucent")
 
 Content = Literal["plain", "sealed"]
+
+_FAILURES_LOGGED: Final = 20
 
 
 @dataclass(frozen=True)
@@ -360,16 +362,10 @@ class _Conversion:
         if not failures.count:
             return
         plan = self._plan
-        for failed in failures.named:
-            logger.error(
-                "%s of the row with primary key %r cannot be converted: %s",
-                plan.full_name,
-                failed.primary_key,
-                failed.error,
-            )
+        log_failures(plan.full_name, "cannot be converted", failures.named, failures.count)
         raise RotationError(
-            f"{failures.count} values of {plan.full_name} cannot be {plan.verb} (they were logged "
-            "by primary key). The column is as it was; what could be converted is kept in "
+            f"{failures.count} values of {plan.full_name} cannot be {plan.verb} (the first were "
+            "logged by primary key). The column is as it was; what could be converted is kept in "
             f"{plan.through}. The revision is not stamped: run it again when these rows are dealt "
             "with, or pass the reader= that they need"
         )
@@ -596,6 +592,16 @@ _CLAUSES: Final = re.compile(
     re.IGNORECASE,
 )
 """The clauses of a CREATE TABLE that a copy made from what was reflected may lack."""
+
+
+def log_failures(name: str, what: str, failed: Sequence[FailedRow], count: int) -> None:
+    """Log the first values that something is wrong with, each by primary key, and how many more."""
+    for row in failed[:_FAILURES_LOGGED]:
+        logger.error(
+            "%s of the row with primary key %r %s: %s", name, row.primary_key, what, row.error
+        )
+    if len(failed) > _FAILURES_LOGGED:
+        logger.error("%s: %d values more, which are not logged", name, count - _FAILURES_LOGGED)
 
 
 def _contents(plan: Plan) -> tuple[Content, Content]:

@@ -9,10 +9,23 @@ from typing import Any
 
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Column, Connection, MetaData, Table, func, inspect, literal, select
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    MetaData,
+    Table,
+    func,
+    inspect,
+    literal,
+    select,
+)
+from sqlalchemy import column as column_clause
 from sqlalchemy import table as table_clause
 from sqlalchemy.exc import PendingRollbackError
+from sqlalchemy.types import NullType, TypeEngine, _Binary
 
+from .. import _sql
 from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
@@ -21,7 +34,7 @@ from ..rotation._visible import refuse_hidden_rows
 from ..rotation.convert import RebindWorker
 from ..rotation.engine import run_workers
 from ..types import EncryptedJSON
-from ._conversion import convert_column
+from ._conversion import convert_column, log_failures
 from ._operations import (
     ColumnOp,
     ConvertColumnOp,
@@ -84,7 +97,7 @@ def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedC
         report = rotate(
             context.connection, column, batch_size=operation.batch_size, on_progress=_log
         )
-    _finish(report, name)
+        _finish(report, name, context.connection, column)
     logger.info(
         "re-encrypted %d values of %s under key version %s",
         report.rotated,
@@ -130,7 +143,7 @@ def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedC
             batch_size=operation.batch_size,
             on_progress=_log,
         )
-    _finish(report, name)
+        _finish(report, name, connection, column)
     logger.info(
         "sealed %d values of %s anew in context %s", report.rotated, name, operation.own_context
     )
@@ -163,23 +176,27 @@ def _autocommit_block(context: MigrationContext) -> Iterator[None]:
         raise cause
 
 
-def _finish(report: RotationReport, name: str) -> None:
+def _finish(report: RotationReport, name: str, connection: Connection, column: Column[Any]) -> None:
     """Log what does not open, and fail while something is left to do."""
-    for failed in report.failed:
-        logger.error(
-            "%s of the row with primary key %r does not open: %s",
-            name,
-            failed.primary_key,
-            failed.error,
-        )
-    if not report.ok:
-        raise RotationError(
-            f"{report.remaining} values of {name} are not under key version "
-            f"{report.key_version!r} and in the column's context, because they do not open (they "
-            "were logged by primary key) or because a process still seals otherwise. The others "
-            "are re-encrypted; the revision is not stamped, so run it again when these rows are "
-            "dealt with"
-        )
+    log_failures(name, "does not open", report.failed, report.failed_count)
+    if report.ok:
+        return
+    cause = (
+        "because they do not open (the first were logged by primary key) or because a process "
+        "still seals otherwise. The others are re-encrypted; the revision is not stamped, so run "
+        "it again when these rows are dealt with"
+    )
+    if {row.error for row in report.failed} == {"TamperedError"}:
+        values = connection.scalar(select(func.count(column)).select_from(column.table))
+        if values == report.failed_count:
+            cause = (
+                "and none of the column opens, though the keyring has their keys. Pass bound_to= "
+                "if it is row-bound, and context= if that is not table.column: as its model says"
+            )
+    raise RotationError(
+        f"{report.remaining} values of {name} are not under key version {report.key_version!r} "
+        f"and in the column's context, {cause}"
+    )
 
 
 def is_empty(connection: Connection, column: Column[Any]) -> bool:
@@ -187,6 +204,21 @@ def is_empty(connection: Connection, column: Column[Any]) -> bool:
     refuse_hidden_rows(connection, column.table.name, column.table.schema)
     statement = select(literal(1)).where(column.is_not(None)).limit(1)
     return connection.execute(statement).first() is None
+
+
+def _is_plain(connection: Connection, operation: ColumnOp, type_: TypeEngine[Any]) -> bool:
+    """Say whether the column never held a sealed value, as far as its type tells."""
+    if isinstance(getattr(type_, "data_type", type_), (_Binary, NullType)):  # of a domain
+        return False
+    if connection.dialect.name != "sqlite":
+        return True
+    # Whatever type is declared there, a value may be of another.
+    value: ColumnElement[Any] = column_clause(operation.column_name)
+    owner = table_clause(operation.table_name, schema=operation.schema)
+    sealed = _sql.key_version(value).is_not(None)
+    statement = select(func.count(), func.count().filter(sealed)).select_from(owner)
+    has, has_sealed = connection.execute(statement.where(value.is_not(None))).one()
+    return bool(has and not has_sealed)
 
 
 def _log(progress: RotationProgress) -> None:
@@ -232,6 +264,12 @@ def _reflect(
         raise RotationError(
             f"table {full_name} has no primary key; a rotation needs one to go through the rows "
             "in order"
+        )
+    name, type_ = operation.full_name, types[operation.column_name]
+    if _is_plain(connection, operation, type_):
+        raise RotationError(
+            f"{name} is a column of the type {type(type_).__name__}, and not an encrypted one; "
+            "op.encrypt_column() makes it one"
         )
     types.update({n: t for n, t in bound_types(operation.bound_to).items() if t is not None})
     types[operation.column_name] = EncryptedJSON(

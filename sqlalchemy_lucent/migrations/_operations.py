@@ -90,8 +90,9 @@ def rotate_encrypted_column(
     :param batch_size: rows per transaction.
     :param assert_only: re-encrypt nothing; fail while there is something to re-encrypt. For very
         large tables, which are better rotated by :func:`sqlalchemy_lucent.rotate` beforehand.
-    :raises RotationError: the table, the column or its primary key is missing, the migration runs
-        offline or inside somebody else's transaction, or values are left that do not open.
+    :raises RotationError: the table, the column or its primary key is missing, the column's type
+        says that it was never encrypted, the migration runs offline or inside somebody else's
+        transaction, or values are left that do not open.
     :raises ConfigurationError: there is no keyring.
     """
     operation = RotateEncryptedColumnOp(
@@ -137,7 +138,8 @@ def encrypt_column(
     Adds a second column, fills it in committed batches, and lets it take the first one's name and
     ``NOT NULL`` under a lock of the table, in which every row is compared once more. Killed at any
     instant, it goes on when it is run again; a column that is encrypted already is left alone. A
-    value that cannot be read is logged by primary key, and ends it before anything is swapped.
+    value that cannot be read is logged by primary key (the first 20 are), and ends it before
+    anything is swapped.
 
     A document in a text column is sealed to the letter; other values as their type reads them.
 

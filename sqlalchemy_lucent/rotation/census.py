@@ -98,6 +98,9 @@ def retire_check(
 ) -> None:
     """Raise while any value is sealed under `version`, whatever key that was.
 
+    It passes for a version that no value has, and so for one that is misspelt. (The command
+    ``lucent retire-check`` asks back when neither the keyring nor a value has it.)
+
     A count sees what is committed. A transaction that is open meanwhile may have sealed a value
     under `version` and commit it right afterwards: with `settle`, it counts, waits, and counts
     again. Choose it longer than the longest transaction of a process that had `version` as its
@@ -155,12 +158,17 @@ def _retire_check(
 def _raise_if_needed(
     bind: Engine | Connection, version: str, targets: Target | Iterable[Target] | None
 ) -> None:
-    needing = [row for row in status(bind, targets).rows if row.key_version == version]
+    needing: dict[str, int] = {}
+    for row in status(bind, targets).rows:
+        if row.key_version == version:  # once per fingerprint
+            name = f"{row.table}.{row.column}"
+            needing[name] = needing.get(name, 0) + row.count
     if needing:
-        counts = ", ".join(f"{row.count} in {row.table}.{row.column}" for row in needing)
+        counts = ", ".join(f"{count} in {name}" for name, count in needing.items())
         raise KeyInUseError(
-            f"key version {version!r} is still needed: {counts}. "
-            "Rotate these values before the key is retired"
+            f"key version {version!r} is still needed: {counts}. Rotate these values before the "
+            "key is retired; verify() names those that do not open, such as values that another "
+            "key of that name sealed"
         )
 
 

@@ -71,7 +71,8 @@ class RotationReport:
     key_version: str
     """The version that everything is sealed under now, but for what failed or remains."""
     rotated: int
-    """Values re-encrypted by this run; in a dry run, those that would be."""
+    """Values re-encrypted by this run, without what a worker that died had committed of a range;
+    in a dry run, those that would be."""
     failed: tuple[FailedRow, ...]
     """Values that did not open: the first 1,000 of them."""
     failed_count: int

@@ -34,8 +34,15 @@ _PROJECTS: Final = frozenset(
     {"docs/alembic.md", "docs/benchmarks.md", "docs/celery.md", "docs/cli.md"}
 )
 # These install or test the whole project, which `.ci/run` and `make` do; or need a cluster, whose
-# side of it test_containers.py checks.
-_RUN_ELSEWHERE: Final = (".venv/bin/", "git ", "kubectl ", "make ", "pip install ")
+# side of it test_containers.py checks; or a server, as in test_rotation_page.py.
+_RUN_ELSEWHERE: Final = (
+    ".venv/bin/",
+    "git ",
+    "kubectl ",
+    "make ",
+    "pip install ",
+    "python rotate_by_workers.py",
+)
 
 # What a page needs beside it, as fixtures of conftest.py.
 _SERVERS: Final = {"docs/key-managers.md": "key_managers"}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -786,22 +789,82 @@ def test_processes_share_the_work(
     assert len(contents(engine, Keyring({"v2": KEY_2}))) == 2000
 
 
-@pytest.mark.slow
-def test_ctrl_c_ends_the_workers_too(databases: Databases, tmp_path: Path) -> None:
+@pytest.fixture
+def on_postgresql(databases: Databases, tmp_path: Path) -> Iterator[tuple[Lucent, Engine]]:
     url = databases.url("postgresql")
     engine = create_engine(url)
+    yield Lucent(tmp_path, url, keys("v2")), engine
+    drop_everything(engine)
+    engine.dispose()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_too(on_postgresql: tuple[Lucent, Engine]) -> None:
+    lucent, engine = on_postgresql
     fill(engine, 6000)
+    shown = lucent.on_terminal(
+        "rotate", "--workers", "2", "--max-rate", "200", *LEDGER, typed=[("/s", "\x03")]
+    )
+    assert shown.code == 130, shown.text
+    assert "lucent: interrupted; run it again to go on" in shown.text.replace("\n", " ")
+    assert "Traceback" not in shown.text
+    assert 0 < stored_under(engine, "v2") < 6000
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_says_what_the_workers_have_committed_at_least(
+    on_postgresql: tuple[Lucent, Engine],
+) -> None:
+    lucent, engine = on_postgresql
+    fill(engine, 6000)
+    shown = lucent.on_terminal(
+        "rotate", "--workers", "2", "--max-rate", "200", "--column", "free", *LEDGER,
+        columns=200, typed=[("/s", "\x03"), ("leaves the count out", "\x03")],
+    )  # fmt: skip
+    assert shown.code == 130, shown.text
+    assert "Traceback" not in shown.text
+    told = re.search(
+        r"lucent: interrupted; at least (\d+) of 6000 values were re-encrypted and are committed, "
+        r"and the workers finish the batches that they have in hand: lucent status counts",
+        shown.text,
+    )
+    assert told, shown.text
+    assert "rolled back" not in shown.text
+    assert 0 < int(told[1]) <= stored_under(engine, "v2") < 6000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep is not installed")
+def test_a_worker_that_died_is_told_of(on_postgresql: tuple[Lucent, Engine]) -> None:
+    lucent, engine = on_postgresql
+    fill(engine, 1500)
+    process = lucent.start(
+        "rotate", "--workers", "2", "--max-rate", "500", "--column", "free", "--json", *LEDGER
+    )
     try:
-        shown = Lucent(tmp_path, url, keys("v2")).on_terminal(
-            "rotate", "--workers", "2", "--max-rate", "200", *LEDGER, typed=[("/s", "\x03")]
-        )
-        assert shown.code == 130, shown.text
-        assert "lucent: interrupted; run it again to go on" in shown.text.replace("\n", " ")
-        assert "Traceback" not in shown.text
-        assert 0 < stored_under(engine, "v2") < 6000
+        while not stored_under(engine, "v2"):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+        out, err = process.communicate(timeout=60)
     finally:
-        drop_everything(engine)
-        engine.dispose()
+        process.kill()
+    report = json.loads(out)
+    assert (process.returncode, report["ok"], report["taken_over"]) == (0, True, [])
+    assert report["rotated"] < stored_under(engine, "v2") == 1500
+    # On a busy machine there are lines of progress before it.
+    assert err.endswith(
+        "a worker died, and the workers were replaced: what they had in hand was done again, "
+        "and what they had committed of it is not counted\n"
+    )
+
+
+def workers_of(pid: int) -> list[int]:
+    """Return the processes that a process has spawned for its pool."""
+    found = subprocess.run(
+        ["pgrep", "-P", str(pid), "-f", "spawn_main"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return list(map(int, found.stdout.split()))
 
 
 def test_the_shell_completes_commands_and_options(lucent: Lucent) -> None:

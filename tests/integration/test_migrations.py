@@ -95,6 +95,26 @@ def test_rotate_inside_batch_alter_table(engine: Engine, table: Table, promoted:
     assert versions(engine, table) == {"v2": 3}
 
 
+def test_the_reverse_of_a_rotation_rotates_to_the_primary_of_its_day(
+    engine: Engine, table: Table, promoted: Keyring
+) -> None:
+    rotation = lucent_migrations.RotateEncryptedColumnOp("users", "credentials")
+    for keyring, expected in (
+        (promoted, "v2"),
+        (promoted, "v2"),
+        (promoted.with_primary("v1"), "v1"),
+    ):
+        set_default_keyring(keyring)
+        with engine.connect() as connection:
+            Operations(migration_context(connection)).invoke(rotation)
+        assert versions(engine, table) == {expected: 3}
+        rotation = rotation.reverse()
+
+    set_default_keyring(promoted.with_primary("v2").without("v1"))
+    with engine.connect() as connection, pytest.raises(RotationError, match="3 values"):
+        Operations(migration_context(connection)).invoke(rotation)
+
+
 def test_assert_only_fails_while_something_is_left_and_changes_nothing(
     engine: Engine, table: Table, promoted: Keyring
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Column, Connection, Engine, Integer, MetaData, Table
 
 from sqlalchemy_lucent import (
+    Bound,
     ConfigurationError,
     EncryptedJSON,
     Keyring,
     RotationError,
     set_default_keyring,
+    status,
 )
 from sqlalchemy_lucent.migrations import (
     CreateLucentSecretsOp,
@@ -151,6 +154,95 @@ def test_values_of_a_version_that_the_keyring_lacks_are_named_and_left(
         assert f"primary key ({n},)" in caplog.text
     assert "UnknownKeyVersionError" in caplog.text
     assert [row[:5] for row in contents(engine)[1]] == [row[:5] for row in before[1]]
+
+
+@pytest.mark.parametrize("name", ["rotate", "rebind"])
+@pytest.mark.parametrize("type_", [sa.Integer(), sa.Text(), sa.JSON()])
+def test_a_column_that_is_not_encrypted_is_refused_at_once(
+    engine: Engine,
+    promoted: Keyring,
+    name: str,
+    type_: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    set_default_keyring(promoted)
+    plain = Table(
+        "plain", MetaData(), Column("id", Integer, primary_key=True), Column("value", type_)
+    )
+    plain.create(engine)
+    with engine.begin() as connection:
+        connection.execute(plain.insert().values(value=1 if name == "rotate" else 2))
+
+    with (
+        engine.connect() as connection,
+        pytest.raises(
+            RotationError, match=r"plain\.value is a column of the type \w+, .* op\.encrypt_column"
+        ),
+    ):
+        invoke(connection, operation(name, "plain", "value"))
+
+    assert not caplog.records
+
+
+def test_sealed_values_in_a_column_of_another_type_are_rotated_on_sqlite(
+    tmp_path: Path, promoted: Keyring
+) -> None:
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/declared.db")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE users (id INTEGER PRIMARY KEY, rotate VARBINARY)")
+    with engine.connect() as connection:
+        invoke(connection, operation("rotate"))  # a database made anew
+    users = Table(
+        "users", MetaData(), Column("id", Integer, primary_key=True), Column("rotate", sealed())
+    )
+    with engine.begin() as connection:
+        connection.execute(users.insert().values(id=1, rotate=1))
+    set_default_keyring(promoted)
+    with engine.connect() as connection:
+        invoke(connection, operation("rotate"))
+    assert [row.key_version for row in status(engine, users.c.rotate).rows] == ["v2"]
+    engine.dispose()
+
+
+def test_a_row_bound_column_without_its_binding_is_told_in_the_error(
+    engine: Engine, promoted: Keyring, caplog: pytest.LogCaptureFixture
+) -> None:
+    bound = Table(
+        "bound",
+        MetaData(),
+        Column("id", Integer, primary_key=True, autoincrement=False),
+        Column("value", EncryptedJSON(bound_to=["id"])),
+    )
+    bound.create(engine)
+    with engine.begin() as connection:
+        rows = [{"id": n, "value": Bound({"n": n}, row=(n,))} for n in range(30)]
+        connection.execute(bound.insert(), rows)
+    set_default_keyring(promoted)
+    rotation = RotateEncryptedColumnOp("bound", "value")
+
+    with (
+        engine.connect() as connection,
+        pytest.raises(RotationError, match=r"30 values .* none of the column opens.*bound_to="),
+    ):
+        invoke(connection, rotation)
+
+    errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert len(errors) == 21
+    assert "primary key (19,) does not open: TamperedError" in errors[19]
+    assert errors[20] == "bound.value: 10 values more, which are not logged"
+
+    # One value that opens, and it is not the binding of them all.
+    with engine.begin() as connection:
+        free = EncryptedJSON(context="bound.value")
+        free_table = Table("bound", MetaData(), Column("id", Integer), Column("value", free))
+        connection.execute(free_table.update().where(free_table.c.id == 7).values(value=1))
+    for _ in range(2):
+        with (
+            engine.connect() as connection,
+            pytest.raises(RotationError, match=r"29 values .* \(the first were logged") as caught,
+        ):
+            invoke(connection, rotation)
+        assert "bound_to" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", DATA)

@@ -177,6 +177,23 @@ def test_a_key_that_rows_need_is_not_retired(engine: Engine, promoted: Keyring) 
         retire_check(engine, "v2", ledger)
 
 
+def test_values_of_two_keys_of_one_name_are_told_as_one_sum_per_column(engine: Engine) -> None:
+    fill(engine, 5)
+    sealed = Keyring({"v1": bytes(32)}).for_context("ledger.free").seal(b"1")
+    with engine.begin() as connection:
+        connection.execute(update(raw_ledger).where(raw_ledger.c.id < 2).values(free=sealed))
+    with pytest.raises(
+        KeyInUseError,
+        match=r"needed: 5 in ledger\.free, 5 in ledger\.bound\. Rotate .*; verify\(\) names those",
+    ):
+        retire_check(engine, "v1", ledger)
+
+
+def test_a_version_that_no_value_has_passes(engine: Engine) -> None:
+    fill(engine, 5)
+    retire_check(engine, "v11", ledger)
+
+
 def test_one_row_of_one_target_is_enough_to_keep_a_key(engine: Engine, promoted: Keyring) -> None:
     fill(engine, 5)
     other = Table(
