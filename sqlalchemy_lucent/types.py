@@ -495,7 +495,7 @@ class EncryptedJSON(TypeDecorator[Any]):
         return ColumnCodec(self.contexts, codec, self.bound_to, self.redact, schema)
 
     # `process_bind_param` would run behind LargeBinary's own processor, which wraps every value in
-    # a memoryview that no supported driver needs; that costs a tenth of sealing a small value.
+    # a memoryview that no supported driver needs.
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], bytes | None]:
         """Return the function that seals parameters."""
         column = self.column_codec(dialect)

@@ -52,8 +52,10 @@ class InPlaceWorker(TableWorker):
         ]
         self._updates: dict[bool, Update] = {}
 
-    def work(self, connection: Connection, after: PrimaryKey | None, reach: Reach) -> Batch:
-        """Re-seal the stale rows behind `after`, as far as `reach` says."""
+    def work(
+        self, connection: Connection, after: PrimaryKey | None, reach: Reach, limit: int
+    ) -> Batch:
+        """Re-seal the stale rows behind `after`, as far as `reach` goes."""
         with self._registered(connection):
             connection.execute(self._update(after), self.parameters(after, reach.last))
         counts = [function.done() for function in self._functions]
@@ -66,26 +68,20 @@ class InPlaceWorker(TableWorker):
         size = sum(size for _, size in counts)
         return Batch(reach.rows, reach.last, reach.more, written, failed, size)
 
-    def reach(
-        self,
-        connection: Connection,
-        after: PrimaryKey | None,
-        limit: int,
-        *,
-        stale_only: bool = True,
-    ) -> Reach:
+    def reach(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Reach | None:
         """Return how far the next `limit` stale rows behind `after` go.
 
-        Their size does not matter: SQLite hands them to the functions one by one.
+        Reading locks no row here, and their size does not matter: SQLite hands them to the
+        functions one by one.
         """
         # A whole batch needs its last row only.
         skipping = {**self.parameters(after, None, 1), "lucent_skip": limit - 1}
         last = self._all(connection, self._selection(after, last_only=True), skipping)
         if last:
-            return Reach(limit, tuple(last[0]), True)
+            return Reach(tuple(last[0]), True, limit)
         bounds = self.parameters(after, None, limit)
         keys = self._all(connection, self._selection(after, last_only=False), bounds)
-        return Reach(len(keys), tuple(keys[-1]) if keys else None, False)
+        return Reach(tuple(keys[-1]), False, len(keys)) if keys else None
 
     def _selection(self, after: PrimaryKey | None, *, last_only: bool) -> Select[Any]:
         kind = ("last" if last_only else "keys", after is None)

@@ -65,15 +65,19 @@ class Batch(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """How far a batch goes. Found by looking, before anything is locked."""
+    """How far a batch goes at most. Found by looking, before anything is locked."""
 
-    rows: int
-    """Rows that there are to do up to `last`."""
-    last: PrimaryKey | None
-    """The primary key of the last one; ``None`` if there is none."""
+    last: PrimaryKey
+    """The primary key of its last row."""
     more: bool
     """Whether there may be rows behind it."""
+    rows: int
+    """Rows up to there."""
 
+
+MAX_STRETCH: Final = 50
+"""Times its own rows that a batch looks at, where few of them are stale: what it has locked stays
+locked until it has looked at all."""
 
 BATCH_BYTES: Final = 16 << 20
 """Bytes of values that a batch has at most, unless one row has more: they are held in memory, some
@@ -165,6 +169,7 @@ class TableWorker:
         self.columns = [SealedColumn(found, keyring, names) for found in target.columns]
         self._order: Sequence[ColumnElement[Any]] = target.primary_key
         self._bound_types = [without_limits(part.type, dialect) for part in target.primary_key]
+        self._stretch = 1
         self._key_size = len(target.primary_key)
         self._writer: Writer | None = None
         self._in_binary = False
@@ -261,36 +266,29 @@ class TableWorker:
             "the type"
         )
 
-    def reach(
-        self,
-        connection: Connection,
-        after: PrimaryKey | None,
-        limit: int,
-        *,
-        stale_only: bool = True,
-    ) -> Reach:
-        """Return how far the next `limit` rows behind `after` go, or as many as fit into a batch.
+    def reach(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Reach | None:
+        """Return how far a batch behind `after` goes that is to have `limit` rows at most.
 
-        Nothing is locked: where few rows are stale, finding the next ones may take a look at the
-        whole table, and whoever wants to write one of those found before would wait for it.
+        Nothing is locked, nor a value looked at but for its length. Without this bound, a batch
+        would look for stale rows through the whole table while it holds those found first.
         """
+        rows = limit * self._stretch
         while True:
-            statement = self._reaching(after, stale_only=stale_only)
-            found = self._all(connection, statement, self.parameters(after, self.upto, limit))
+            parameters = self.parameters(after, self.upto, rows)
+            found = self._all(connection, self._reaching(after), parameters)
             if not found:
-                return Reach(0, None, False)
-            *last, rows, size = tuple(found[0])
-            if size <= BATCH_BYTES or rows == 1:
-                return Reach(rows, tuple(last), rows == limit)
-            limit = max(1, rows * BATCH_BYTES // int(size))
+                return None
+            *last, count, size = tuple(found[0])
+            if size <= BATCH_BYTES or count == 1:
+                return Reach(tuple(last), count == rows, count)
+            rows = max(1, count * BATCH_BYTES // int(size))
 
-    def _reaching(self, after: PrimaryKey | None, *, stale_only: bool) -> Select[Any]:
-        kind = ("reach", after is None, self.upto is None, stale_only)
+    def _reaching(self, after: PrimaryKey | None) -> Select[Any]:
+        kind = ("reach", after is None, self.upto is None)
         if kind not in self._statements:
             clause = self.target.clause
-            values = [clause.c[sealed.name] for sealed in self.columns]
             # The length of bytes is known without reading them, also where they are out of the row.
-            sizes = (func.coalesce(func.length(value), 0) for value in values)
+            sizes = (func.coalesce(func.length(clause.c[found.name]), 0) for found in self.columns)
             order = [each.label(f"lucent_order_{n}") for n, each in enumerate(self._order)]
             batch = (
                 select(
@@ -298,7 +296,6 @@ class TableWorker:
                     *order,
                     functools.reduce(operator.add, sizes).label("lucent_size"),
                 )
-                .where(self.any_stale() if stale_only else self.any_value())
                 .where(*self.key_range(after, self.upto))
                 .order_by(*self._order)
                 .limit(bindparam("lucent_limit"))
@@ -478,26 +475,30 @@ class TableWorker:
 
     # -- batches ---------------------------------------------------------------------------------
 
-    def work(self, connection: Connection, after: PrimaryKey | None, reach: Reach) -> Batch:
-        """Re-seal the stale rows behind `after`, as far as `reach` says."""
-        rows = self.read(connection, after, None, upto=reach.last, stale_only=True)
+    def work(
+        self, connection: Connection, after: PrimaryKey | None, reach: Reach, limit: int
+    ) -> Batch:
+        """Re-seal the next `limit` stale rows behind `after`, as far as `reach` goes."""
+        rows = self.read(connection, after, limit, upto=reach.last, stale_only=True)
         changes, failed, size = self.reseal(rows)
         assert self._writer is not None
         written = sum(self._writer.write(connection, change) for change in changes)
-        return Batch(len(rows), reach.last, reach.more, written, failed, size)
+        return self._batch(rows, reach, limit, written, failed, size)
 
-    def rehearse(self, connection: Connection, after: PrimaryKey | None, reach: Reach) -> Batch:
+    def rehearse(
+        self, connection: Connection, after: PrimaryKey | None, reach: Reach, limit: int
+    ) -> Batch:
         """Do what :meth:`work` does, but lock nothing and write nothing."""
-        rows = self.read(connection, after, None, upto=reach.last, stale_only=True, lock=False)
+        rows = self.read(connection, after, limit, upto=reach.last, stale_only=True, lock=False)
         changes, failed, size = self.reseal(rows)
         written = sum(len(each) * len(each.names) for each in changes)
-        return Batch(len(rows), reach.last, reach.more, written, failed, size)
+        return self._batch(rows, reach, limit, written, failed, size)
 
     def refused(
         self, connection: Connection, after: PrimaryKey | None, reach: Reach, error: DBAPIError
     ) -> Batch:
-        """Return what became of the one row of `reach`, which the database does not let change."""
-        rows = self.read(connection, after, None, upto=reach.last, stale_only=True, lock=False)
+        """Return what became of the next stale row, which the database does not let change."""
+        rows = self.read(connection, after, 1, upto=reach.last, stale_only=True)
         failed = [
             self._failure(row, sealed, error)
             for row in rows
@@ -505,7 +506,23 @@ class TableWorker:
             if row[sealed.position] is not None
             and not as_bytes(row[sealed.position]).startswith(sealed.header)
         ]
-        return Batch(len(rows), reach.last, reach.more, 0, failed, 0)
+        return self._batch(rows, reach, 1, 0, failed, 0)
+
+    def _batch(
+        self,
+        rows: Sequence[Sequence[Any]],
+        reach: Reach,
+        limit: int,
+        written: int,
+        failed: Sequence[FailedRow],
+        size: int,
+    ) -> Batch:
+        if len(rows) == limit:
+            self._stretch = 1
+            return Batch(len(rows), self.primary_key_of(rows[-1]), True, written, failed, size)
+        if 2 * len(rows) < limit:
+            self._stretch = min(2 * self._stretch, MAX_STRETCH)
+        return Batch(len(rows), reach.last, reach.more, written, failed, size)
 
 
 @contextmanager

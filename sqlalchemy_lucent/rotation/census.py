@@ -17,7 +17,7 @@ from ._async import run_sync, sleep_in_async
 from ._link import not_a_bind
 from ._table import PrimaryKey, TableWorker
 from ._visible import refuse_hidden_rows
-from .engine import DEFAULT_BATCH_SIZE
+from .engine import DEFAULT_BATCH_SIZE, keyring_of
 from .report import Failures, StatusReport, StatusRow, VerifyReport
 from .targets import Target, TargetTable, resolve_targets
 
@@ -176,14 +176,15 @@ def verify(
     bind: Engine | Connection,
     targets: Target | Iterable[Target] | None = None,
     *,
-    keyring: Keyring | None = None,
+    keyring: Keyring | Callable[[], Keyring] | None = None,
     sample: int | None = None,
 ) -> VerifyReport:
     """Open every value and report what does not open; nothing is written.
 
     :param bind: an engine or a connection.
     :param targets: as for :func:`rotate`.
-    :param keyring: the keyring to open with; the default one if left out.
+    :param keyring: the keyring to open with, or a function that returns it; the default one if
+        left out.
     :param sample: look at the first so many rows of each table only, in primary-key order.
     :raises RotationError: `targets` has no encrypted column, or `sample` is below 1.
     """
@@ -191,7 +192,7 @@ def verify(
         isinstance(sample, bool) or not isinstance(sample, int) or sample < 1
     ):
         raise RotationError("sample is a whole number of rows, 1 or more")
-    keyring = keyring or default_keyring()
+    keyring = keyring_of(keyring)
     failures = Failures()
     opened = 0
     with _connected(bind) as connection:
@@ -211,7 +212,7 @@ async def averify(
     bind: AsyncEngine | AsyncConnection,
     targets: Target | Iterable[Target] | None = None,
     *,
-    keyring: Keyring | None = None,
+    keyring: Keyring | Callable[[], Keyring] | None = None,
     sample: int | None = None,
 ) -> VerifyReport:
     """Do what :func:`verify` does, over an async engine or connection."""
@@ -224,8 +225,8 @@ def _rows(worker: TableWorker, connection: Connection, sample: int | None) -> It
     left = sample
     while left is None or left > 0:
         limit = DEFAULT_BATCH_SIZE if left is None else min(left, DEFAULT_BATCH_SIZE)
-        reach = worker.reach(connection, after, limit, stale_only=False)
-        if reach.last is None:
+        reach = worker.reach(connection, after, limit)
+        if reach is None:
             return
         # Without a bound at the end: a key of an inexact type may not be found by its own value.
         upto = reach.last if reach.more or left is not None else None

@@ -144,8 +144,8 @@ def rotate(
     :param keyring: opens with all its keys, seals with its primary; the default keyring if left
         out. One keyring serves the whole run. May be a function that returns it: the workers of
         an executor call it too, and use their own default keyring otherwise.
-    :param batch_size: rows per transaction at most, 1 or more. A table begins with 100, and
-        large values make batches smaller: one aims at 16 MiB.
+    :param batch_size: rows per transaction at most, 1 or more. A table begins with 100, and a
+        batch has 16 MiB of values at most, or one row.
     :param batch_time: seconds that a transaction should take; the number of rows then follows,
         from `batch_size` on.
     :param max_rate: rows per second at most, 1 or more. With `executor` it is divided by the
@@ -153,8 +153,9 @@ def rotate(
     :param pause: seconds to wait after each batch.
     :param retries: further attempts at a batch that failed for a passing reason (a deadlock, a
         lock or statement timeout, a lost connection), each with half the rows.
-    :param on_error: ``"report"`` goes on when a value does not open; ``"raise"`` ends the run
-        with a :exc:`RotationError`, the batch in hand rolled back.
+    :param on_error: ``"report"`` goes on when a value does not open, or the database refuses to
+        change its row; ``"raise"`` ends the run with a :exc:`RotationError`, the batch in hand
+        rolled back.
     :param on_progress: called after each batch, and before each further pass over a table. With
         `executor`, in this process, each time that a worker has finished a range or worked on one
         for 5 seconds.
@@ -186,7 +187,7 @@ def rotate(
         stop_when=stop_when,
         dry_run=dry_run,
     )
-    own = _keyring_of(keyring)
+    own = keyring_of(keyring)
     if executor is None:
         if ranges is not None or connect is not None:
             raise RotationError("ranges= and connect= are for the workers of an executor=")
@@ -250,11 +251,15 @@ async def arotate(
     if unknown:
         raise TypeError(f"arotate() got an unexpected keyword argument {min(unknown)!r}")
     checked = RotationOptions(**options)
-    own = _keyring_of(keyring)
+    own = keyring_of(keyring)
     return await run_sync(bind, lambda sync: _rotate(sync, targets, own, checked, sleep_in_async))
 
 
-def _keyring_of(keyring: Keyring | Callable[[], Keyring] | None) -> Keyring:
+def keyring_of(keyring: Keyring | Callable[[], Keyring] | None) -> Keyring:
+    """Return the keyring that is meant.
+
+    :raises RotationError: it is none, nor a function that returns one.
+    """
     if keyring is None:
         return default_keyring()
     if not isinstance(keyring, Keyring) and callable(keyring):
@@ -540,7 +545,7 @@ class _Run:
             self._rotated += batch.written
             failures.add(batch.failed)
             more = batch.more
-            if more and batch.last == before:
+            if batch.last is not None and batch.last == before:
                 raise RotationError(
                     f"the rows of {worker.name} cannot be gone through in order: the database does "
                     "not find its primary key behind itself, as with an inexact type (FLOAT)"
@@ -561,26 +566,26 @@ class _Run:
                 return worker.batch(connection, after, limit)
         connection = self._link.connection
         reach = worker.reach(connection, after, limit)
-        if reach.last is None:
+        if reach is None:
             return Batch(0, None, more=False, written=0, failed=(), size=0)
         if self._options.dry_run:
-            batch = worker.rehearse(connection, after, reach)
+            batch = worker.rehearse(connection, after, reach, limit)
             self._raise_if_wanted(batch)
             return batch
         try:
             with self._link.transaction():
-                batch = worker.work(connection, after, reach)
+                batch = worker.work(connection, after, reach, limit)
                 self._raise_if_wanted(batch)
                 return batch
         except DBAPIError as error:
-            if self._options.on_error == "raise" or not refuses_a_row(
-                error, self._link.dialect.name
-            ):
+            dialect_name = self._link.dialect.name
+            if self._options.on_error == "raise" or not refuses_a_row(error, dialect_name):
                 raise
-            if reach.rows == 1:
-                return worker.refused(connection, after, reach, error)
+            if limit == 1:
+                with self._link.transaction():
+                    return worker.refused(connection, after, reach, error)
         # One row of it is against the rules of the table, and is found by halves.
-        return self._batch(worker, after, reach.rows // 2)
+        return self._batch(worker, after, max(1, min(limit, reach.rows) // 2))
 
     def _raise_if_wanted(self, batch: Batch) -> None:
         if batch.failed and self._options.on_error == "raise":

@@ -47,12 +47,14 @@ time: who reads a table after a rotation pays for tidying it.
 
 What the promises cost, the dearest first: on PostgreSQL the compare-and-swap (an array more to send
 and to unpack), the row locks (each is written down in its row), the stale condition, for which a
-value out of its row is looked up, and the count at the end; on MariaDB the compare-and-swap (a
+value out of its row is looked up, the look for how far a batch reaches, and the count at the end;
+on MariaDB the compare-and-swap (a
 parameter more a row); on SQLite the statements that go through SQLAlchemy so that listeners see
 them, the stale condition and the count. Failures by key cost nothing while there are none. More
 than that is saved where the database's own plan is poor: the key range in PostgreSQL's UPDATE
-spares it a hash of the whole table for each batch, and MariaDB changes each row as it finds it,
-without a temporary table.
+spares it a hash of the whole table for each batch (*unnest and the key range* is the loop with that
+too, so that only the promises are left between it and `rotate`), and MariaDB changes each row as it
+finds it, without a temporary table.
 
 Beside them stand the ways of today. sqlalchemy-utils has its key as a
 callable: objects are loaded under the old key and flushed under the new one, a session for each
@@ -219,6 +221,9 @@ def by_case(cursor: Any, rows: Rows) -> None:
     )
 
 
+KEY_RANGE = "unnest and the key range"
+"""Not what one writes: `rotate` has it from its plan. It shows what the promises alone cost."""
+
 BY_HAND: dict[str, dict[str, Callable[[Engine, Keyring], None]]] = {
     "sqlite": {
         "a registered function": by_function,
@@ -227,7 +232,7 @@ BY_HAND: dict[str, dict[str, Callable[[Engine, Keyring], None]]] = {
     },
     "postgresql": {
         "unnest": in_driver(by_unnest(key_range=False), "%s", binary=True),
-        "unnest, key range": in_driver(by_unnest(key_range=True), "%s", binary=True),
+        KEY_RANGE: in_driver(by_unnest(key_range=True), "%s", binary=True),
         "executemany": in_driver(executemany("%s"), "%s", binary=True),
         "VALUES": in_driver(by_values, "%s", binary=True),
         "COPY": in_driver(by_copy, "%s", binary=True),
@@ -375,7 +380,8 @@ def measure_on(engine: Engine, kind: str, size: str, rows: int, rounds: int) -> 
     }
     ours = {"ours": tidied(run_rotate)}
     others = in_turns(ours | by_hand | peers, min(OTHER_ROUNDS, rounds))
-    quickest = min(by_hand, key=others.median)
+    written = [name for name in by_hand if not name.endswith(KEY_RANGE)]
+    quickest = min(written, key=others.median)
     turns = in_turns(ours | {quickest: by_hand[quickest]}, rounds)
     goals = {quickest: at_least(0.8)}
     if size == "small":

@@ -61,6 +61,15 @@ def test_a_sample_is_the_first_rows_of_each_table(engine: Engine) -> None:
     assert verify(engine, ledger, sample=1000).opened == 500
 
 
+def test_the_keyring_may_be_a_function(engine: Engine, promoted: Keyring) -> None:
+    fill(engine, 3)
+    assert verify(engine, ledger, keyring=lambda: promoted).opened == 6
+    wrong: Any
+    for wrong in (3, dict):
+        with pytest.raises(RotationError, match="keyring= is a Keyring or a function"):
+            verify(engine, ledger, keyring=wrong)
+
+
 @pytest.mark.parametrize("sample", [0, -1, 1.5, True, "3"])
 def test_a_sample_below_one_is_refused(engine: Engine, sample: Any) -> None:
     with pytest.raises(RotationError, match="sample"):
