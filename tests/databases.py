@@ -95,12 +95,12 @@ def server(kind: str, directory: Path) -> Iterator[URL]:
 
 
 @contextmanager
-def own_database(kind: str, directory: Path) -> Iterator[URL]:
+def own_database(kind: str, directory: Path, prefix: str = "lucent_test") -> Iterator[URL]:
     """Give the URL of a database that only this process uses, and drop it afterwards."""
     if kind == "sqlite":
         yield make_url(f"sqlite+pysqlite:///{directory}/test.db")
         return
-    name = f"lucent_test_{os.getpid()}"
+    name = f"{prefix}_{os.getpid()}"
     with server(kind, directory) as admin_url:
         admin = create_engine(admin_url, isolation_level="AUTOCOMMIT")
         suffix = " CHARACTER SET utf8mb4" if kind == "mysql" else ""

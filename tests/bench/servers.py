@@ -17,7 +17,7 @@ def bench_database(kind: str) -> Iterator[URL]:
     """Give the URL of an empty database: as in the tests, but dropped with its directory."""
     with (
         tempfile.TemporaryDirectory(prefix="lucent-bench-") as directory,
-        own_database(kind, Path(directory)) as url,
+        own_database(kind, Path(directory), "lucent_bench") as url,
     ):
         yield url
 
