@@ -119,7 +119,9 @@ def write_failures(failed: Sequence[FailedRow], count: int) -> None:
     """Write which values did not open."""
     if not count:
         return
-    write(wrapped(f"{counted(count, 'value')} did not open, left unchanged:") + "\n")
+    is_usual = all(row.error in _REASONS for row in failed)
+    fault = "did not open" if is_usual else "did not open or were refused by the database"
+    write(wrapped(f"{counted(count, 'value')} {fault}, left unchanged:") + "\n")
     write_rows(
         ("column", "primary key", "version", "fingerprint", "reason"),
         [

@@ -56,6 +56,10 @@ _TURN: Final = 5.0
 """Seconds after which a worker hands its range back, so that the caller can tell progress, ask
 whether to stop, and hear an interrupt."""
 
+_MOST_REFUSED: Final = 1000
+"""Rows that the database may refuse to change one after the other, without any that it lets change
+in between. What refuses more is against the rotation, and each row costs ten transactions."""
+
 _FIRST_PAUSE: Final = 0.05  # seconds; doubled at each attempt, with jitter
 _LONGEST_PAUSE: Final = 4.0  # seconds between the attempts at a batch, or between passes
 
@@ -390,6 +394,7 @@ class _Run:
         self._stopped_behind: PrimaryKey | None = None
         self._taken_over: list[str] = []
         self._raised_by_callback: DBAPIError | None = None
+        self._refused = 0  # since the last value that was written
 
     def guarded(self, work: Callable[[], RotationReport]) -> RotationReport:
         """Do `work` over the link; say where it stands if the database ends it."""
@@ -576,14 +581,20 @@ class _Run:
             with self._link.transaction():
                 batch = worker.work(connection, after, reach, limit)
                 self._raise_if_wanted(batch)
-                return batch
         except DBAPIError as error:
-            dialect_name = self._link.dialect.name
-            if self._options.on_error == "raise" or not refuses_a_row(error, dialect_name):
+            is_refused = refuses_a_row(error, self._link.dialect.name)
+            if self._options.on_error == "raise" or not is_refused:
                 raise
             if limit == 1:
+                self._refused += 1
+                if self._refused > _MOST_REFUSED:
+                    raise
                 with self._link.transaction():
                     return worker.refused(connection, after, reach, error)
+        else:
+            if batch.written:
+                self._refused = 0
+            return batch
         # One row of it is against the rules of the table, and is found by halves.
         return self._batch(worker, after, max(1, min(limit, reach.rows) // 2))
 

@@ -301,17 +301,32 @@ def test_a_closed_pipe_is_quiet(lucent: Lucent, tmp_path: Path) -> None:
         assert short.returncode != 0
 
 
-def test_a_rotation_that_the_database_ends_leaves_rows(tmp_path: Path) -> None:
+def with_trigger(tmp_path: Path, does: str) -> Lucent:
     engine = create_engine(f"sqlite:///{tmp_path}/app.db")
     fill(engine, 10)
     with engine.begin() as connection:
-        connection.execute(
-            text("CREATE TRIGGER t BEFORE UPDATE ON ledger BEGIN SELECT RAISE(ABORT, 'no'); END")
-        )
+        connection.execute(text(f"CREATE TRIGGER t BEFORE UPDATE ON ledger BEGIN {does}; END"))
     engine.dispose()
-    done = Lucent(tmp_path, "sqlite:///app.db", keys("v2"))("rotate", *LEDGER)
+    return Lucent(tmp_path, "sqlite:///app.db", keys("v2"))
+
+
+def test_a_rotation_that_the_database_ends_leaves_rows(tmp_path: Path) -> None:
+    lucent = with_trigger(tmp_path, "DELETE FROM nowhere")
+    done = lucent("rotate", *LEDGER)
     assert (done.code, done.out) == (1, "")
-    assert done.err.startswith("lucent: the database ended the rotation: IntegrityError: no. ")
+    assert done.err.startswith("lucent: the database ended the rotation: OperationalError: no such")
+
+
+def test_rows_that_the_database_refuses_are_named(tmp_path: Path) -> None:
+    lucent = with_trigger(tmp_path, "SELECT RAISE(ABORT, 'no') WHERE OLD.id = 3")
+    done = lucent("rotate", *LEDGER)
+    head, said, *rows = done.out.splitlines()
+    assert (done.code, head) == (1, "18 values re-encrypted; the primary is v2")
+    assert said == "2 values did not open or were refused by the database, left unchanged:"
+    assert [row.split("\t")[::4] for row in rows] == [
+        ["ledger.free", "IntegrityError"],
+        ["ledger.bound", "IntegrityError"],
+    ]
 
 
 # -- nothing leaks ---------------------------------------------------------------------------------

@@ -130,6 +130,26 @@ def test_a_row_that_the_database_refuses_is_named_and_passed_over(
     assert counts(engine, table) == {("payload", "v1"): 2, ("payload", "v2"): 298}
 
 
+def test_who_refuses_every_row_ends_the_run(
+    engine: Engine, promoted: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sqlalchemy_lucent.rotation.engine._MOST_REFUSED", 5)
+    table = documents_table()
+    fill(engine, table, 20)
+    name = "refuse" if engine.dialect.name == "mysql" else "documents"
+    rule = "substr(payload, 1, 3) = 'v1:'"
+    statement = {
+        "sqlite": "CREATE TRIGGER refuse BEFORE UPDATE ON documents "
+        "BEGIN SELECT RAISE(ABORT, 'nobody'); END",
+        "postgresql": f"ALTER TABLE {name} ADD CONSTRAINT refuse CHECK ({rule})",
+        "mysql": f"ALTER TABLE documents ADD CONSTRAINT {name} CHECK ({rule})",
+    }
+    with engine.begin() as connection:
+        connection.exec_driver_sql(statement[engine.dialect.name])
+    with pytest.raises(RotationError, match=r"the database ended .* 0 values were re-encrypted"):
+        rotate(engine, table, keyring=promoted)
+
+
 @on_postgresql
 def test_a_row_without_a_key_is_not_passed_over_in_silence(
     engine: Engine, promoted: Keyring
