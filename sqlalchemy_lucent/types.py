@@ -513,7 +513,7 @@ class EncryptedJSON(TypeDecorator[Any]):
                 try:
                     return context_keys(context).primary.seal(dumps(value))
                 except LucentError:
-                    return seal(value)  # raises again, and says more
+                    pass  # raised again below, where more is said, and with nothing behind it
             if kind is Bound:
                 row = _row_of(value, column)
                 value = value.value
