@@ -555,8 +555,9 @@ class _Run:
                     f"the rows of {worker.name} cannot be gone through in order: the database does "
                     "not find its primary key behind itself, as with an inexact type (FLOAT)"
                 )
-            if batch.rows:
+            if batch.rows or more:  # a batch may look at many rows and find none that is stale
                 self._tell(worker, failures)
+            if batch.rows:
                 self._pace.after(batch.rows, batch.size, time.monotonic() - started)
             if more and self._stopped:
                 self._stopped_behind = after

@@ -26,6 +26,7 @@ from sqlalchemy_lucent import (
     EncryptedJSON,
     Keyring,
     RotationError,
+    RotationProgress,
     retire_check,
     rotate,
     status,
@@ -99,6 +100,28 @@ def test_looking_for_stale_rows_keeps_no_writer_waiting(engine: Engine, promoted
     report = rotate(engine, table, keyring=promoted, batch_size=10)
     assert (report.ok, written) == (True, [1])
     writers.dispose()
+
+
+@pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+def test_among_fresh_rows_one_may_stop_too(engine: Engine, promoted: Keyring) -> None:
+    table = documents_table()
+    fill(engine, table, 1000)
+    rotate(engine, table, keyring=promoted)
+    with engine.begin() as connection:
+        connection.execute(table.update().where(table.c.id == 999).values(payload="stale"))
+    asked: list[int] = []
+
+    def is_enough(progress: RotationProgress) -> bool:
+        asked.append(progress.rotated)
+        return len(asked) == 2
+
+    report = rotate(engine, table, keyring=promoted, batch_size=10, stop_when=is_enough)
+    assert (report.stopped, report.rotated, report.remaining) == (True, 0, 1)
+    # With time, a batch looks further where nothing is stale.
+    asked.clear()
+    told = rotate(engine, table, keyring=promoted, batch_size=10, on_progress=asked.append)  # type: ignore[arg-type]
+    assert told.rotated == 1
+    assert 2 < len(asked) < 15
 
 
 @pytest.mark.parametrize("on_error", ["report", "raise"])
