@@ -15,6 +15,7 @@ pytest.importorskip("sqlalchemy_encrypted_field")
 with warnings.catch_warnings():
     # advanced-alchemy uses what SQLAlchemy 2.1 has deprecated.
     warnings.simplefilter("ignore", DeprecationWarning)
+    from tests.bench import bench_growth
     from tests.bench.page import BENCHES, PLOTS, Result, write_page
 
 FIGURES = {
@@ -51,3 +52,12 @@ def test_every_benchmark_runs_and_the_page_holds_every_figure(tmp_path: Path) ->
     for plot in PLOTS.values():
         assert f"](_static/{plot.file})" in page
         assert (tmp_path / "_static" / plot.file).stat().st_size > 1000
+
+
+def test_the_page_in_the_documentation_is_of_these_benchmarks() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text("utf-8")
+    for bench in BENCHES.values():
+        assert f"## {bench.TITLE}\n\n{bench.ABOUT}\n" in page
+    rows = [line for line in page.splitlines() if line.startswith("| ") and line.count("|") == 9]
+    grown = (len(bench_growth.SIZES) - 2) * FIGURES["growth"] // 2
+    assert len(rows) == sum(FIGURES.values()) + grown + page.count("| | ours |")
