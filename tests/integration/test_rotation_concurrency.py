@@ -206,8 +206,8 @@ def test_a_row_that_somebody_holds_is_not_waited_for_but_come_back_to(
 
     report = rotate(engine, ledger, keyring=promoted, batch_size=10, retries=0, on_progress=release)
     assert (report.ok, report.remaining) == (True, 0)
-    # `bound` of the row that was held is what remained.
-    assert rotated[-2:] == [58, 59]
+    # `bound` of the row that was held is what remained. Batches that find nothing are told of too.
+    assert list(dict.fromkeys(rotated))[-2:] == [58, 59]
     assert contents(engine, promoted)[7] == ({"seq": 99}, {"seq": 0})
 
 
