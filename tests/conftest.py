@@ -33,13 +33,6 @@ if "LUCENT_TEST_MUTANTS" in os.environ:
     # mutmut puts two calls of its own before each call, also where a function calls itself.
     sys.setrecursionlimit(3 * sys.getrecursionlimit())
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "long: does more of the same with LUCENT_TEST_LONG=1, as `make test-long` does"
-    )
-
-
 KEY_1 = bytes(range(32))
 KEY_2 = bytes(range(32, 64))
 

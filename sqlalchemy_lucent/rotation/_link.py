@@ -24,6 +24,14 @@ _BEGIN: Final[dict[str, tuple[str, ...]]] = {
 }
 _BEGIN["mariadb"] = _BEGIN["mysql"]
 
+# A cursor of the server's would need a transaction, and every batch is read whole.
+OUTSIDE_OF_TRANSACTIONS: Final[dict[str, Any]] = {
+    "isolation_level": "AUTOCOMMIT",
+    "stream_results": False,
+    "yield_per": None,
+}
+"""Execution options of a connection that an engine gave."""
+
 # PostgreSQL, appendix A: serialization failure, deadlock, lock timeout, statement timeout or
 # cancelled, too many connections.
 _TRANSIENT_SQLSTATES: Final = frozenset({"40001", "40P01", "55P03", "57014", "53300"})
@@ -126,10 +134,7 @@ class Link:
                 "SQLite memory database does within one thread: end that transaction first"
             )
         try:
-            # A cursor of the server's would need a transaction, and every batch is read whole.
-            connection.execution_options(
-                isolation_level="AUTOCOMMIT", stream_results=False, yield_per=None
-            )
+            connection.execution_options(**OUTSIDE_OF_TRANSACTIONS)
             self._begin_outermost(connection)
             self._set_session(connection)
         except BaseException:

@@ -8,8 +8,8 @@ from typing import Final
 _FIRST_BATCH: Final = 100
 """Rows of a table's first batch at most: nothing is known yet of how large its values are."""
 
-_BATCH_BYTES: Final = 16 << 20
-"""Bytes of values that a batch aims at, so that large documents do not fill the memory."""
+BATCH_BYTES: Final = 16 << 20
+"""Bytes of values that a batch aims at: they are held in memory, some copies of each."""
 
 _REST_AFTER: Final = 1.0
 """Seconds of work after which a rotation lets others write, on a database with one writer."""
@@ -71,7 +71,7 @@ class Pace:
             # A batch that something else kept small says nothing about larger ones.
             if factor < 1 or rows >= int(self._rows):
                 self._rows = min(max(rows * factor, 1), _LARGEST_BATCH)
-        self._most = max(1, _BATCH_BYTES * rows // max(size, 1))
+        self._most = max(1, BATCH_BYTES * rows // max(size, 1))
         wait = self._pause
         if self._max_rate is not None:
             wait = max(wait, rows / self._max_rate - seconds)

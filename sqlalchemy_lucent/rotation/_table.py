@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from operator import itemgetter
+from functools import partial, reduce
+from operator import add, itemgetter
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -34,6 +32,7 @@ from .._keyset import in_the_form_of, is_behind, order_of
 from ..exceptions import ConfigurationError, DecryptionError, RotationError
 from ..keyring import Keyring
 from ..types import as_bytes, encode_row, open_in_contexts
+from ._pace import BATCH_BYTES
 from ._visible import refuse_hidden_rows
 from ._write import Changes, Writer, without_limits, writer_for
 from .report import FailedRow
@@ -78,10 +77,6 @@ class Reach(NamedTuple):
 MAX_STRETCH: Final = 50
 """Times its own rows that a batch looks at, where few of them are stale: what it has locked stays
 locked until it has looked at all."""
-
-BATCH_BYTES: Final = 16 << 20
-"""Bytes of values that a batch has at most, unless one row has more: they are held in memory, some
-copies of each."""
 
 
 class Resealed(NamedTuple):
@@ -269,8 +264,9 @@ class TableWorker:
     def reach(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Reach | None:
         """Return how far a batch behind `after` goes that is to have `limit` rows at most.
 
-        Nothing is locked, nor a value looked at but for its length. Without this bound, a batch
-        would look for stale rows through the whole table while it holds those found first.
+        It has `BATCH_BYTES` at most too, unless one row has more. Nothing is locked, nor a value
+        looked at but for its length. Without this bound, a batch would look for stale rows through
+        the whole table while it holds those found first.
         """
         rows = limit * self._stretch
         while True:
@@ -294,7 +290,7 @@ class TableWorker:
                 select(
                     *(part.label(f"lucent_key_{n}") for n, part in enumerate(self.primary_key)),
                     *order,
-                    functools.reduce(operator.add, sizes).label("lucent_size"),
+                    reduce(add, sizes).label("lucent_size"),
                 )
                 .where(*self.key_range(after, self.upto))
                 .order_by(*self._order)

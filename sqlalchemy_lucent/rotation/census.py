@@ -14,7 +14,7 @@ from .._envelope import VERSION_PATTERN
 from ..exceptions import KeyInUseError, RotationError
 from ..keyring import Keyring, default_keyring
 from ._async import run_sync, sleep_in_async
-from ._link import not_a_bind
+from ._link import OUTSIDE_OF_TRANSACTIONS, not_a_bind
 from ._table import PrimaryKey, TableWorker
 from ._visible import refuse_hidden_rows
 from .engine import DEFAULT_BATCH_SIZE, keyring_of
@@ -245,8 +245,6 @@ def _connected(bind: Engine | Connection) -> Iterator[Connection]:
     elif isinstance(bind, Engine):
         # AUTOCOMMIT: a transaction as long as the reading would keep the database from cleaning up.
         with bind.connect() as connection:
-            yield connection.execution_options(
-                isolation_level="AUTOCOMMIT", stream_results=False, yield_per=None
-            )
+            yield connection.execution_options(**OUTSIDE_OF_TRANSACTIONS)
     else:
         raise not_a_bind(bind)
