@@ -142,6 +142,7 @@ class _Function:
         self.function_name = function_name
         self.name = sealed.name
         self._open, self._seal = sealed.open, sealed.seal
+        self._usual, self._usual_size = sealed.usual, sealed.usual_size
         self._bound_to = sealed.bound_to
         clause = worker.target.clause
         self.column = clause.c[sealed.name]
@@ -170,12 +171,17 @@ class _Function:
         """
         # Called for every value, so all that it needs is at hand.
         open_, seal = self._open, self._seal
+        usual, usual_size = self._usual, self._usual_size
         written = size = 0
 
         def reseal(value: bytes, row: bytes = b"") -> bytes:
             nonlocal written, size
             try:
-                renewed = seal(open_(value, row), row)
+                try:
+                    # Of a value that does not open there is None, which the cipher does not take.
+                    renewed = seal(usual[value[:usual_size]].open(value, row), row)  # type: ignore[arg-type]
+                except (KeyError, TypeError):
+                    renewed = seal(open_(value, row), row)
             except (DecryptionError, ConfigurationError):
                 return value
             except BaseException as error:
@@ -196,8 +202,9 @@ class _Function:
             return reseal(value, row)
 
         def end() -> None:
-            nonlocal open_, seal
+            nonlocal open_, seal, usual
             open_ = seal = _ended
+            usual = {}
 
         return reseal_bound if self._bound_to else reseal, lambda: (written, size), end
 

@@ -358,6 +358,27 @@ def test_text_keys_of_any_binary_collation_serve(
     assert (report.ok, report.rotated) == (True, 3)
 
 
+def test_values_of_every_size_are_rotated_in_one_batch(engine: Engine, promoted: Keyring) -> None:
+    table = Table(
+        "100% mine",
+        MetaData(),
+        Column("id %s", Integer, primary_key=True, autoincrement=False),
+        Column("value %", EncryptedJSON(context="sizes")),
+    )
+    table.metadata.create_all(engine)
+    # MariaDB cuts values of 64 KiB and more in a derived table, without a word.
+    sizes = [0, 1, 200, 32_000, 33_000, 65_500, 65_600, 70_000, 300_000, 2 << 20, 100, 6 << 20, 3]
+    documents = {number: "é" * (size // 2) for number, size in enumerate(sizes)}
+    with engine.begin() as connection:
+        for number, document in documents.items():  # not all in one packet
+            connection.execute(insert(table), {"id %s": number, "value %": document})
+    assert rotate(engine, table, keyring=promoted).rotated == len(sizes)
+    set_default_keyring(promoted.without("v1"))
+    with engine.connect() as connection:
+        found = {row[0]: row[1] for row in connection.execute(select(table))}
+    assert found == documents
+
+
 def test_names_are_quoted(engine: Engine, promoted: Keyring) -> None:
     table = Table(
         'Select "all" %s',

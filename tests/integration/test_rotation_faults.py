@@ -122,26 +122,22 @@ def test_ctrl_c_rolls_the_batch_in_hand_back_and_leaves(engine: Engine) -> None:
 
 @pytest.mark.parametrize("where", ["opening", "committing"])
 def test_an_interrupt_inside_a_batch_rolls_it_back(
-    engine: Engine, promoted: Keyring, where: str, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, promoted: Keyring, where: str
 ) -> None:
     fill(engine, 30)
     if where == "opening":
-        # The keyring is what a batch calls between its statements (on SQLite: inside of one).
-        real = promoted.for_context("ledger.free")
+        # The old key is what a batch calls between its statements (on SQLite: inside of one).
+        keys = promoted.for_context("ledger.free")
+        (old,) = (subkey for subkey in keys.subkeys.values() if subkey is not keys.primary)
         calls = iter([*([False] * 15), True, *([False] * 100)])
 
         class Interrupted:
-            primary = real.primary
-
-            def open(self, sealed: bytes, row: bytes = b"") -> bytes:
+            def open(self, sealed: bytes, row: bytes = b"") -> bytes | None:
                 if next(calls):
                     raise KeyboardInterrupt
-                return real.open(sealed, row)
+                return old.open(sealed, row)
 
-            def seal(self, plaintext: bytes, row: bytes = b"") -> bytes:
-                return real.seal(plaintext, row)
-
-        promoted._contexts["ledger.free"] = Interrupted()  # type: ignore[assignment]
+        keys.subkeys[old.header] = Interrupted()  # type: ignore[assignment]
     else:
         commits = iter([False, True, *([False] * 100)])
 
