@@ -20,6 +20,7 @@ from sqlalchemy import (
     DateTime,
     Insert,
     MetaData,
+    Select,
     Table,
     bindparam,
     create_engine,
@@ -39,7 +40,8 @@ from sqlalchemy_lucent import (
     SecretKey,
     set_default_keyring,
 )
-from sqlalchemy_lucent.models import byte_wise_string
+from sqlalchemy_lucent.models import byte_wise_string, computed_key_version, key_version_type
+from tests.bench.bare import FloorJSON
 from tests.bench.documents import DOCUMENTS
 from tests.bench.measure import KEYS, Figure, Goal, Turns, at_most, in_turns, run_alone
 from tests.bench.servers import bench_database
@@ -81,21 +83,36 @@ plain = Table(
     Column("created_at", DateTime(timezone=True), nullable=False),
     Column("updated_at", DateTime(timezone=True), nullable=False),
 )
-SELECT_ONE = select(plain.c.payload).where(*(plain.c[part] == bindparam(part) for part in PARTS))
-SELECT_MANY = select(*plain.primary_key, plain.c.payload).where(
-    tuple_(*plain.primary_key).in_(bindparam("keys", expanding=True))
+floor = Table(
+    "bench_floor_secrets",
+    plain.metadata,
+    *(Column(part, byte_wise_string(128), primary_key=True) for part in PARTS),
+    Column("payload", FloorJSON, nullable=False),
+    Column("key_version", key_version_type(), computed_key_version("payload"), index=True),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("updated_at", DateTime(timezone=True), nullable=False),
 )
 
 
-def upsert(kind: str) -> Insert:
+def by_key(table: Table) -> Select[Any]:
+    return select(table.c.payload).where(*(table.c[part] == bindparam(part) for part in PARTS))
+
+
+def by_keys(table: Table) -> Select[Any]:
+    return select(*table.primary_key, table.c.payload).where(
+        tuple_(*table.primary_key).in_(bindparam("keys", expanding=True))
+    )
+
+
+def upsert(table: Table, kind: str) -> Insert:
     if kind == "mysql":
-        on_mysql = mysql.insert(plain)
+        on_mysql = mysql.insert(table)
         return on_mysql.on_duplicate_key_update(
             payload=on_mysql.inserted.payload, updated_at=on_mysql.inserted.updated_at
         )
-    on_others = sqlite.insert(plain) if kind == "sqlite" else postgresql.insert(plain)
+    on_others = sqlite.insert(table) if kind == "sqlite" else postgresql.insert(table)
     return on_others.on_conflict_do_update(
-        index_elements=list(plain.primary_key),
+        index_elements=list(table.primary_key),
         set_={
             "payload": on_others.excluded.payload,
             "updated_at": on_others.excluded.updated_at,
@@ -108,51 +125,54 @@ def row(key: SecretKey, value: Any) -> dict[str, Any]:
     return {**key._asdict(), "payload": value, "created_at": now, "updated_at": now}
 
 
-Calls = Mapping[str, tuple[Callable[[], Any], Callable[[], Any]]]
-"""By hand and ours, by name."""
+Call = Callable[[], Any]
+Calls = Mapping[str, Mapping[str, Call]]
+"""By what is done, then by whom."""
 
 
 def sync_calls(session: Session, kind: str, values: Mapping[SecretKey, Any]) -> Calls:
-    write = upsert(kind)
     key, value = next(iter(values.items()))
     one, many = key._asdict(), [tuple(each) for each in values]
 
-    def get_many() -> dict[SecretKey, Any]:
-        rows = session.execute(SELECT_MANY, {"keys": many})
-        return {SecretKey(*each[:4]): each[4] for each in rows}
+    def in_table(table: Table) -> dict[str, Call]:
+        write, select_one, select_many = upsert(table, kind), by_key(table), by_keys(table)
 
+        def get_many() -> dict[SecretKey, Any]:
+            rows = session.execute(select_many, {"keys": many})
+            return {SecretKey(*each[:4]): each[4] for each in rows}
+
+        return {
+            "set_many(1000)": lambda: session.execute(write, [row(*kv) for kv in values.items()]),
+            "get_many(1000)": get_many,
+            "set": lambda: session.execute(write, row(key, value)),
+            "require": lambda: session.execute(select_one, one).scalar_one(),
+        }
+
+    ours: dict[str, Call] = {
+        "set_many(1000)": lambda: LucentSecrets(session).set_many(values),
+        "get_many(1000)": lambda: LucentSecrets(session).get_many(values),
+        "set": lambda: LucentSecrets(session).set(key, value),
+        "require": lambda: LucentSecrets(session).require(key),
+    }
+    return side_by_side(in_table(plain), in_table(floor), ours)
+
+
+def side_by_side(
+    by_hand: Mapping[str, Call], at_least: Mapping[str, Call], ours: Mapping[str, Call]
+) -> Calls:
     return {
-        "set_many(1000)": (
-            lambda: session.execute(write, [row(*each) for each in values.items()]),
-            lambda: LucentSecrets(session).set_many(values),
-        ),
-        "get_many(1000)": (get_many, lambda: LucentSecrets(session).get_many(values)),
-        "set": (
-            lambda: session.execute(write, row(key, value)),
-            lambda: LucentSecrets(session).set(key, value),
-        ),
-        "require": (
-            lambda: session.execute(SELECT_ONE, one).scalar_one(),
-            lambda: LucentSecrets(session).require(key),
-        ),
+        name: {"by hand": by_hand[name], "floor": at_least[name], "ours": ours[name]}
+        for name in ours
     }
 
 
 def async_calls(
     session: AsyncSession, kind: str, values: Mapping[SecretKey, Any], runner: asyncio.Runner
 ) -> Calls:
-    write = upsert(kind)
     key, value = next(iter(values.items()))
     one, many = key._asdict(), [tuple(each) for each in values]
 
-    async def select_one() -> Any:
-        return (await session.execute(SELECT_ONE, one)).scalar_one()
-
-    async def select_many() -> dict[SecretKey, Any]:
-        rows = await session.execute(SELECT_MANY, {"keys": many})
-        return {SecretKey(*each[:4]): each[4] for each in rows}
-
-    def repeated(call: Callable[[], Awaitable[Any]]) -> Callable[[], Any]:
+    def repeated(call: Callable[[], Awaitable[Any]]) -> Call:
         async def one_by_one() -> Any:
             for _ in range(CALLS_PER_TURN):
                 result = await call()
@@ -160,34 +180,42 @@ def async_calls(
 
         return lambda: runner.run(one_by_one())
 
-    def once(call: Callable[[], Awaitable[Any]]) -> Callable[[], Any]:
+    def once(call: Callable[[], Awaitable[Any]]) -> Call:
         async def awaited() -> Any:
             return await call()
 
         return lambda: runner.run(awaited())
 
-    return {
-        "set_many(1000)": (
-            once(lambda: session.execute(write, [row(*each) for each in values.items()])),
-            once(lambda: AsyncLucentSecrets(session).set_many(values)),
-        ),
-        "get_many(1000)": (
-            once(select_many),
-            once(lambda: AsyncLucentSecrets(session).get_many(values)),
-        ),
-        "set": (
-            repeated(lambda: session.execute(write, row(key, value))),
-            repeated(lambda: AsyncLucentSecrets(session).set(key, value)),
-        ),
-        "require": (
-            repeated(select_one),
-            repeated(lambda: AsyncLucentSecrets(session).require(key)),
-        ),
+    def in_table(table: Table) -> dict[str, Call]:
+        write, select_one, select_many = upsert(table, kind), by_key(table), by_keys(table)
+
+        async def require() -> Any:
+            return (await session.execute(select_one, one)).scalar_one()
+
+        async def get_many() -> dict[SecretKey, Any]:
+            rows = await session.execute(select_many, {"keys": many})
+            return {SecretKey(*each[:4]): each[4] for each in rows}
+
+        return {
+            "set_many(1000)": once(
+                lambda: session.execute(write, [row(*kv) for kv in values.items()])
+            ),
+            "get_many(1000)": once(get_many),
+            "set": repeated(lambda: session.execute(write, row(key, value))),
+            "require": repeated(require),
+        }
+
+    ours = {
+        "set_many(1000)": once(lambda: AsyncLucentSecrets(session).set_many(values)),
+        "get_many(1000)": once(lambda: AsyncLucentSecrets(session).get_many(values)),
+        "set": repeated(lambda: AsyncLucentSecrets(session).set(key, value)),
+        "require": repeated(lambda: AsyncLucentSecrets(session).require(key)),
     }
+    return side_by_side(in_table(plain), in_table(floor), ours)
 
 
 def fill(connection: Connection, value: Any, count: int) -> None:
-    """Make both tables anew, and store `count` secrets that are not asked for."""
+    """Make the tables anew, and store `count` secrets that are not asked for."""
     for metadata in (LucentBase.metadata, plain.metadata):
         metadata.drop_all(connection)
         metadata.create_all(connection)
@@ -196,7 +224,8 @@ def fill(connection: Connection, value: Any, count: int) -> None:
         with Session(connection) as session:
             LucentSecrets(session).set_many(dict.fromkeys(keys, value))
             session.commit()
-        connection.execute(insert(plain), [row(key, value) for key in keys])
+        for table in (plain, floor):
+            connection.execute(insert(table), [row(key, value) for key in keys])
     if connection.dialect.name == "postgresql":
         connection.execute(text("ANALYZE"))
 
@@ -226,14 +255,14 @@ def calls_on(kind: str, url: URL, values: Mapping[SecretKey, Any], others: int) 
             with Session(sync_engine) as sync_session:
                 calls = sync_calls(sync_session, kind, values)
                 yield {
-                    name: pair
+                    name: by_whom
                     if name.endswith(f"({MANY})")
-                    else (repeated(pair[0]), repeated(pair[1]))
-                    for name, pair in calls.items()
+                    else {whose: repeated(call) for whose, call in by_whom.items()}
+                    for name, by_whom in calls.items()
                 }
 
 
-def repeated(call: Callable[[], Any]) -> Callable[[], Any]:
+def repeated(call: Call) -> Call:
     def one_by_one() -> Any:
         for _ in range(CALLS_PER_TURN):
             result = call()
@@ -242,13 +271,12 @@ def repeated(call: Callable[[], Any]) -> Callable[[], Any]:
     return one_by_one
 
 
-def turns_of(
-    name: str, kind: str, by_hand: Callable[[], Any], ours: Callable[[], Any], smoke: bool
-) -> Turns:
-    assert not name.startswith(("get", "require")) or by_hand() == ours()
+def turns_of(name: str, kind: str, by_whom: Mapping[str, Call], smoke: bool) -> Turns:
+    if name.startswith(("get", "require")):
+        assert by_whom["by hand"]() == by_whom["floor"]() == by_whom["ours"]()
     rounds = 1 if smoke else 11 if name.endswith(f"({MANY})") else 60
     return in_turns(
-        {"by hand": by_hand, "ours": ours},
+        by_whom,
         rounds,
         clock=time.thread_time if kind == "sqlite" else time.perf_counter,
         collect=False,
@@ -269,8 +297,8 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
                     drivername=driver, database=None if kind == "sqlite" else url.database
                 )
                 with calls_on(kind, where, values, 0 if smoke else OTHERS) as calls:
-                    for name, (by_hand, ours) in calls.items():
-                        turns = turns_of(name, kind, by_hand, ours, smoke)
+                    for name, by_whom in calls.items():
+                        turns = turns_of(name, kind, by_whom, smoke)
                         count = 1 if name.endswith(f"({MANY})") else CALLS_PER_TURN
                         yield Figure(
                             group=f"{label}, {size}",
@@ -280,6 +308,7 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
                             reference=turns.median("by hand") * 1e6 / count,
                             unit="µs",
                             ratio=turns.ratio("ours", to="by hand"),
+                            floor=turns.ratio("floor", to="by hand"),
                             goal=GOALS.get(name),
                         )
 
