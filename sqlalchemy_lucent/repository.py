@@ -25,7 +25,6 @@ from sqlalchemy import (
     CursorResult,
     Executable,
     LargeBinary,
-    Result,
     Row,
     Select,
     String,
@@ -143,8 +142,9 @@ class LucentSecrets:
         self._session = session
         self._keyring = keyring
         self._model = model
-        self._mapper = inspect(model)
-        self._table = cast("Table", self._mapper.local_table)
+        # What inspect() would give, with six calls for each repository.
+        self._mapper = model.__mapper__
+        self._table: Table = self._mapper.local_table  # type: ignore[assignment]
         self._on_access = on_access
 
     def __repr__(self) -> str:
@@ -170,19 +170,17 @@ class LucentSecrets:
         :raises ConflictError: another value is stored than `expected` says.
         """
         key = SecretKey.of(key)
-        sealed = self._seal(key, value, self._keyring)
-        with self._undone_by_handler():
-            if expected is _UNSET:
-                self._write([key], self._upsert(), self._row(key, sealed))
-                written = True
-            elif expected is None:
-                written = self._insert_absent(key, sealed)
-            else:
-                written = self._replace(key, _token_bytes(expected), sealed)
-            self._tell("write", key, sealed, "ok" if written else "conflict")
+        dialect = self._dialect
+        sealed = self._seal(key, value, self._keyring, _codec(self._table, dialect))
+        if self._on_access is None:
+            written = self._store(key, sealed, expected, dialect)
+        else:
+            with self._undone_by_handler():
+                written = self._store(key, sealed, expected, dialect)
+                self._tell("write", key, sealed, "ok" if written else "conflict")
         if not written:
             raise _conflict(key)
-        return _prefix(bytes(sealed)).hex()
+        return _prefix(sealed._data).hex()
 
     def get(self, key: _Key) -> Any:
         """Return the value stored under `key`, or ``None``.
@@ -239,7 +237,7 @@ class LucentSecrets:
                 self._has_token(literal(_token_bytes(expected), LargeBinary))
             )
         with self._undone_by_handler():
-            deleted = self._write([key], statement) > 0
+            deleted = self._write([key], statement).rowcount > 0
             refused = "missing" if expected is _UNSET else "conflict"
             self._tell("delete", key, None, "ok" if deleted else refused)
         if not deleted and expected is not _UNSET:
@@ -307,14 +305,15 @@ class LucentSecrets:
             by_key[key] = value
         if not by_key:
             return
-        codec = self._codec
+        dialect = self._dialect
+        codec = _codec(self._table, dialect)
         sealed = {
             key: self._seal(key, value, self._keyring, codec) for key, value in by_key.items()
         }
         # In key order, so that two callers lock the same rows in the same order.
         rows = [self._row(key, sealed[key]) for key in sorted(sealed)]
         with self._undone_by_handler():
-            self._write(sealed, self._upsert(), rows)
+            self._write(sealed, _upsert(self._table, dialect.name), rows)
             for key, each in sealed.items():
                 self._tell("write", key, each, "ok")
 
@@ -377,7 +376,7 @@ class LucentSecrets:
             raise InvalidKeyError("delete_many() takes the scope and the owner_id of one owner")
         condition = self._begins_with(parts)
         if self._on_access is None:
-            deleted = self._write((), delete(self._table).where(condition))
+            deleted = self._write((), delete(self._table).where(condition)).rowcount
         else:
             # By their keys, so that what is told is what is deleted.
             selected = select(*self._key_columns).where(condition).with_for_update()
@@ -388,7 +387,7 @@ class LucentSecrets:
                     statement = delete(self._table).where(
                         _is_one_of(self._table, self._dialect.name, size)
                     )
-                    deleted += self._write((), statement, parameters)
+                    deleted += self._write((), statement, parameters).rowcount
                 for key in keys:
                     self._tell("delete", key, None, "ok")
         for loaded in self._session.identity_map.values():
@@ -443,7 +442,8 @@ class LucentSecrets:
         parts = _leading_parts(scope, owner_id, provider)
         if parts:
             statement = statement.where(self._begins_with(parts))
-        return cast("int", self._execute(statement).scalar_one())
+        count: int = self._execute(statement).scalar_one()
+        return count
 
     # -- conditions ------------------------------------------------------------------------------
 
@@ -489,7 +489,8 @@ class LucentSecrets:
         statement = _select_payload(self._table)
         if lock:
             statement = statement.with_for_update()
-        return cast("Sealed | None", self._execute(statement, key._asdict()).scalar())
+        sealed: Sealed | None = self._execute(statement, key._asdict()).scalar()
+        return sealed
 
     def _load_required(self, key: SecretKey, *, lock: bool = False) -> Sealed:
         sealed = self._load(key, lock=lock)
@@ -539,19 +540,14 @@ class LucentSecrets:
         raise refusal
 
     def _open(self, key: SecretKey, sealed: Sealed) -> Any:
-        return sealed.open(row=key, keyring=self._keyring)
+        # Sealed.open(), without its check of `row`.
+        return sealed._codec.open(sealed._data, encode_row(key), self._keyring)
 
     # -- writing ---------------------------------------------------------------------------------
 
     @property
     def _dialect(self) -> Dialect:
         return self._session.get_bind(self._mapper).dialect
-
-    @property
-    def _codec(self) -> ColumnCodec:
-        type_ = self._table.c.payload.type
-        assert isinstance(type_, EncryptedJSON)
-        return type_.column_codec(self._dialect)
 
     def _seal(
         self,
@@ -560,7 +556,7 @@ class LucentSecrets:
         keyring: Keyring | None,
         codec: ColumnCodec | None = None,
     ) -> Sealed:
-        codec = codec or self._codec
+        codec = codec or _codec(self._table, self._dialect)
         return Sealed(codec.seal(value, encode_row(key), keyring), codec)
 
     @staticmethod
@@ -568,9 +564,20 @@ class LucentSecrets:
         now = utc_now()
         return {**key._asdict(), "payload": sealed, "created_at": now, "updated_at": now}
 
-    def _upsert(self) -> Insert:
-        """Return the dialect's one-statement upsert; `created_at` stays that of the first write."""
-        return _insert(self._table, self._dialect.name, ("payload", "updated_at"))
+    def _store(
+        self,
+        key: SecretKey,
+        sealed: Sealed,
+        expected: str | Literal[_Unset.UNSET] | None,
+        dialect: Dialect,
+    ) -> bool:
+        """Write the value under `key`; say whether what was stored is what `expected` says."""
+        if expected is _UNSET:
+            self._write([key], _upsert(self._table, dialect.name), self._row(key, sealed))
+            return True
+        if expected is None:
+            return self._insert_absent(key, sealed)
+        return self._replace(key, _token_bytes(expected), sealed)
 
     def _insert_absent(self, key: SecretKey, sealed: Sealed) -> bool:
         """Insert the secret unless there is one; say whether it was inserted."""
@@ -578,7 +585,7 @@ class LucentSecrets:
         statement = _insert(self._table, self._dialect.name, ()).execution_options(
             preserve_rowcount=True
         )
-        count = self._write([key], statement, self._row(key, sealed))
+        count = self._write([key], statement, self._row(key, sealed)).rowcount
         if not is_mysql(self._dialect):
             return count > 0
         # MySQL counts 1 for a row that it left alone too. What is stored tells: nobody else can
@@ -598,7 +605,7 @@ class LucentSecrets:
         statement = update(self._table).where(
             self._matches(key), self._has_token(literal(token, LargeBinary))
         )
-        return self._write(keys, statement.values(values)) > 0
+        return self._write(keys, statement.values(values)).rowcount > 0
 
     def _replace_many(
         self, stored: Mapping[SecretKey, Sealed], renewed: Mapping[SecretKey, Sealed]
@@ -630,7 +637,7 @@ class LucentSecrets:
             }
             for key, sealed in renewed.items()
         ]
-        count = self._write(renewed, statement, parameters)
+        count = self._write(renewed, statement, parameters).rowcount
         # asyncpg does not count; PostgreSQL has locked the rows, so none can have been missed.
         if count in (len(renewed), -1):
             return []
@@ -639,7 +646,7 @@ class LucentSecrets:
 
     def _write(
         self, keys: Iterable[SecretKey], statement: Executable, parameters: Any = None
-    ) -> int:
+    ) -> CursorResult[Any]:
         result = self._execute(statement, parameters)
         # An object of such a secret that the session has loaded is out of date now.
         if self._session.identity_map:
@@ -648,18 +655,21 @@ class LucentSecrets:
                 loaded = self._session.identity_map.get(identity)
                 if loaded is not None:
                     self._expire(loaded)
-        return cast("CursorResult[Any]", result).rowcount
+        return result  # whose row count takes four calls
 
     def _expire(self, loaded: Any) -> None:
         # Not if it waits to be flushed (with autoflush off): its changes are the caller's.
         if not inspect(loaded).modified:
             self._session.expire(loaded)
 
-    def _execute(self, statement: Executable, parameters: Any = None) -> Result[Any]:
+    def _execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
         # These are Core statements, which a session does not autoflush for by itself.
         if self._session.autoflush:
             self._session.flush()
-        return self._session.execute(statement, parameters, bind_arguments={"mapper": self._mapper})
+        result: Any = self._session.execute(
+            statement, parameters, bind_arguments={"mapper": self._mapper}
+        )
+        return result  # type: ignore[no-any-return]
 
     # -- telling ---------------------------------------------------------------------------------
 
@@ -831,6 +841,14 @@ class AsyncLucentSecrets:
 
 
 @functools.lru_cache(maxsize=32)
+def _codec(table: Table, dialect: Dialect) -> ColumnCodec:
+    """Return what seals and opens payloads; kept, because making it takes as long as sealing."""
+    type_ = table.c.payload.type
+    assert isinstance(type_, EncryptedJSON)
+    return type_.column_codec(dialect)
+
+
+@functools.lru_cache(maxsize=32)
 def _select_payload(table: Table) -> Select[Any]:
     """Return the SELECT of one payload, with a parameter for each part of the key.
 
@@ -883,6 +901,11 @@ def _select_payloads_by_arrays(table: Table) -> Select[Any]:
     )
     columns = (table.c[name] for name in (*KEY_PART_NAMES, "payload"))
     return select(*columns).where(*(table.c[name] == wanted.c[name] for name in KEY_PART_NAMES))
+
+
+def _upsert(table: Table, dialect_name: str) -> Insert:
+    """Return the dialect's one-statement upsert; `created_at` stays that of the first write."""
+    return _insert(table, dialect_name, ("payload", "updated_at"))
 
 
 @functools.lru_cache(maxsize=32)

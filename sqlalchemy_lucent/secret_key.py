@@ -105,7 +105,9 @@ def check_part(part_name: str, part: object) -> str:
         fault = f"has {len(part)} characters; {MAX_PART_LENGTH} is the most"
     elif _SEPARATOR in part:
         fault = "has a colon, which separates the parts"
-    elif any(unicodedata.category(character) in ("Cc", "Cs") for character in part):
+    elif not (part.isascii() and part.isprintable()) and any(
+        unicodedata.category(character) in ("Cc", "Cs") for character in part
+    ):
         fault = "has a control character or a lone surrogate"
     elif part != part.strip():
         fault = "has leading or trailing white space"

@@ -45,7 +45,7 @@ from .exceptions import (
     TamperedError,
     UnsupportedOperationError,
 )
-from .keyring import Keyring, context_keys, default_keyring
+from .keyring import Keyring, context_keys
 
 RowPart = str | int | uuid.UUID
 """A value of a binding column: each has one exact text form."""
@@ -57,15 +57,14 @@ def encode_row(parts: Sequence[RowPart], names: Sequence[str] = ()) -> bytes:
     :raises ConfigurationError: a part is missing or of another type. Floats, decimals and dates
         are refused, because databases give them back in forms of their own.
     """
-    return length_prefixed(
-        *[
-            # Not str(): a subclass may print itself as something else, as an Enum member does.
-            part.encode("utf-8", "surrogatepass")
-            if isinstance(part, str)
-            else _exact_text(part, position, names)
-            for position, part in enumerate(parts)
-        ]
-    )
+    texts = []
+    for position, part in enumerate(parts):  # no comprehension, which would be a call more
+        # Not str(): a subclass may print itself as something else, as an Enum member does.
+        if isinstance(part, str):
+            texts.append(part.encode("utf-8", "surrogatepass"))
+        else:
+            texts.append(_exact_text(part, position, names))
+    return length_prefixed(*texts)
 
 
 def _exact_text(part: object, position: int, names: Sequence[str]) -> bytes:
@@ -87,7 +86,7 @@ _JSON_NULL: Final = b"null"
 class ColumnCodec:
     """Seals and opens the values of one column as one engine sees it. Internal."""
 
-    __slots__ = ("bound_to", "codec", "contexts", "redacts", "schema")
+    __slots__ = ("_context", "_redacted", "bound_to", "codec", "contexts", "is_plain", "schema")
 
     def __init__(
         self,
@@ -100,13 +99,11 @@ class ColumnCodec:
         self.contexts = contexts
         self.codec = codec
         self.bound_to = bound_to
-        self.redacts = redacts
         self.schema = schema
-
-    @property
-    def is_plain(self) -> bool:
+        self.is_plain = schema is None and codec is STRICT
         """Whether values are JSON documents as the default codec writes them, and nothing else."""
-        return self.schema is None and self.codec is STRICT
+        self._context = contexts[0]
+        self._redacted = REDACTED if redacts else {}
 
     def seal(self, value: Any, row: bytes = b"", keyring: Keyring | None = None) -> bytes:
         """Return the stored bytes of a value."""
@@ -121,10 +118,26 @@ class ColumnCodec:
         raise SerializationError(f"{self.contexts[0]}: {fault}")
 
     def open(self, data: Any, row: bytes = b"", keyring: Keyring | None = None) -> Any:
-        """Return the value of stored bytes; ``None`` for SQL NULL."""
+        """Return the value of stored bytes; ``None`` for SQL NULL.
+
+        What is usual is done without the layers between this column and its key; whatever else
+        there is, and whatever is wrong, goes through them.
+        """
         if data is None:
             return None
-        document = open_in_contexts(self.contexts, data, row, keyring or default_keyring())
+        if self.is_plain:
+            try:
+                keys = context_keys(self._context, keyring)
+                value = decode(keys.subkeys[data[: keys.usual_size]].open(data, row) or b"")
+            except Exception:  # noqa: BLE001, S110  (raised again by what follows, which says more)
+                pass
+            else:
+                wrapper = self._redacted.get(type(value))
+                return value if wrapper is None else wrapper(value)
+        return self._open_through_the_layers(data, row, keyring)
+
+    def _open_through_the_layers(self, data: Any, row: bytes, keyring: Keyring | None) -> Any:
+        document = open_in_contexts(self.contexts, data, row, keyring)
         if self.schema is None:
             value = self.codec.loads(document)
         elif document == _JSON_NULL:
@@ -133,31 +146,7 @@ class ColumnCodec:
             value = self.schema.load(
                 document if self.codec is STRICT else self.codec.loads(document)
             )
-        return redact(value) if self.redacts else value
-
-    def opener(self) -> Callable[[Any], Any]:
-        """Return :meth:`open` for the values of a result, which are many.
-
-        What is usual is done without the layers between this column and its key; whatever else
-        there is, and whatever is wrong, goes through them.
-        """
-        if not self.is_plain:
-            return self.open
-        context, through_the_layers = self.contexts[0], self.open
-        redacted = REDACTED if self.redacts else {}
-
-        def open_(data: Any) -> Any:
-            if data is None:
-                return None
-            try:
-                keys = context_keys(context)
-                value = decode(keys.subkeys[data[: keys.usual_size]].open(data) or b"")
-            except Exception:  # noqa: BLE001  (raised again by what follows, which says more)
-                return through_the_layers(data)
-            wrapper = redacted.get(type(value))
-            return value if wrapper is None else wrapper(value)
-
-        return open_
+        return redact(value) if self._redacted else value
 
 
 def as_bytes(value: Any) -> bytes:
@@ -169,17 +158,19 @@ def as_bytes(value: Any) -> bytes:
     return str(value).encode("utf-8", "replace")
 
 
-def open_in_contexts(contexts: Sequence[str], data: Any, row: bytes, keyring: Keyring) -> bytes:
+def open_in_contexts(
+    contexts: Sequence[str], data: Any, row: bytes, keyring: Keyring | None
+) -> bytes:
     """Return the plaintext of `data` under the first of `contexts` that it was sealed in."""
     if type(data) is not bytes:
         data = as_bytes(data)
     try:
-        return keyring.for_context(contexts[0]).open(data, row)
+        return context_keys(contexts[0], keyring).open(data, row)
     except TamperedError as error:
         refusal = error
     for context in contexts[1:]:
         try:
-            return keyring.for_context(context).open(data, row)
+            return context_keys(context, keyring).open(data, row)
         except TamperedError:
             continue
     raise refusal
@@ -540,7 +531,7 @@ class EncryptedJSON(TypeDecorator[Any]):
         column = self.column_codec(dialect)
         if self.lazy or self.bound_to:
             return lambda data: None if data is None else Sealed(as_bytes(data), column)
-        return column.opener()
+        return column.open
 
     def literal_processor(self, dialect: Dialect) -> NoReturn:
         """Refuse: a literal would put the value into SQL text, and errors about it into logs."""
@@ -663,7 +654,7 @@ def _reuse(value: Sealed, column: ColumnCodec) -> bytes:
             f"a Sealed value of {value._codec.contexts[0]} was given to {column.contexts[0]}, "
             "where it would not open; open() it and pass what it holds"
         )
-    return bytes(value)
+    return value._data
 
 
 def _unbound(column: ColumnCodec) -> ConfigurationError:

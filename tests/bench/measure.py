@@ -24,6 +24,8 @@ class Goal(NamedTuple):
     bound: float
 
     def met_by(self, ratio: float) -> bool:
+        """Say whether `ratio` meets the goal, with the two digits that both are given with."""
+        ratio = round(ratio, 2)
         return ratio <= self.bound if self.at_most else ratio >= self.bound
 
     def distance(self, ratio: float) -> float:
