@@ -48,19 +48,19 @@ time: who reads a table after a rotation pays for tidying it.
 What the promises cost, the dearest first: on PostgreSQL the compare-and-swap (an array more to send
 and to unpack), the row locks (each is written down in its row), the stale condition, for which a
 value out of its row is looked up, the look for how far a batch reaches, and the count at the end;
-on MariaDB the compare-and-swap (a
-parameter more a row); on SQLite the statements that go through SQLAlchemy so that listeners see
-them, the stale condition and the count. Failures by key cost nothing while there are none. More
-than that is saved where the database's own plan is poor: the key range in PostgreSQL's UPDATE
-spares it a hash of the whole table for each batch (*unnest and the key range* is the loop with that
-too, so that only the promises are left between it and `rotate`), and MariaDB changes each row as it
-finds it, without a temporary table.
+on MariaDB the compare-and-swap and the same looks; on SQLite the statements that go through
+SQLAlchemy so that listeners see them, the stale condition and the count. Failures by key cost
+nothing while there are none. More than that is saved where the database's own plan or the driver is
+poor: the key range in PostgreSQL's UPDATE spares it a hash of the whole table for each batch
+(*unnest and the key range* is the loop with that too, so that only the promises are left between it
+and `rotate`); MariaDB changes each row as it finds it, without a temporary table, and its statement
+has the values as hexadecimal literals, because PyMySQL escapes bytes slowly.
 
-Beside them stand the ways of today. sqlalchemy-utils has its key as a
-callable: objects are loaded under the old key and flushed under the new one, a session for each
-batch, which is the way that its documentation has; and the same without objects, by one executemany
-for each batch, the generous form. For a column of Fernet tokens it is `MultiFernet.rotate` and an
-UPDATE per row, sent together. The figures are rows a second."""
+Beside them stand the ways of today. sqlalchemy-utils has its key as a callable: objects are loaded
+under the old key and flushed under the new one, a session for each batch, which is the way that its
+documentation has; and the same without objects, by one executemany for each batch, the generous
+form. For a column of Fernet tokens it is `MultiFernet.rotate` and an UPDATE per row, sent together.
+The figures are rows a second."""
 
 BATCH = 1000
 ROWS = 20_000
