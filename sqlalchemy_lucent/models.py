@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import Any, Final
 
 from sqlalchemy import (
     Column,
@@ -22,14 +22,7 @@ from sqlalchemy import (
     literal_column,
 )
 from sqlalchemy.engine import Dialect
-from sqlalchemy.orm import (
-    DeclarativeBase,
-    Mapped,
-    Mapper,
-    declared_attr,
-    mapped_column,
-    validates,
-)
+from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, validates
 from sqlalchemy.types import TypeDecorator
 
 from ._dialects import is_mysql
@@ -131,9 +124,6 @@ class LucentSecretMixin:
     The four parts of the :class:`SecretKey` are the primary key, and the payload is bound to them.
     ``key_version`` is computed by the database from the payload, so that the two cannot disagree.
     """
-
-    if TYPE_CHECKING:  # of the class that it is mixed into
-        __mapper__: ClassVar[Mapper[Any]]
 
     scope: Mapped[str] = mapped_column(byte_wise_string(MAX_PART_LENGTH), primary_key=True)
     owner_id: Mapped[str] = mapped_column(byte_wise_string(MAX_PART_LENGTH), primary_key=True)

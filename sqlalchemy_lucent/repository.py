@@ -43,7 +43,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import Dialect
-from sqlalchemy.orm import Session, scoped_session
+from sqlalchemy.orm import Mapper, Session, scoped_session
 from sqlalchemy.sql.dml import Insert
 
 from ._dialects import is_mysql
@@ -110,7 +110,7 @@ class LucentSecrets:
     :param model: a mapped class made with :class:`LucentSecretMixin`.
     :param on_access: is told of each use of a secret, see :mod:`sqlalchemy_lucent.events`. With
         one, a write happens in a savepoint, so that it is undone if the handler raises.
-    :raises ConfigurationError: `session`, `keyring` or `on_access` is of another kind.
+    :raises ConfigurationError: `session`, `keyring`, `model` or `on_access` is of another kind.
 
     Every method takes a :class:`SecretKey` or its text, and raises
     :exc:`InvalidKeyError` for one that breaks a rule.
@@ -142,9 +142,14 @@ class LucentSecrets:
         self._session = session
         self._keyring = keyring
         self._model = model
-        # What inspect() would give, with six calls for each repository.
-        self._mapper = model.__mapper__
-        self._table: Table = self._mapper.local_table  # type: ignore[assignment]
+        mapper = getattr(model, "__mapper__", None)  # inspect() would be six calls
+        if mapper is None:
+            raise ConfigurationError(
+                "model= takes a mapped class made with LucentSecretMixin, not "
+                f"{getattr(model, '__name__', type(model).__name__)}"
+            )
+        self._mapper: Mapper[Any] = mapper
+        self._table: Table = self._mapper.local_table
         self._on_access = on_access
 
     def __repr__(self) -> str:

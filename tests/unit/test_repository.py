@@ -15,6 +15,7 @@ from sqlalchemy_lucent import (
     AsyncLucentSecrets,
     ConfigurationError,
     InvalidKeyError,
+    LucentSecretMixin,
     LucentSecrets,
     SecretAccess,
     SecretInfo,
@@ -139,3 +140,9 @@ def test_the_repositories_name_each_other_for_the_wrong_session() -> None:
         AsyncLucentSecrets(session)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="AsyncLucentSecrets takes it"):
         LucentSecrets(AsyncSession())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [LucentSecretMixin, dict, None, "lucent_secrets"])
+def test_what_is_no_mapped_class_is_refused_at_once(model: Any) -> None:
+    with Session() as session, pytest.raises(ConfigurationError, match="model= takes a mapped"):
+        LucentSecrets(session, model=model)
