@@ -88,7 +88,7 @@ def run_rotation(
     if report is None:
         # Nothing was left in the middle: a batch is committed as a whole, or not at all.
         if interrupt.asked:
-            stands = shown.where_it_stands(shares=shares)
+            stands = shown.where_it_stands(shares=shares, dry_run=bool(options.get("dry_run")))
             raise CommandError(f"interrupted; {stands}", Exit.INTERRUPTED)
         raise CommandError(str(fault), Exit.LEFT)
     if as_json:
@@ -237,10 +237,12 @@ class ShownProgress:
             refresh=True,
         )
 
-    def where_it_stands(self, *, shares: bool) -> str:
+    def where_it_stands(self, *, shares: bool, dry_run: bool) -> str:
         """Say what is committed. Of workers, that is known of the ranges that they handed back."""
         rotated, total = (self._last.rotated, self._last.total) if self._last else (0, 0)
         of = f" of {total}" if total else ""
+        if dry_run:
+            return f"{rotated}{of} values would be re-encrypted so far; nothing was written"
         known = f"{rotated}{of} values were re-encrypted and are committed"
         if shares:
             return (

@@ -745,6 +745,19 @@ def test_a_second_interrupt_ends_it_at_once(lucent: Lucent) -> None:
     engine.dispose()
 
 
+def test_a_second_interrupt_of_a_dry_run_says_that_nothing_was_written(lucent: Lucent) -> None:
+    engine = slowly(lucent)
+    shown = lucent.on_terminal(
+        "rotate", "--dry-run", "--max-rate", "20", *LEDGER,
+        columns=200, typed=[("/s", "\x03"), ("again rolls", "\x03")],
+    )  # fmt: skip
+    assert shown.code == 130
+    assert "values would be re-encrypted so far; nothing was written" in shown.text
+    assert "committed" not in shown.text
+    assert stored_under(engine, "v2") == 0
+    engine.dispose()
+
+
 def test_ctrl_c_ends_any_command_with_a_word(lucent: Lucent) -> None:
     store(lucent, apiKey=1)
     shown = lucent.on_terminal("delete", SECRET_KEY, typed=[("[y/N]", "\x03")])
