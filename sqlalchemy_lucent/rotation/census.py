@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, func, select
 from .. import _sql
 from .._envelope import VERSION_PATTERN
 from ..exceptions import KeyInUseError, RotationError
-from ..keyring import Keyring, default_keyring
+from ..keyring import Keyring
 from ._async import run_sync, sleep_in_async
 from ._link import OUTSIDE_OF_TRANSACTIONS, not_a_bind
 from ._table import PrimaryKey, TableWorker
@@ -74,13 +74,17 @@ def needs_rotation(
     bind: Engine | Connection,
     targets: Target | Iterable[Target] | None = None,
     *,
-    keyring: Keyring | None = None,
+    keyring: Keyring | Callable[[], Keyring] | None = None,
 ) -> bool:
     """Say whether any value is not under the primary key; opens nothing.
 
+    :param bind: an engine or a connection.
+    :param targets: as for :func:`rotate`.
+    :param keyring: the keyring whose primary is meant, or a function that returns it; the default
+        one if left out.
     :raises RotationError: `targets` has no encrypted column.
     """
-    keyring = keyring or default_keyring()
+    keyring = keyring_of(keyring)
     with _connected(bind) as connection:
         for target in resolve_targets(targets, connection):
             refuse_hidden_rows(connection, target.clause.name, target.clause.schema)

@@ -141,6 +141,7 @@ def test_a_connection_keeps_its_transaction(engine: Engine, promoted: Keyring) -
         connection.execute(insert(ledger).values(id=1, free=1))
         assert [row.count for row in status(connection, ledger).rows] == [1]
         assert needs_rotation(connection, ledger, keyring=promoted)
+        assert needs_rotation(connection, ledger, keyring=lambda: promoted)
         assert connection.in_transaction()
     assert not needs_rotation(engine, ledger)
 
