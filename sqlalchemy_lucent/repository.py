@@ -142,14 +142,16 @@ class LucentSecrets:
         self._session = session
         self._keyring = keyring
         self._model = model
-        mapper = getattr(model, "__mapper__", None)  # inspect() would be six calls
-        if mapper is None:
+        # Of the class itself: a class beneath it that is not mapped has it too. inspect() would be
+        # six calls.
+        mapper: Mapper[Any] | None = getattr(model, "__mapper__", None)
+        if mapper is None or mapper.class_ is not model or not issubclass(model, LucentSecretMixin):
             raise ConfigurationError(
                 "model= takes a mapped class made with LucentSecretMixin, not "
                 f"{getattr(model, '__name__', type(model).__name__)}"
             )
-        self._mapper: Mapper[Any] = mapper
-        self._table: Table = self._mapper.local_table
+        self._mapper = mapper
+        self._table: Table = mapper.local_table  # type: ignore[assignment]
         self._on_access = on_access
 
     def __repr__(self) -> str:

@@ -336,8 +336,9 @@ class JoinWriter:
     """MySQL and MariaDB: one UPDATE of the table joined to a derived table of the changes.
 
     Written as text, because compiling a thousand SELECTs costs SQLAlchemy more than the database
-    needs for running them; and with the values in it, because the drivers escape bytes in Python,
-    which takes longer than twice the bytes take to send and read.
+    needs for running them; and with the sealed values in it, because the drivers escape bytes in
+    Python, which takes longer than twice the bytes take to send and read. Of the keys, integers are
+    in it too, unless the engine hides parameters; others may say more of the row than a log should.
 
     MariaDB takes the changes as rows of VALUES. Told to begin with the rows to change, it changes
     each as it finds it; by itself it begins with the derived table, and writes all changes to a
@@ -366,6 +367,11 @@ class JoinWriter:
         self._key = [f"t.{quote(column.name)}" for column in target.primary_key]
         self._kept = [f"t.{quote(name)}" for name in kept]
         self._processors = [_bind_processor(c.type, dialect) for c in target.primary_key]
+        self._binary_keys = [
+            f"k{i}"
+            for i, column in enumerate(target.primary_key)
+            if isinstance(column.type.dialect_impl(dialect), _Binary)
+        ]
         self._rows_first = rows_first
         self._of_long_values = RowWriter(target, kept)
 
@@ -376,7 +382,8 @@ class JoinWriter:
         written = self._of_long_values.write(connection, changes.only(long)) if long else 0
         for numbers in self._parts(sizes):
             part = changes if len(numbers) == len(changes) else changes.only(numbers)
-            result = connection.exec_driver_sql(*self._statement(part))
+            statement = self._statement(part, hide_keys=connection.engine.hide_parameters)
+            result = connection.exec_driver_sql(*statement)
             written += result.rowcount * len(changes.names)
         return written
 
@@ -395,13 +402,19 @@ class JoinWriter:
         if part:
             yield part
 
-    def _statement(self, changes: Changes) -> tuple[str, tuple[Any, ...]]:
-        keys, parameters = self._literal_keys(changes)
+    def _statement(self, changes: Changes, *, hide_keys: bool) -> tuple[str, tuple[Any, ...]]:
+        keys, parameters = self._keys(changes, hide_keys=hide_keys)
         columns = {f"k{i}": literals for i, literals in enumerate(keys)}
         columns |= {f"o{i}": _hexadecimal(old) for i, old in enumerate(changes.old)}
         columns |= {f"n{i}": _hexadecimal(new) for i, new in enumerate(changes.new)}
         first, *others = zip(*columns.values(), strict=True)
-        named = ", ".join(f"{value} AS {name}" for value, name in zip(first, columns, strict=True))
+        # Some versions of the driver send bytes as text of the connection's character set; what the
+        # first row has makes the column's type.
+        binary = dict.fromkeys(self._binary_keys, "CAST(%s AS BINARY)")
+        named = ", ".join(
+            f"{binary.get(name, value)} AS {name}"
+            for value, name in zip(first, columns, strict=True)
+        )
         source, rows = f"SELECT {named}", list(map(", ".join, others))
         quoted = [f"t.{self._quote(name)}" for name in changes.names]
         compared = " AND ".join(
@@ -423,21 +436,18 @@ class JoinWriter:
         changed = f"SET {', '.join(assigned)} WHERE {compared}"
         return f"UPDATE {table} ({source}) AS v ON {joined} {changed}", tuple(parameters)
 
-    def _literal_keys(self, changes: Changes) -> tuple[list[Sequence[str]], list[Any]]:
+    def _keys(self, changes: Changes, *, hide_keys: bool) -> tuple[list[list[str]], list[Any]]:
         """Return the keys as they stand in a statement, a list per column, and its parameters."""
-        literals: list[Sequence[str]] = []
+        texts: list[list[str]] = []
         parameters: list[list[Any]] = []
         for process, keys in zip(self._processors, changes.keys, strict=True):
             values = keys if process is None else [process(key) for key in keys]
-            kinds = set(map(type, values))
-            if kinds == {int}:
-                literals.append([str(value) for value in values])
-            elif kinds == {bytes}:
-                literals.append(_hexadecimal(values))
-            else:
-                literals.append(["%s"] * len(values))
+            if hide_keys or set(map(type, values)) != {int}:
+                texts.append(["%s"] * len(values))
                 parameters.append(values)
-        return literals, list(itertools.chain.from_iterable(zip(*parameters, strict=True)))
+            else:
+                texts.append([str(value) for value in values])
+        return texts, list(itertools.chain.from_iterable(zip(*parameters, strict=True)))
 
 
 def _hexadecimal(values: Sequence[bytes]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,6 +12,7 @@ from sqlalchemy import (
     Column,
     Engine,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -21,6 +23,7 @@ from sqlalchemy import (
     select,
     text,
 )
+from sqlalchemy.dialects.mysql import VARBINARY
 from sqlalchemy.exc import DBAPIError
 
 from sqlalchemy_lucent import (
@@ -209,3 +212,33 @@ def test_a_connection_that_is_lost_is_given_back_in_its_own_mode(
         connection.execute(delete(table))
         connection.rollback()
     assert number_of_rows(engine, table) == 25
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+@on_servers
+def test_keys_stay_out_of_the_log_where_parameters_do(
+    engine: Engine, promoted: Keyring, caplog: pytest.LogCaptureFixture, hidden: bool
+) -> None:
+    table = Table(
+        "sessions",
+        MetaData(),
+        Column("number", Integer, primary_key=True, autoincrement=False),
+        Column("digest", LargeBinary(16).with_variant(VARBINARY(16), "mysql"), primary_key=True),
+        Column("payload", EncryptedJSON),
+    )
+    table.metadata.create_all(engine)
+    digests = [b"digest of no. %d" % n for n in range(3)]
+    with engine.begin() as connection:
+        connection.execute(
+            insert(table), [{"number": 471100 + n, "digest": d} for n, d in enumerate(digests)]
+        )
+        connection.execute(table.update().values(payload={"n": 1}))
+    caplog.set_level(logging.INFO, "sqlalchemy.engine")
+    logging_engine = create_engine(engine.url, hide_parameters=hidden)
+    assert rotate(logging_engine, table, keyring=promoted).rotated == 3
+    logging_engine.dispose()
+    statements = [record.getMessage() for record in caplog.records]
+    updates = [text for text in statements if text.startswith("UPDATE")]
+    assert updates
+    assert not any("digest of" in text or digests[0].hex() in text for text in updates)
+    assert any("471100" in text for text in statements) != hidden

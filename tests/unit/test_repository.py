@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, create_mock_engine
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sqlalchemy_lucent import (
     AsyncLucentSecrets,
@@ -142,7 +142,25 @@ def test_the_repositories_name_each_other_for_the_wrong_session() -> None:
         LucentSecrets(AsyncSession())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("model", [LucentSecretMixin, dict, None, "lucent_secrets"])
+class Base(DeclarativeBase): ...
+
+
+class Own(LucentSecretMixin, Base):
+    __tablename__ = "own_secrets"
+
+
+class NotMapped(Own):
+    __abstract__ = True
+
+
+class Other(Base):
+    __tablename__ = "others"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+@pytest.mark.parametrize(
+    "model", [LucentSecretMixin, NotMapped, Own(), Other, dict, None, "own_secrets"]
+)
 def test_what_is_no_mapped_class_is_refused_at_once(model: Any) -> None:
     with Session() as session, pytest.raises(ConfigurationError, match="model= takes a mapped"):
         LucentSecrets(session, model=model)
