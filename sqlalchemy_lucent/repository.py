@@ -179,7 +179,7 @@ class LucentSecrets:
         key = SecretKey.of(key)
         dialect = self._dialect
         sealed = self._seal(key, value, self._keyring, _codec(self._table, dialect))
-        if self._on_access is None:
+        if self._on_access is None:  # without the calls of a context manager
             written = self._store(key, sealed, expected, dialect)
         else:
             with self._undone_by_handler():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from sqlalchemy import (
@@ -367,52 +367,54 @@ class JoinWriter:
         self._key = [f"t.{quote(column.name)}" for column in target.primary_key]
         self._kept = [f"t.{quote(name)}" for name in kept]
         self._processors = [_bind_processor(c.type, dialect) for c in target.primary_key]
-        self._binary_keys = [
-            f"k{i}"
+        # What the first row has makes a column's type; some versions of the driver send bytes as
+        # text of the connection's character set.
+        self._casts = {
+            f"k{i}": "CAST(%s AS BINARY)"
             for i, column in enumerate(target.primary_key)
             if isinstance(column.type.dialect_impl(dialect), _Binary)
-        ]
+        }
         self._rows_first = rows_first
         self._of_long_values = RowWriter(target, kept)
 
     def write(self, connection: Connection, changes: Changes) -> int:
         """Write `changes`."""
-        sizes = [list(map(len, new)) for new in zip(*changes.new, strict=True)]
-        long = [number for number, each in enumerate(sizes) if max(each) > self._MAX_LENGTH]
+        long, short = [], {}
+        for number, new in enumerate(zip(*changes.new, strict=True)):
+            sizes = list(map(len, new))
+            if max(sizes) > self._MAX_LENGTH:
+                long.append(number)
+            else:
+                short[number] = sum(sizes)
         written = self._of_long_values.write(connection, changes.only(long)) if long else 0
-        for numbers in self._parts(sizes):
+        for numbers in self._parts(short):
             part = changes if len(numbers) == len(changes) else changes.only(numbers)
             statement = self._statement(part, hide_keys=connection.engine.hide_parameters)
             result = connection.exec_driver_sql(*statement)
             written += result.rowcount * len(changes.names)
         return written
 
-    def _parts(self, sizes: Sequence[list[int]]) -> Iterator[list[int]]:
-        """Give the numbers of the rows of each statement."""
+    def _parts(self, sizes: Mapping[int, int]) -> Iterator[list[int]]:
+        """Give the numbers of the rows of each statement; `sizes` are their bytes by number."""
         part: list[int] = []
         total = 0
-        for number, each in enumerate(sizes):
-            if max(each) > self._MAX_LENGTH:
-                continue
+        for number, size in sizes.items():
             if len(part) == self._MAX_ROWS or total > self._MAX_BYTES:
                 yield part
                 part, total = [], 0
             part.append(number)
-            total += sum(each)
+            total += size
         if part:
             yield part
 
     def _statement(self, changes: Changes, *, hide_keys: bool) -> tuple[str, tuple[Any, ...]]:
         keys, parameters = self._keys(changes, hide_keys=hide_keys)
-        columns = {f"k{i}": literals for i, literals in enumerate(keys)}
+        columns = {f"k{i}": texts for i, texts in enumerate(keys)}
         columns |= {f"o{i}": _hexadecimal(old) for i, old in enumerate(changes.old)}
         columns |= {f"n{i}": _hexadecimal(new) for i, new in enumerate(changes.new)}
         first, *others = zip(*columns.values(), strict=True)
-        # Some versions of the driver send bytes as text of the connection's character set; what the
-        # first row has makes the column's type.
-        binary = dict.fromkeys(self._binary_keys, "CAST(%s AS BINARY)")
         named = ", ".join(
-            f"{binary.get(name, value)} AS {name}"
+            f"{self._casts.get(name, value)} AS {name}"
             for value, name in zip(first, columns, strict=True)
         )
         source, rows = f"SELECT {named}", list(map(", ".join, others))
@@ -428,7 +430,7 @@ class JoinWriter:
             source += f" UNION ALL VALUES ({'), ('.join(rows)})" if rows else ""
             among = "), (".join(map(", ".join, zip(*keys, strict=True)))
             compared += f" AND ({', '.join(self._key)}) IN (({among}))"
-            parameters += parameters
+            parameters *= 2  # the keys stand there twice
         else:
             table = f"{self._table} AS t JOIN"
             source = " UNION ALL SELECT ".join([source, *rows])

@@ -82,22 +82,25 @@ GOALS: dict[str, Goal] = {
     "set": at_most(1.2),
 }
 
-plain = Table(
-    "bench_plain_secrets",
-    MetaData(),
-    *(Column(part, byte_wise_string(128), primary_key=True) for part in PARTS),
-    Column("payload", JSON, nullable=False),
-    Column("created_at", DateTime(timezone=True), nullable=False),
-    Column("updated_at", DateTime(timezone=True), nullable=False),
-)
-floor = Table(
+
+def secrets_by_hand(name: str, metadata: MetaData, *payload: Column[Any]) -> Table:
+    return Table(
+        name,
+        metadata,
+        *(Column(part, byte_wise_string(128), primary_key=True) for part in PARTS),
+        *payload,
+        Column("created_at", DateTime(timezone=True), nullable=False),
+        Column("updated_at", DateTime(timezone=True), nullable=False),
+    )
+
+
+by_hand = MetaData()
+plain = secrets_by_hand("bench_plain_secrets", by_hand, Column("payload", JSON, nullable=False))
+floor = secrets_by_hand(
     "bench_floor_secrets",
-    plain.metadata,
-    *(Column(part, byte_wise_string(128), primary_key=True) for part in PARTS),
+    by_hand,
     Column("payload", FloorJSON, nullable=False),
     Column("key_version", key_version_type(), computed_key_version("payload"), index=True),
-    Column("created_at", DateTime(timezone=True), nullable=False),
-    Column("updated_at", DateTime(timezone=True), nullable=False),
 )
 
 
@@ -165,10 +168,10 @@ def sync_calls(session: Session, kind: str, values: Mapping[SecretKey, Any]) -> 
 
 
 def side_by_side(
-    by_hand: Mapping[str, Call], at_least: Mapping[str, Call], ours: Mapping[str, Call]
+    on_plain: Mapping[str, Call], on_floor: Mapping[str, Call], ours: Mapping[str, Call]
 ) -> Calls:
     return {
-        name: {"by hand": by_hand[name], "floor": at_least[name], "ours": ours[name]}
+        name: {"by hand": on_plain[name], "floor": on_floor[name], "ours": ours[name]}
         for name in ours
     }
 
@@ -223,7 +226,7 @@ def async_calls(
 
 def fill(connection: Connection, value: Any, count: int) -> None:
     """Make the tables anew, and store `count` secrets that are not asked for."""
-    for metadata in (LucentBase.metadata, plain.metadata):
+    for metadata in (LucentBase.metadata, by_hand):
         metadata.drop_all(connection)
         metadata.create_all(connection)
     for first in range(0, count, MANY):

@@ -96,18 +96,25 @@ Rows = list[tuple[int, bytes]]
 
 def in_driver(
     write: Callable[[Any, Rows], object], mark: str, **cursor_options: Any
-) -> Callable[[Engine, Keyring], None]:
-    """Return a loop over the driver's own cursor that lets `write` change each batch."""
-    select_batch = f"SELECT id, payload FROM documents WHERE id > {mark} ORDER BY id LIMIT {mark}"
+) -> Callable[..., None]:
+    """Return a loop over the driver's own cursor that lets `write` change each batch.
 
-    def loop(engine: Engine, keyring: Keyring) -> None:
+    It takes an engine and a keyring, and perhaps the first key and the one to stop before.
+    """
+
+    def loop(engine: Engine, keyring: Keyring, first: int = 0, end: int | None = None) -> None:
+        bounds = () if end is None else (end,)
+        select_batch = (
+            f"SELECT id, payload FROM documents WHERE id > {mark}"
+            f"{f' AND id < {mark}' if bounds else ''} ORDER BY id LIMIT {mark}"
+        )
         reseal = resealer(keyring)
         connection = engine.raw_connection()
         driver: Any = connection.driver_connection
         cursor = driver.cursor(**cursor_options)
-        last = -1
+        last = first - 1
         while True:
-            cursor.execute(select_batch, (last, BATCH))
+            cursor.execute(select_batch, (last, *bounds, BATCH))
             rows = cursor.fetchall()
             if not rows:
                 break
@@ -224,7 +231,7 @@ def by_case(cursor: Any, rows: Rows) -> None:
 KEY_RANGE = "unnest and the key range"
 """Not what one writes: `rotate` has it from its plan. It shows what the promises alone cost."""
 
-BY_HAND: dict[str, dict[str, Callable[[Engine, Keyring], None]]] = {
+BY_HAND: dict[str, dict[str, Callable[..., None]]] = {
     "sqlite": {
         "a registered function": by_function,
         "executemany": in_driver(executemany("?"), "?"),

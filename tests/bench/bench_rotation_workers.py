@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine
 
 from sqlalchemy_lucent import Keyring, RotationReport, rotate, set_default_keyring
-from tests.bench.bench_rotation import BATCH, by_unnest, fill, resealer, table
+from tests.bench.bench_rotation import BY_HAND, KEY_RANGE, fill, table
 from tests.bench.documents import DOCUMENTS
 from tests.bench.measure import KEYS, Contender, Figure, at_least, in_turns, run_alone
 from tests.bench.servers import bench_database, tidy_up
@@ -62,21 +61,8 @@ def to_v2() -> Keyring:
 
 def by_hand(first: int, end: int, primary: str) -> None:
     """Re-seal the rows from `first` to before `end`, in a worker."""
-    reseal = resealer(KEYS.with_primary(primary))
-    write = by_unnest(key_range=True)
     engine = connect()
-    connection = engine.raw_connection()
-    driver: Any = connection.driver_connection
-    cursor = driver.cursor(binary=True)
-    query = "SELECT id, payload FROM documents WHERE id >= %s AND id < %s ORDER BY id LIMIT %s"
-    while True:
-        rows = cursor.execute(query, (first, end, BATCH)).fetchall()
-        if not rows:
-            break
-        first = rows[-1][0] + 1
-        write(cursor, [(key, reseal(value)) for key, value in rows])
-        driver.commit()
-    connection.close()
+    BY_HAND["postgresql"][KEY_RANGE](engine, KEYS.with_primary(primary), first, end)
     engine.dispose()
 
 

@@ -273,7 +273,7 @@ def _index(
     request: Request, session: Session, keys: Keys, tenant: str = "", refusal: str | None = None
 ) -> Response:
     # Asked before the rows are counted: a page that says "Done" has the counts of the end.
-    running = keys.rotation is not None and keys.rotation.running
+    running = keys.rotating
     chosen = [Integration.tenant_id == tenant] if tenant else []
     count = session.scalar(select(func.count()).select_from(Integration).where(*chosen))
     latest = _OVERVIEW.where(*chosen).order_by(Integration.created_at.desc(), Integration.id)

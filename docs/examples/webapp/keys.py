@@ -167,8 +167,13 @@ class Keys:
             self._raise_if_busy()
             self.rotation = Rotation(self._executor, self._engine, self._keyring, self._max_rate)
 
+    @property
+    def rotating(self) -> bool:
+        """Whether a rotation is running."""
+        return self.rotation is not None and self.rotation.running
+
     def _raise_if_busy(self) -> None:
-        if self.rotation is not None and self.rotation.running:
+        if self.rotating:
             raise BusyError("A rotation is running. Wait for its end.")
 
     def close(self) -> None:
