@@ -35,9 +35,9 @@ from ..rotation.targets import TargetTable
 from ..secret_key import SecretKey
 from .database import (
     METADATA_VARIABLE,
+    Selection,
     connected,
     load_targets,
-    narrowed,
     present_tables,
     secrets_model,
 )
@@ -218,7 +218,7 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Count values per column and key. Needs no key."""
-    targets = narrowed(load_targets(metadata), table, column)
+    targets = Selection(metadata, table, column).targets()
     with connected(url) as engine:
         present_tables(engine, targets)
         report = lucent.status(engine, targets)
@@ -254,7 +254,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Open every value, and name those that do not open."""
-    targets = narrowed(load_targets(metadata), table, column)
+    targets = Selection(metadata, table, column).targets()
     lucent.default_keyring()  # missing, it is missed before anything else
     with connected(url) as engine:
         tables = present_tables(engine, targets)
@@ -277,7 +277,12 @@ def rotate(
         bool, typer.Option("--dry-run", help="Open and seal in memory; write nothing.")
     ] = False,
     workers: Annotated[
-        int, typer.Option(min=1, metavar="PROCESSES", help="Processes that share the work.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="PROCESSES",
+            help="Processes that share the work; one on SQLite and for a dry run.",
+        ),
     ] = 1,
     batch_size: Annotated[
         int, typer.Option(min=1, metavar="ROWS", help="Rows per transaction, at most.")
@@ -295,18 +300,18 @@ def rotate(
 ) -> None:
     """Re-encrypt every value under the primary key.
 
-    It may be interrupted and run again. Ctrl-C finishes the batch in hand, a second one rolls it
-    back; workers finish theirs in any case.
+    It may be interrupted and run again. Ctrl-C finishes the current batch, a second one rolls it
+    back.
     """
-    targets = narrowed(load_targets(metadata), table, column)
+    selection = Selection(metadata, table, column)
+    targets = selection.targets()
     lucent.default_keyring()
     with connected(url) as engine:
         present_tables(engine, targets)
         code = run_rotation(
             engine,
-            targets,
+            selection,
             workers=workers,
-            metadata=metadata,
             as_json=as_json,
             dry_run=dry_run,
             batch_size=batch_size,

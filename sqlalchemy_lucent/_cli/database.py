@@ -12,6 +12,7 @@ import tomllib
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -302,13 +303,26 @@ def _raised(named: str, error: BaseException) -> str:
     )
 
 
-def narrowed(
+@dataclass(frozen=True)
+class Selection:
+    """What the options ``--metadata``, ``--table`` and ``--column`` name."""
+
+    metadata: Sequence[str] | None
+    tables: Sequence[str] | None = None
+    columns: Sequence[str] | None = None
+
+    def targets(self) -> Sequence[Target]:
+        """Import the models, and return what is selected of them.
+
+        :raises CommandError: a name is not that of an encrypted column, or of a table with one.
+        """
+        return _narrowed(load_targets(self.metadata), self.tables, self.columns)
+
+
+def _narrowed(
     targets: Sequence[Target], tables: Sequence[str] | None, columns: Sequence[str] | None
 ) -> Sequence[Target]:
-    """Return `targets`, or those of their columns that are in `tables` and among `columns`.
-
-    :raises CommandError: a name is that of no encrypted column, or of no table that has one.
-    """
+    """Return `targets`, or those of their columns that are in `tables` and among `columns`."""
     if not tables and not columns:
         return targets
     found = list(columns_in(targets))

@@ -9,18 +9,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
+from multiprocessing.connection import Connection as Channel
+from multiprocessing.connection import wait
+from multiprocessing.synchronize import Event
 from types import FrameType, TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 from rich.progress import BarColumn, Progress, TextColumn
 from sqlalchemy import Engine
 
-from ..exceptions import RotationError
+from ..exceptions import LucentError, RotationError
 from ..rotation import FailedRow, RotationProgress, RotationReport, rotate
-from ..rotation.targets import Target
-from .database import URL_VARIABLE, engine_of, find_url, load_targets
+from .database import URL_VARIABLE, Selection, connected
 from .terminal import (
     CommandError,
     Exit,
@@ -50,27 +52,30 @@ _REASONS: Final = {
 
 def run_rotation(
     engine: Engine,
-    targets: Sequence[Target],
+    selection: Selection,
     *,
     workers: int,
-    metadata: Sequence[str] | None,
     max_rate: float | None,
     as_json: bool,
     **options: Any,
 ) -> Exit:
     """Rotate, show how it goes and what came of it, and return the exit code."""
-    pools = None
-    if workers > 1:
-        pools = _Pools(workers, metadata)
-        options |= _shared(engine, pools, max_rate)
-    shares = pools is not None and engine.dialect.name != "sqlite"
-    interrupt, shown = Interrupt(shares=shares), ShownProgress()
+    if engine.dialect.name == "sqlite" or options.get("dry_run"):
+        workers = 1  # one writer at a time; nothing to lock
+    if max_rate is not None and max_rate < workers:
+        raise CommandError("--max-rate is 1 or more for each of the --workers")
+    interrupt, shown = Interrupt(workers), ShownProgress()
     fault = report = None
     try:
         with interrupt, shown:
+            if workers > 1:
+                rate = None if max_rate is None else max_rate / workers
+                rotators = Rotators(workers, engine, selection, {"max_rate": rate, **options})
+                rotators.run(shown, interrupt)
+            # After workers, this finds what one that died has left, and counts.
             report = rotate(
                 engine,
-                targets,
+                selection.targets(),
                 on_progress=shown.update,
                 stop_when=lambda _: interrupt.asked,
                 max_rate=max_rate,
@@ -80,17 +85,13 @@ def run_rotation(
         interrupt.asked = True
     except RotationError as error:
         fault = error
-    if pools is not None and pools.made > 1:
-        tell(
-            "a worker died, and the workers were replaced: what they had in hand was done again, "
-            "and what they had committed of it is not counted"
-        )
     if report is None:
-        # Nothing was left in the middle: a batch is committed as a whole, or not at all.
+        # Each batch is committed as a whole, or not at all.
         if interrupt.asked:
-            stands = shown.where_it_stands(shares=shares, dry_run=bool(options.get("dry_run")))
+            stands = shown.where_it_stands(dry_run=bool(options.get("dry_run")))
             raise CommandError(f"interrupted; {stands}", Exit.INTERRUPTED)
         raise CommandError(str(fault), Exit.LEFT)
+    report = replace(report, rotated=report.rotated + shown.by_workers)
     if as_json:
         write_json(report.as_dict())
     else:
@@ -150,18 +151,12 @@ def _why(row: FailedRow) -> tuple[str, str, str]:
 
 
 class Interrupt:
-    """Ctrl-C: the first one ends the run after the batch in hand, the second one at once.
+    """Ctrl-C: the first one ends the run after the current batches, the second one at once."""
 
-    :param shares: whether workers have batches in hand, which they finish in any case.
-    """
-
-    def __init__(self, *, shares: bool) -> None:
+    def __init__(self, workers: int) -> None:
         self.asked = False
-        self._answer = (
-            b"the workers finish what they have in hand; Ctrl-C again leaves the count out"
-            if shares
-            else b"finishing the batch in hand; Ctrl-C again rolls it back"
-        )
+        batches = b"the current batches" if workers > 1 else b"the current batch"
+        self._answer = b"finishing " + batches + b"; Ctrl-C again rolls back"
 
     def __enter__(self) -> Self:
         self._previous = signal.signal(signal.SIGINT, self._on_signal)
@@ -186,6 +181,9 @@ class Interrupt:
 class ShownProgress:
     """A progress bar on a terminal, elsewhere a line every ten seconds; on standard error."""
 
+    by_workers = 0
+    """Values that workers which have ended re-encrypted; added to what is shown."""
+
     def __init__(self) -> None:
         self._last: RotationProgress | None = None
         self._shown = time.monotonic()
@@ -207,6 +205,12 @@ class ShownProgress:
 
     def update(self, progress: RotationProgress) -> None:
         """Show where the run stands, if it is time to."""
+        if self.by_workers:
+            progress = replace(
+                progress,
+                rotated=progress.rotated + self.by_workers,
+                total=progress.total + self.by_workers,
+            )
         self._last = progress
         if sys.stderr.isatty():
             if self._bar is None:
@@ -237,19 +241,16 @@ class ShownProgress:
             refresh=True,
         )
 
-    def where_it_stands(self, *, shares: bool, dry_run: bool) -> str:
-        """Say what is committed. Of workers, that is known of the ranges that they handed back."""
+    def where_it_stands(self, *, dry_run: bool) -> str:
+        """Say what is committed."""
         rotated, total = (self._last.rotated, self._last.total) if self._last else (0, 0)
         of = f" of {total}" if total else ""
         if dry_run:
             return f"{rotated}{of} values would be re-encrypted so far; nothing was written"
-        known = f"{rotated}{of} values were re-encrypted and are committed"
-        if shares:
-            return (
-                f"at least {known}, and the workers finish the batches that they have in hand: "
-                "lucent status counts; run it again to go on"
-            )
-        return f"{known}, the batch in hand was rolled back; run it again to go on"
+        return (
+            f"at least {rotated}{of} values were re-encrypted and are committed; the current "
+            "batch was rolled back; run it again to go on"
+        )
 
     @staticmethod
     def _line(progress: RotationProgress) -> str:
@@ -285,48 +286,93 @@ def _time_left(progress: RotationProgress) -> str:
 # -- workers ---------------------------------------------------------------------------------------
 
 
-def _shared(engine: Engine, pools: _Pools, max_rate: float | None) -> dict[str, Any]:
-    """Return the options of a rotation whose work processes share."""
-    if max_rate is not None and max_rate < pools.workers:
-        raise CommandError("--max-rate is 1 or more for each of the --workers")
-    # Like their keys, they find the URL in their environment: nothing secret is sent to them.
-    os.environ[URL_VARIABLE] = engine.url.render_as_string(hide_password=False)
-    return {
-        "executor": pools,
-        "connect": connect_worker,
-        # The rate is shared among the ranges.
-        "ranges": None if max_rate is None else pools.workers,
-    }
+class Rotators:
+    """Processes that each rotate as one would alone: they share the rows by skipping locked ones.
 
+    Keys and the URL reach them by the environment, so that no pipe or command line has them.
+    """
 
-def connect_worker() -> Engine:
-    """Return the engine of a worker process."""
-    return engine_of(find_url(None))
+    def __init__(
+        self, count: int, engine: Engine, selection: Selection, options: dict[str, Any]
+    ) -> None:
+        os.environ[URL_VARIABLE] = engine.url.render_as_string(hide_password=False)
+        context = multiprocessing.get_context("spawn")
+        self._stop = context.Event()
+        self._channels: list[Channel[Any, Any]] = []
+        self._processes = []
+        for _ in range(count):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_rotate_in_worker, args=(theirs, self._stop, selection, options), daemon=True
+            )
+            # Ctrl-C in a terminal goes to every process. They inherit that it is ignored, from
+            # their first moment on: this process decides what it means.
+            previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            try:
+                process.start()
+            finally:
+                signal.signal(signal.SIGINT, previous)
+            theirs.close()
+            self._channels.append(ours)
+            self._processes.append(process)
 
-
-class _Pools:
-    """Makes executors of `workers` processes: one, and another when a process of it died."""
-
-    def __init__(self, workers: int, metadata: Sequence[str] | None) -> None:
-        self.workers = workers
-        self.made = 0
-        self._metadata = metadata
-
-    def __call__(self) -> Executor:
-        self.made += 1
-        pool = ProcessPoolExecutor(
-            self.workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            # An application's modules, because one of them may set the keyring.
-            initializer=load_targets,
-            initargs=(self._metadata,),
-        )
-        # Ctrl-C in a terminal goes to every process. They inherit that it is ignored, from their
-        # first moment on: what it means is decided here.
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def run(self, shown: ShownProgress, interrupt: Interrupt) -> None:
+        """Wait for all of them, and show their progress as one."""
+        latest: dict[Channel[Any, Any], RotationProgress] = {}
+        open_channels = set(self._channels)
         try:
-            for _ in range(self.workers):
-                pool.submit(os.getpid)
+            while open_channels:
+                ready = wait(list(open_channels), timeout=_SECONDS_BETWEEN_FRAMES)
+                for channel in cast("list[Channel[Any, Any]]", ready):
+                    try:
+                        message = channel.recv()
+                    except EOFError:
+                        open_channels.discard(channel)
+                        continue
+                    if isinstance(message, str):
+                        tell(f"a worker ended: {message}")
+                        continue
+                    latest[channel] = message
+                    shown.update(_together(list(latest.values())))
+                if interrupt.asked:
+                    self._stop.set()
+            for process in self._processes:
+                process.join()
         finally:
-            signal.signal(signal.SIGINT, previous)
-        return pool
+            # At once, after a second Ctrl-C: the database rolls their batches back.
+            for process in self._processes:
+                process.terminate()
+        shown.by_workers = sum(progress.rotated for progress in latest.values())
+        if any(process.exitcode for process in self._processes):
+            tell(
+                "a worker died; this process re-encrypts what it left, and does not count the rest"
+            )
+
+
+def _rotate_in_worker(
+    channel: Channel[Any, Any], stop: Event, selection: Selection, options: dict[str, Any]
+) -> None:
+    try:
+        targets = selection.targets()
+        with connected(None) as engine:
+            rotate(
+                engine,
+                targets,
+                on_progress=channel.send,
+                stop_when=lambda _: stop.is_set(),
+                **options,
+            )
+    except (LucentError, CommandError) as error:
+        channel.send(str(error))
+    except OSError:
+        pass  # nobody reads the progress any more
+
+
+def _together(latest: Sequence[RotationProgress]) -> RotationProgress:
+    rotated = sum(progress.rotated for progress in latest)
+    failed = max(progress.failed for progress in latest)
+    total = max(rotated, *(progress.total for progress in latest))
+    rate = sum(progress.rate for progress in latest)
+    left = max(total - rotated - failed, 0)
+    table = latest[-1].table
+    return RotationProgress(table, rotated, failed, total, rate, left / rate if rate else None)

@@ -145,10 +145,6 @@ class SealedColumn:
 class TableWorker:
     """Reads, opens and re-seals the rows of one table. The caller has the transaction."""
 
-    upto: PrimaryKey | None = None
-    """The primary key up to which :meth:`batch` and :meth:`rehearse` go; to the end if ``None``.
-    Not for SQLite's worker, which gets no ranges."""
-
     def __init__(self, target: TargetTable, keyring: Keyring, dialect: Dialect) -> None:
         self.target = target
         self.name = target.name
@@ -274,7 +270,7 @@ class TableWorker:
         """
         rows = limit * self._stretch
         while True:
-            parameters = self.parameters(after, self.upto, rows)
+            parameters = self.parameters(after, None, rows)
             found = self._all(connection, self._reaching(after), parameters)
             *last, count, size = tuple(found[0]) if found else (0, 0)
             if not count:
@@ -284,7 +280,7 @@ class TableWorker:
             rows = max(1, count * BATCH_BYTES // int(size))
 
     def _reaching(self, after: PrimaryKey | None) -> Select[Any]:
-        kind = ("reach", after is None, self.upto is None)
+        kind = ("reach", after is None)
         if kind not in self._statements:
             clause = self.target.clause
             # The length of bytes is known without reading them, also where they are out of the row.
@@ -296,7 +292,7 @@ class TableWorker:
                     *order,
                     reduce(add, sizes).label("lucent_size"),
                 )
-                .where(*self.key_range(after, self.upto))
+                .where(*self.key_range(after, None))
                 .order_by(*self._order)
                 .limit(bindparam("lucent_limit"))
                 .subquery()

@@ -7,25 +7,20 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor
-from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from ..exceptions import LucentError, RotationError
+from ..exceptions import RotationError
 from ..keyring import Keyring, default_keyring
 from ._async import run_sync, sleep_in_async
 from ._inplace import InPlaceWorker, can_work_in_place
 from ._link import Link, refuses_a_row
 from ._pace import Pace
-from ._ranges import KeyRange, split
-from ._share import Sharing, check_executor
 from ._table import Batch, PrimaryKey, TableWorker
-from ._task import Outcome, TableDescription, Task, Workplace, check_goes_by_name, place_of
 from .report import FailedRow, Failures, RotationProgress, RotationReport
 from .targets import Target, TargetTable, resolve_targets
 
@@ -43,18 +38,6 @@ MAX_PASSES: Final = 20
 """Passes over a table. One finds everything, unless rows change meanwhile: a compare-and-swap that
 was lost, a row that somebody holds locked, or a process whose primary is still the old key, leaves
 stale rows behind the cursor."""
-
-DEFAULT_RANGES: Final = 16
-"""Ranges of a table at most, for an executor: some for each of a few workers, so that they end at
-about the same time."""
-
-_LEAST_ROWS: Final = 20_000
-"""Stale rows of a range at least, unless `ranges` is given: what one process re-seals in less than
-a second is not worth the start of a worker."""
-
-_TURN: Final = 5.0
-"""Seconds after which a worker hands its range back, so that the caller can tell progress, ask
-whether to stop, and hear an interrupt."""
 
 _MOST_REFUSED: Final = 1000
 """Rows that the database may refuse to change one after the other, without any that it lets change
@@ -124,9 +107,6 @@ def rotate(
     on_progress: Callable[[RotationProgress], object] | None = None,
     stop_when: Callable[[RotationProgress], object] | None = None,
     dry_run: bool = False,
-    executor: Executor | Callable[[], Executor] | None = None,
-    ranges: int | None = None,
-    connect: Callable[[], Engine] | None = None,
 ) -> RotationReport:
     """Re-encrypt every value that is not under the primary key, in batches, online.
 
@@ -134,51 +114,33 @@ def rotate(
     next one goes on. A value is replaced only while the row still holds what was read: a
     concurrent writer always wins. A value that does not open is left as it is.
 
-    With `executor`, each table is cut into ranges of its primary key, which the executor's workers
-    re-encrypt; this process then makes the usual passes over what is left and the count that ends
-    a run. A range whose worker died, or whose fault may pass, is given to the executor again, and
-    in the end done by this process. On SQLite, which has one writer at a time, and for a table
-    that is one range, this process does the work alone. Workers make their own keyrings, which
-    must have the same keys and primary; none is sent to them.
+    Several rotators may run at once, in one process or many. Each skips the rows that another has
+    locked, so they share the work. On SQLite, which has one writer at a time, they take turns.
 
     :param bind: an engine, or a connection that is in no transaction. A run on an engine goes on
         with another connection when its own is lost.
     :param targets: what to rotate: a MetaData, registry, Declarative base, mapped class, Table,
         Column or an iterable of them; the metadata of :class:`LucentBase` if left out.
     :param keyring: opens with all its keys, seals with its primary; the default keyring if left
-        out. One keyring serves the whole run. May be a function that returns it: the workers of
-        an executor call it too, and use their own default keyring otherwise.
+        out. One keyring serves the whole run. May be a function that returns it.
     :param batch_size: rows per transaction at most, 1 or more. A table begins with 100, and a
         batch has 16 MiB of values at most, or one row.
     :param batch_time: seconds that a transaction should take; the number of rows then follows,
         from `batch_size` on.
-    :param max_rate: rows per second at most, 1 or more. With `executor` it is divided by the
-        number of ranges, which must be given: as many as there are workers.
+    :param max_rate: rows per second at most, 1 or more.
     :param pause: seconds to wait after each batch.
     :param retries: further attempts at a batch that failed for a passing reason (a deadlock, a
         lock or statement timeout, a lost connection), each with half the rows.
     :param on_error: ``"report"`` goes on when a value does not open, or the database refuses to
         change its row; ``"raise"`` ends the run with a :exc:`RotationError`, the batch in hand
         rolled back.
-    :param on_progress: called after each batch, and before each further pass over a table. With
-        `executor`, in this process, each time that a worker has finished a range or worked on one
-        for 5 seconds.
+    :param on_progress: called after each batch, and before each further pass over a table.
     :param stop_when: called when `on_progress` is; something true ends the run there, and the
-        report says what remains. Workers come to the end of their 5 seconds.
+        report says what remains.
     :param dry_run: open and seal everything in memory, and write nothing.
-    :param executor: a :class:`concurrent.futures.Executor` of processes (or Dask's, from
-        ``Client.get_executor()``), or a function that returns one, which is called again when a
-        process of it has died. Threads are allowed and gain nothing.
-    :param ranges: how many ranges a table is cut into at most, 1 or more. If left out, 16, with
-        20,000 stale rows in each at least.
-    :param connect: a function that returns a new engine, for the workers, which dispose of it.
-        They import it by its name. If left out, they make one of the URL alone, which must have
-        no password, nor an option that may hold one: it would be sent to them. Both must lead to
-        the database and schema of `bind`.
     :raises RotationError: nothing to rotate was found, an argument is wrong, the connection is in
-        a transaction, the database refuses (the message says what was done until then), a worker
-        has another keyring, finds itself in another database or schema or cannot import what it
-        needs, or (``"raise"``) a value does not open.
+        a transaction, the database refuses (the message says what was done until then), or
+        (``"raise"``) a value does not open.
     """
     options = RotationOptions(
         batch_size=batch_size,
@@ -191,45 +153,7 @@ def rotate(
         stop_when=stop_when,
         dry_run=dry_run,
     )
-    own = keyring_of(keyring)
-    if executor is None:
-        if ranges is not None or connect is not None:
-            raise RotationError("ranges= and connect= are for the workers of an executor=")
-        return _rotate(bind, targets, own, options, time.sleep)
-    if not isinstance(bind, Engine):
-        raise RotationError(
-            f"executor= needs the Engine, not this {type(bind).__name__}: each worker has a "
-            "connection of its own"
-        )
-    _check_ranges(ranges, options.max_rate)
-    # Also where this process will do the work alone: what is wrong shows in a rehearsal then.
-    check_executor(executor)
-    make_keyring = None if isinstance(keyring, Keyring) else keyring
-    for name, function in (("connect", connect), ("keyring", make_keyring)):
-        check_goes_by_name(name, function)
-    if bind.dialect.name == "sqlite":
-        return _rotate(bind, targets, own, options, time.sleep)
-    workplace = Workplace.of(bind, connect, make_keyring, own)
-    sharing = Sharing(executor, work_on_range)
-    try:
-        shared = _Shared(sharing, workplace, ranges)
-        return _rotate(bind, targets, own, options, time.sleep, shared)
-    finally:
-        sharing.close()
-
-
-def _check_ranges(ranges: int | None, max_rate: float | None) -> None:
-    if ranges is not None and (not _is_number(ranges, int) or ranges < 1):
-        raise RotationError("ranges is a whole number, 1 or more")
-    if max_rate is None:
-        return
-    if ranges is None:
-        raise RotationError(
-            "max_rate is divided by the number of ranges when there is an executor: "
-            "say with ranges= how many, as many as it has workers"
-        )
-    if max_rate < ranges:
-        raise RotationError("max_rate is 1 row per second or more for each of the ranges")
+    return _rotate(bind, targets, keyring_of(keyring), options, time.sleep)
 
 
 async def arotate(
@@ -242,15 +166,8 @@ async def arotate(
     """Do what :func:`rotate` does, with the same options, over an async engine or connection.
 
     Between batches, and while the database works, the event loop runs. `on_progress` and
-    `stop_when` are ordinary functions. There is no `executor` here: its workers need an ordinary
-    engine, and so does waiting for them.
+    `stop_when` are ordinary functions.
     """
-    for_workers = {"executor", "ranges", "connect"} & set(options)
-    if for_workers:
-        raise RotationError(
-            f"arotate() takes no {min(for_workers)}=: run rotate() with an ordinary Engine in a "
-            "thread, await asyncio.to_thread(rotate, engine, targets, executor=...)"
-        )
     unknown = set(options) - {field.name for field in fields(RotationOptions)}
     if unknown:
         raise TypeError(f"arotate() got an unexpected keyword argument {min(unknown)!r}")
@@ -281,50 +198,11 @@ def _rotate(
     keyring: Keyring,
     options: RotationOptions,
     sleep: Callable[[float], object],
-    shared: _Shared | None = None,
 ) -> RotationReport:
     link = Link(bind)
     tables = resolve_targets(targets, bind)
-    run = _Run(link, keyring, options, sleep, shared)
+    run = _Run(link, keyring, options, sleep)
     return run.guarded(lambda: run.over(tables))
-
-
-def work_on_range(payload: bytes) -> Outcome:
-    """Work for a turn on the range in `payload`, in a worker of an executor. Internal.
-
-    :raises RotationError: it cannot be begun here, or ends in a way that another attempt would.
-    """
-    try:
-        return _work_on(Task.loads(payload))
-    except (LucentError, MemoryError):
-        raise
-    except ImportError as error:
-        fault = f"{type(error).__name__}: {error}"
-    except Exception as error:  # noqa: BLE001
-        fault = type(error).__name__
-    # Not chained: what SQLAlchemy raises may show rows.
-    raise RotationError(f"a worker of the executor cannot go on ({fault})")
-
-
-def _work_on(task: Task) -> Outcome:
-    keyring = task.workplace.own_keyring()
-    engine = task.workplace.open()
-    ends = time.monotonic() + _TURN
-    options = replace(task.options, stop_when=lambda _: time.monotonic() >= ends)
-    try:
-        run = _Run(Link(engine), keyring, options, time.sleep)
-        return run.turn(task)
-    finally:
-        engine.dispose()
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """How a run shares its ranges out."""
-
-    sharing: Sharing
-    workplace: Workplace
-    ranges: int | None
 
 
 class Worker(Protocol):
@@ -370,14 +248,12 @@ class _Run:
         keyring: Keyring,
         options: RotationOptions,
         sleep: Callable[[float], object],
-        shared: _Shared | None = None,
         passes: int | None = None,
     ) -> None:
         self._link = link
         self._keyring = keyring
         self._options = options
         self._sleep = sleep
-        self._shared = shared
         self._passes = 1 if options.dry_run else passes or MAX_PASSES
         self._pace = Pace(
             options.batch_size,
@@ -391,8 +267,6 @@ class _Run:
         self._total = 0
         self._rotated = 0
         self._stopped = False
-        self._stopped_behind: PrimaryKey | None = None
-        self._taken_over: list[str] = []
         self._raised_by_callback: DBAPIError | None = None
         self._refused = 0  # since the last value that was written
 
@@ -432,32 +306,7 @@ class _Run:
             remaining,
             self._stopped,
             self._options.dry_run,
-            tuple(self._taken_over),
         )
-
-    def turn(self, task: Task) -> Outcome:
-        """Pass over the range of `task`, until ``stop_when`` ends it.
-
-        :raises RotationError: the connection leads elsewhere than the caller's.
-        """
-        table, range_ = task.table.target(), task.range
-        with ExitStack() as stack:
-            stack.push(self._link)  # is opened by the first attempt, and closed here
-            try:
-                self._attempt(lambda _: task.check_place(self._link.connection))
-                worker = self._attempt(lambda _: self._worker(table))
-                worker.upto = range_.upto
-                self._attempt(partial(self._prepare, worker))
-                failures = self._one_pass(worker, range_.after)
-            except DBAPIError as error:
-                # Nothing is written by a dry run, so the next attempt counts it again.
-                rotated = 0 if self._options.dry_run else self._rotated
-                passing = self._link.recovers_from(error)
-                return Outcome(rotated, Failures(), None, _first_line(error), passing)
-            rest = None
-            if self._stopped_behind is not None:
-                rest = KeyRange(self._stopped_behind, range_.upto)
-            return Outcome(self._rotated, failures, rest)
 
     def where_it_stands(self, reason: str) -> str:
         """Say what the database refused, and what was done until then."""
@@ -491,10 +340,7 @@ class _Run:
                 if self._stopped:
                     break
             before = self._rotated
-            if number == 0 and self._shared is not None and isinstance(worker, TableWorker):
-                failures = self._shared_pass(worker, self._shared)
-            else:
-                failures = self._one_pass(worker)
+            failures = self._one_pass(worker)
             remaining = self._count(worker)
             if self._options.dry_run:
                 remaining = max(remaining - (self._rotated - before), failures.count)
@@ -502,46 +348,10 @@ class _Run:
                 break
         return failures, remaining
 
-    def _shared_pass(self, worker: TableWorker, shared: _Shared) -> Failures:
-        """Pass over the table with the workers of an executor."""
-        failures = Failures()
-        ranges, least_rows = shared.ranges, 1
-        if ranges is None:
-            ranges, least_rows = DEFAULT_RANGES, _LEAST_ROWS
-        found = self._attempt(lambda _: split(self._link.connection, worker, ranges, least_rows))
-        if len(found) == 1 or self._stopped:
-            return self._one_pass(worker)
-        options = replace(self._options, on_progress=None, stop_when=None)
-        if options.max_rate is not None:
-            options = replace(options, max_rate=options.max_rate / len(found))
-        description = TableDescription.of(worker.target)
-        place = self._attempt(lambda _: place_of(self._link.connection))
-
-        def dump(range_: KeyRange) -> bytes:
-            return Task(shared.workplace, description, range_, options, place).dumps()
-
-        def took(outcome: Outcome) -> bool:
-            self._rotated += outcome.rotated
-            failures.merge(outcome.failures)
-            if outcome.fault is not None and not outcome.is_passing:
-                raise RotationError(self.where_it_stands(outcome.fault))
-            self._tell(worker, failures)
-            return not self._stopped
-
-        for piece in shared.sharing.over(found, dump, took):
-            self._taken_over.append(f"a range of {worker.name}: {piece.fault}")
-            worker.upto = piece.range.upto
-            failures.merge(self._one_pass(worker, piece.range.after))
-        worker.upto = None
-        return failures
-
-    def _one_pass(
-        self, worker: TableWorker | SimpleWorker, after: PrimaryKey | None = None
-    ) -> Failures:
-        """Go through the rows behind `after`; note where, if ``stop_when`` ends it before."""
+    def _one_pass(self, worker: TableWorker | SimpleWorker) -> Failures:
         failures = Failures()
         self._pace.begin_table()
-        self._stopped_behind = None
+        after: PrimaryKey | None = None
         more = not self._stopped
         while more:
             started = time.monotonic()
@@ -559,9 +369,7 @@ class _Run:
                 self._tell(worker, failures)
             if batch.rows:
                 self._pace.after(batch.rows, batch.size, time.monotonic() - started)
-            if more and self._stopped:
-                self._stopped_behind = after
-                more = False
+            more = more and not self._stopped
         return failures
 
     def _batch(
@@ -636,8 +444,7 @@ class _Run:
         try:
             if options.on_progress is not None:
                 options.on_progress(progress)
-            # Asked no more once it said so: workers at their last turn are told of too.
-            if options.stop_when is not None and not self._stopped:
+            if options.stop_when is not None:
                 self._stopped = bool(options.stop_when(progress))
         except DBAPIError as error:
             self._raised_by_callback = error  # of the caller's own SQL: it is raised as it is

@@ -71,8 +71,7 @@ class RotationReport:
     key_version: str
     """The version that everything is sealed under now, but for what failed or remains."""
     rotated: int
-    """Values re-encrypted by this run, without what a worker that died had committed of a range;
-    in a dry run, those that would be."""
+    """Values re-encrypted by this run; in a dry run, those that would be."""
     failed: tuple[FailedRow, ...]
     """Values that did not open: the first 1,000 of them."""
     failed_count: int
@@ -83,9 +82,6 @@ class RotationReport:
     stopped: bool = False
     """Whether ``stop_when`` ended the run."""
     dry_run: bool = False
-    taken_over: tuple[str, ...] = ()
-    """Ranges that no worker of the executor finished, each with what ended the last attempt; the
-    calling process did them itself."""
 
     @property
     def ok(self) -> bool:

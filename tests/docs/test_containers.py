@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from sqlalchemy_lucent import Keyring, generate_master_key
+from sqlalchemy_lucent._cli.commands import app
+from sqlalchemy_lucent._cli.database import URL_VARIABLE
 from sqlalchemy_lucent._environment import ENV_VARIABLES
 
 from .pages import ROOT, blocks
@@ -62,6 +65,21 @@ def test_kubernetes_mounts_the_file_that_the_variable_names(tmp_path: Path, keys
     assert variable["name"] in ENV_VARIABLES
     file = mounted(tmp_path, variable["value"], keys)
     assert Keyring.from_env({variable["name"]: str(file)}).primary == "v2"
+
+
+def test_the_job_runs_rotators_that_find_the_keys_and_the_database(tmp_path: Path) -> None:
+    spec = document("rotate.yaml")["spec"]
+    assert spec["completions"] == spec["parallelism"] > 1
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    program, command, *options = container["command"]
+    assert program == "lucent"
+    with pytest.raises(SystemExit, match="0"):
+        typer.main.get_command(app).main([command, *options, "--help"], prog_name=program)
+    keys_file, database = container["env"]
+    assert keys_file["name"] in ENV_VARIABLES
+    assert database["name"] == URL_VARIABLE
+    assert keys_file["value"].startswith(container["volumeMounts"][0]["mountPath"] + "/")
 
 
 def test_the_page_names_every_variable() -> None:

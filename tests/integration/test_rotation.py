@@ -961,7 +961,6 @@ def test_a_report_is_json_ready_whatever_the_primary_key(engine: Engine, promote
         "remaining": 1,
         "stopped": False,
         "dry_run": False,
-        "taken_over": [],
         "ok": False,
     }
 

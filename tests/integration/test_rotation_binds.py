@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -31,7 +30,6 @@ from sqlalchemy_lucent import (
     Keyring,
     RotationError,
     rotate,
-    set_default_keyring,
     status,
     verify,
 )
@@ -154,24 +152,6 @@ def test_client_side_cursors_are_rotated(engine: Engine, url: URL, promoted: Key
     assert rotate(on_client, table, keyring=promoted).rotated == 25
     assert verify(on_client, table, keyring=promoted.without("v1")).opened == 25
     on_client.dispose()
-
-
-@on_servers
-def test_who_once_said_stop_is_not_asked_again(engine: Engine, promoted: Keyring) -> None:
-    table = documents_table()
-    fill(engine, table, 400)
-    set_default_keyring(promoted)  # which the workers use, being threads
-    asked: list[int] = []
-
-    def stop(progress: Any) -> bool:
-        asked.append(progress.rotated)
-        return len(asked) == 1
-
-    with ThreadPoolExecutor(3) as threads:
-        report = rotate(engine, table, keyring=promoted, executor=threads, ranges=8, stop_when=stop)
-    assert report.stopped
-    assert len(asked) == 1
-    assert report.remaining == 400 - report.rotated > 0
 
 
 def test_an_error_of_the_callback_is_raised_as_it_is(engine: Engine, promoted: Keyring) -> None:
