@@ -25,7 +25,7 @@ FIGURES = {
     "databases": 2 * 5 * (3 * 2 + 2),
     "repository": 4 * 2 * 4 + 2,
     "rotation": 2 * (3 + 6 + 4 + 3 * 3),
-    "workers": 2 * 3,
+    "workers": 2 * 2,
     "swap": 3 * 2,
     "toast": 3,
     "memory": 2 + 2,
