@@ -22,6 +22,7 @@ import msgspec
 import orjson
 import ormsgpack
 
+from ._redacted import PRINT_MARKS, refuse_print
 from .exceptions import SerializationError
 
 MAX_DEPTH: Final = 254
@@ -57,6 +58,10 @@ _PLAIN_ONLY: Final = (
 _FLOAT: Final = 0xCB
 _may_be_infinite_or_nan = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]").search
 
+_LESS, _AMPERSAND, _PERCENT, _BACKSLASH = PRINT_MARKS
+
+# Names of their own, because an attribute of a module is looked up for each value.
+_pack, _write = ormsgpack.packb, orjson.dumps
 decode = msgspec.json.Decoder().decode
 
 
@@ -78,12 +83,22 @@ class StrictCodec:
     def dumps(self, value: JSONValue) -> bytes:
         """Return `value` as compact JSON; refuse what JSON would not give back equal."""
         try:
-            packed = ormsgpack.packb(value, None, _PLAIN_ONLY)
+            packed = _pack(value, None, _PLAIN_ONLY)
             if _FLOAT not in packed or not _may_be_infinite_or_nan(packed):
-                return orjson.dumps(value)
+                data = _write(value)
+                # Single bytes, because looking for a word takes ten times as long. The backslashes
+                # of JSON's own escapes, as in a PEM key, are not among those of the value.
+                if (
+                    _LESS in data
+                    or _AMPERSAND in data
+                    or _PERCENT in data
+                    or (_BACKSLASH in data and _BACKSLASH in packed)
+                ):
+                    refuse_print(data)
+                return data
         except Exception:  # noqa: BLE001, S110  (a value's own methods may raise anything)
-            pass  # a type that is not JSON's own, or an integer past 64 bits
-        return _dumps_compared(value)
+            pass  # a type that is not JSON's own, an integer past 64 bits, or refused again below
+        return refuse_print(_dumps_compared(value))
 
     def loads(self, data: bytes) -> JSONValue:
         """Return the value that `data` holds."""
@@ -120,9 +135,10 @@ class EngineCodec:
 
     def dumps(self, value: JSONValue) -> bytes:
         """Return what the engine's serializer makes of `value`."""
-        data = (
-            STRICT.dumps(value) if self._serializer is None else _serialize(self._serializer, value)
-        )
+        if self._serializer is None:
+            data = STRICT.dumps(value)
+        else:
+            data = refuse_print(_serialize(self._serializer, value))
         restored = self.loads(data)
         try:
             if same_value(restored, value):
