@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import jinja2
-import mako.template
+import mako.template  # type: ignore[import-untyped]
 import markupsafe
 import pytest
 import requests
@@ -98,7 +98,7 @@ COPIES: list[Callable[[str], Any]] = [
 ]
 
 
-def copies_of(token: str, statement: Callable[[str], Any]) -> Any:
+def copies_of(token: Any, statement: Callable[[str], Any]) -> Any:
     return statement(token), select(table.c.name, table.c.notes).where(table.c.name.is_not(None))
 
 

@@ -45,6 +45,7 @@ from sqlalchemy_lucent import (
 from sqlalchemy_lucent.migrations import encrypt_column
 
 VALUE = {"token": "sk_live_1", "scopes": ["read"]}
+PRINT = "<redacted dict>"
 KEY = "tenant:t1:stripe:apiKey"
 
 
@@ -77,6 +78,10 @@ class Integration(Base):
     credentials: Mapped[Any] = row_bound("tenant")
 
 
+SERVICES, INTEGRATIONS = Base.metadata.tables["services"], Base.metadata.tables["integrations"]
+TABLES = [SERVICES, INTEGRATIONS, LucentBase.metadata.tables["lucent_secrets"]]
+
+
 def service(id_: int = 1, **values: Any) -> Service:
     given: dict[str, Any] = {
         "plain": VALUE,
@@ -100,18 +105,8 @@ def stored(session: Session) -> list[Any]:
     """The bytes of every value."""
     columns = [column for table in TABLES for column in table.c if str(column.type) == "BLOB"]
     assert len(columns) == 8
-    return [
-        [
-            bytes(value)
-            for value in session.scalars(
-                sa.select(sa.literal_column(column.name)).select_from(column.table)
-            )
-        ]
-        for column in columns
-    ]
-
-
-TABLES = [Service.__table__, Integration.__table__, LucentSecret.__table__]
+    statements = [sa.select(sa.literal_column(c.name)).select_from(c.table) for c in columns]
+    return [list(map(bytes, session.scalars(statement).all())) for statement in statements]
 
 
 @pytest.fixture
@@ -153,6 +148,17 @@ def edit_a_name(session: Session) -> None:
     session.flush()
 
 
+def edit_a_mutable_dict(session: Session) -> None:
+    row = the(session)
+    row.theirs["a"] = PRINT
+    session.flush()
+
+
+def add_an_object(session: Session) -> None:
+    session.add(service(2, plain=[PRINT]))
+    session.flush()
+
+
 def set_a_row_bound(session: Session) -> None:
     row = bound(session)
     row.credentials = str(row.credentials)
@@ -185,18 +191,14 @@ def through_json_serializer(session: Session) -> None:
     )
     try:
         with engine.connect() as connection:
-            table = Service.__table__
-            connection.execute(update(table).values(plain={"a": "<redacted dict>"}))
+            connection.execute(update(SERVICES).values(plain={"a": "<redacted dict>"}))
     finally:
         engine.dispose()
 
 
-PRINT = "<redacted dict>"
 WRITES: dict[str, Callable[[Session], object]] = {
-    **{
-        f"attribute, {name}": set_and_flush(name) for name in ("plain", "lazy", "mutable", "theirs")
-    },
-    "attribute, typed": set_and_flush("typed"),
+    **{f"attribute, {name}": set_and_flush(name) for name in ("plain", "lazy", "mutable", "typed")},
+    "MutableDict": edit_a_mutable_dict,
     "typed, inside": lambda s: s.execute(update(Service).values(typed=Account(PRINT))),
     "typed, a name": lambda s: s.execute(update(Service).values(names={PRINT: ""})),
     "edit inside": edit_inside,
@@ -204,23 +206,23 @@ WRITES: dict[str, Callable[[Session], object]] = {
     "row-bound": set_a_row_bound,
     "behind row-bound": set_what_is_behind_a_row_bound,
     "payload": set_a_payload,
-    "new object": lambda s: (s.add(service(2, plain=[PRINT])), s.flush()),
+    "new object": add_an_object,
     "orm update": lambda s: s.execute(update(Service).values(plain={"a": [PRINT]})),
     "orm update, bulk": lambda s: s.execute(update(Service), [{"id": 1, "plain": PRINT}]),
     "orm insert, bulk": lambda s: s.execute(
         insert(Integration), bound_rows(Integration, [{"tenant": "t2", "credentials": PRINT}])
     ),
     "bulk_save": lambda s: s.bulk_save_objects([service(2, lazy=PRINT)]),
-    "core": lambda s: s.execute(Service.__table__.update(), {"plain": {PRINT: 1}}),
+    "core": lambda s: s.execute(SERVICES.update(), {"plain": {PRINT: 1}}),
     "core, many": lambda s: s.execute(
-        Service.__table__.update().where(Service.__table__.c.id == sa.bindparam("key")),
+        SERVICES.update().where(SERVICES.c.id == sa.bindparam("key")),
         [{"key": 1, "plain": 1}, {"key": 1, "plain": PRINT}],
     ),
     "core, literal": lambda s: s.execute(
-        Service.__table__.update().values(plain=sa.literal(PRINT, Service.__table__.c.plain.type))
+        SERVICES.update().values(plain=sa.literal(PRINT, SERVICES.c.plain.type))
     ),
     "core, bound": lambda s: s.execute(
-        Integration.__table__.update().values(credentials=Bound(PRINT, row=("t1",)))
+        INTEGRATIONS.update().values(credentials=Bound(PRINT, row=("t1",)))
     ),
     "set": lambda s: LucentSecrets(s).set(KEY, PRINT),
     "set, expected": expecting,
@@ -286,7 +288,7 @@ def test_a_print_in_a_plaintext_column_is_not_sealed(engine: Engine, type_: Any)
         )
     with engine.connect() as connection:
         operations = Operations(MigrationContext.configure(connection))
-        with pytest.raises(RotationError, match="1 values of users.credentials"):
+        with pytest.raises(RotationError, match=r"1 values of users\.credentials"):
             encrypt_column("users", "credentials", existing_type=type_, operations=operations)
     with engine.connect() as connection:
         kept = connection.scalars(sa.select(table.c.credentials).order_by(table.c.id)).all()

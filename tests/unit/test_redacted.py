@@ -266,7 +266,9 @@ SEALED = Sealed(
     ColumnCodec(("users.credentials",), STRICT, (), True),
 )
 PRINTS = [
-    *(repr(redact(value)) for value in ({}, [], "")),
+    "<redacted dict>",
+    "<redacted list>",
+    "<redacted str>",
     repr(SEALED),
     repr(Bound({}, row=("a",))),
     "<redacted object>",  # the command line's
