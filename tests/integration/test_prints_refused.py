@@ -105,7 +105,9 @@ def stored(session: Session) -> list[Any]:
     """The bytes of every value."""
     columns = [column for table in TABLES for column in table.c if str(column.type) == "BLOB"]
     assert len(columns) == 8
-    statements = [sa.select(sa.literal_column(c.name)).select_from(c.table) for c in columns]
+    statements: list[sa.Select[Any]] = [
+        sa.select(sa.literal_column(c.name)).select_from(c.table) for c in columns
+    ]
     return [list(map(bytes, session.scalars(statement).all())) for statement in statements]
 
 
