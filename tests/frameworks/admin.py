@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from typing import Any
 
+import pytest
 from sqlalchemy import Engine, String
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -100,6 +101,13 @@ CASES = [
     (model, kind) for model in MODELS for kind in (["typed"] if model is Typed else list(VALUES))
 ]
 """Each model with each kind of value that it may hold."""
+
+each_case = pytest.mark.parametrize(
+    "model, kind", CASES, ids=[f"{model.__name__}-{kind}" for model, kind in CASES]
+)
+
+REPLACED = [(Plain, "str"), (Mutable, "dict"), (Lazy, "list"), (RowBound, "str")]
+"""What the forms of docs/frameworks.md are tried with."""
 
 
 def value_of(kind: str) -> Any:

@@ -15,13 +15,20 @@ from sqlalchemy import Engine
 from starlette.applications import Starlette
 from starlette.requests import Request
 
-from .admin import CASES, MARKER, VALUES, Form, Lazy, Mutable, Plain, RowBound, Secret, fill, stored
+from .admin import (
+    MARKER,
+    REPLACED,
+    VALUES,
+    Form,
+    Mutable,
+    Plain,
+    Secret,
+    each_case,
+    fill,
+    stored,
+)
 
 pytestmark = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
-
-each_case = pytest.mark.parametrize(
-    "model, kind", CASES, ids=[f"{model.__name__}-{kind}" for model, kind in CASES]
-)
 
 
 def visit(
@@ -42,11 +49,12 @@ def visit(
 
 def view_of(model_: type[Any]) -> type[ModelView]:
     """A view with every column, and no option beside."""
-    members = {"column_list": "__all__", "column_details_list": "__all__"}
-    view: type[ModelView] = type(ModelView)(
-        f"{model.__name__}View", (ModelView,), members, model=model
-    )
-    return view
+
+    class View(ModelView, model=model_):
+        column_list = "__all__"
+        column_details_list = "__all__"
+
+    return View
 
 
 def identity(model: type[Any]) -> str:
@@ -131,9 +139,7 @@ def replacing(model_: type[Any]) -> type[ModelView]:
     return View
 
 
-@pytest.mark.parametrize(
-    "model, kind", [(Plain, "str"), (Mutable, "dict"), (Lazy, "list"), (RowBound, "str")]
-)
+@pytest.mark.parametrize("model, kind", REPLACED)
 def test_a_form_that_replaces_shows_nothing_and_keeps_what_it_is_not_given(
     engine: Engine, model: type[Any], kind: str
 ) -> None:
