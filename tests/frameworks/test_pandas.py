@@ -28,7 +28,7 @@ def frame(engine: Engine, kind: str, of: Table = table) -> pd.DataFrame:
     table.metadata.create_all(engine)
     with engine.begin() as connection:
         connection.execute(insert(table), {"id": 1, "d": VALUES[kind]})
-        return pd.read_sql(select(of), connection)
+        return pd.DataFrame([dict(row) for row in connection.execute(select(of)).mappings()])
 
 
 @each_kind
@@ -66,8 +66,11 @@ def test_a_csv_that_is_read_back_is_not_stored(engine: Engine, kind: str) -> Non
 
 
 @each_kind
-def test_a_frame_is_stored_through_the_type(engine: Engine, kind: str) -> None:
-    data = frame(engine, kind)
+def test_a_frame_is_read_and_stored_through_the_type(engine: Engine, kind: str) -> None:
+    pytest.importorskip("sqlalchemy", "2.0.42", "the oldest that pandas takes")
+    frame(engine, kind)
+    with engine.connect() as connection:
+        data = pd.read_sql(select(table), connection)
     with engine.begin() as connection:
         connection.execute(table.delete())
     data.to_sql("services", engine, if_exists="append", index=False, dtype={"d": table.c.d.type})

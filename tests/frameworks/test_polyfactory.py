@@ -37,8 +37,9 @@ def factory_of(
 def test_what_it_makes_up_for_a_sealed_column_is_refused_by_name(
     session: Session, model: type[Any]
 ) -> None:
-    with pytest.raises(SerializationError, match=r"\.credentials: \$: .* convert it") as caught:
-        factory_of(model, session).create_sync()
+    # Bytes; or, on SQLAlchemy 2.0, dicts of which next to all hold dates or decimals.
+    with pytest.raises(SerializationError, match=r"\.credentials: \$.* convert it") as caught:
+        factory_of(model, session).create_batch_sync(20)
     assert caught.value.__context__ is None
 
 
