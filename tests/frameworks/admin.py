@@ -41,6 +41,16 @@ class Plain(Base):
     credentials: Mapped[Any] = mapped_column(EncryptedJSON)
 
 
+class Unredacted(Base):
+    """A column whose values print themselves."""
+
+    __tablename__ = "unredacted"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    note: Mapped[str | None] = mapped_column(String(50))
+    credentials: Mapped[Any] = mapped_column(EncryptedJSON(redact=False))
+
+
 class Lazy(Base):
     """A column that opens nothing by itself."""
 
@@ -108,6 +118,10 @@ each_case = pytest.mark.parametrize(
 
 REPLACED = [(Plain, "str"), (Mutable, "dict"), (Lazy, "list"), (RowBound, "str")]
 """What the forms of docs/frameworks.md are tried with."""
+
+
+PRINTED = [(Unredacted, {"token": MARKER}), (Plain, 51), (Plain, True)]
+"""Values that print themselves, and that forms turn into text."""
 
 
 def value_of(kind: str) -> Any:

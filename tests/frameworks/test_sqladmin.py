@@ -12,11 +12,13 @@ import pytest
 from sqladmin import Admin, ModelView
 from sqladmin.fields import TextAreaField
 from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 from starlette.applications import Starlette
 from starlette.requests import Request
 
 from .admin import (
     MARKER,
+    PRINTED,
     REPLACED,
     VALUES,
     Form,
@@ -113,6 +115,23 @@ def test_a_browser_sends_back_a_text_with_other_line_ends(engine: Engine) -> Non
 
     visit(engine, view_of(Plain), edit)
     assert stored(engine, Plain)[0] == "one\r\ntwo"
+
+
+@pytest.mark.parametrize("model, value", PRINTED)
+def test_what_prints_itself_is_stored_as_its_text(
+    engine: Engine, model: type[Any], value: Any
+) -> None:
+    fill(engine, model, "str")
+
+    async def edit(client: httpx.AsyncClient) -> None:
+        with Session(engine) as session:
+            session.get_one(model, 1).credentials = value
+            session.commit()
+        fields = Form((await client.get("/edit/1")).text).fields
+        assert (await client.post("/edit/1", data=fields)).status_code == 302
+
+    visit(engine, view_of(model), edit)
+    assert stored(engine, model)[0] == str(value)
 
 
 # -- the recipe of docs/frameworks.md --------------------------------------------------------------

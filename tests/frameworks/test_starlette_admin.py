@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette_admin import IntegerField, StringField, TextAreaField
@@ -17,6 +18,7 @@ from starlette_admin.contrib.sqla import Admin, ModelView
 
 from .admin import (
     MARKER,
+    PRINTED,
     REPLACED,
     VALUES,
     Form,
@@ -78,6 +80,24 @@ def test_who_edits_another_field_leaves_the_credential_as_it_is(
         assert (answer.status_code == 303) is (kind == "str" and model in (Plain, Mutable))
 
     visit(engine, ModelView(model), edit)
+
+
+@pytest.mark.parametrize("model, value", PRINTED)
+def test_what_prints_itself_is_stored_as_its_text(
+    engine: Engine, model: type[Any], value: Any
+) -> None:
+    fill(engine, model, "str")
+
+    async def edit(client: httpx.AsyncClient) -> None:
+        with Session(engine) as session:
+            session.get_one(model, 1).credentials = value
+            session.commit()
+        fields = Form((await client.get("/edit", params={"pk": 1})).text).fields
+        answer = await client.post("/edit", params={"pk": 1}, data=fields)
+        assert answer.status_code == 303
+
+    visit(engine, ModelView(model), edit)
+    assert stored(engine, model)[0] == str(value)
 
 
 # -- the recipe of docs/frameworks.md --------------------------------------------------------------
