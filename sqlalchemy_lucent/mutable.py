@@ -307,6 +307,10 @@ def _listen(attribute: QueryableAttribute[Any], redacts: bool) -> None:
         if not names or key in names:
             load(state)
 
+    def written(_: Any, __: Any, state: InstanceState[Any]) -> None:
+        # SQLModel puts what is set into the object's dict itself, past the event "set".
+        load(state)
+
     def replace(state: InstanceState[Any], value: Any, old: Any, _: Any) -> Any:
         if value is old:
             return value
@@ -330,6 +334,8 @@ def _listen(attribute: QueryableAttribute[Any], redacts: bool) -> None:
         ("load", load),
         ("refresh", refresh),
         ("refresh_flush", refresh),
+        ("after_insert", written),
+        ("after_update", written),
         ("_sa_event_merge_wo_load", load),  # merge(load=False), as sqlalchemy.ext.mutable does
         ("pickle", pickle),
         ("unpickle", unpickle),

@@ -34,7 +34,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from . import _sql
 from ._dialects import is_mysql
 from ._envelope import Envelope, length_prefixed, parse
-from ._json import STRICT, Codec, EngineCodec, decode
+from ._json import STRICT, Codec, EngineCodec, decode, same_document
 from ._redacted import REDACTED, redact
 from ._schema import Schema
 from .exceptions import (
@@ -406,11 +406,19 @@ class EncryptedJSON(TypeDecorator[Any]):
         See :mod:`sqlalchemy_lucent.mutable`. The parameters are those of the class.
 
         :raises ConfigurationError: `lazy` or `bound_to` is among them: such values are opened each
-            time, so set the attribute instead.
+            time, so set the attribute instead. Or `schema` has values that may be edited and are
+            neither a dict nor a list.
         """
         type_ = cls(none_as_null, **options)
         if type_.lazy or type_.bound_to:
             raise ConfigurationError("a lazy or row-bound EncryptedJSON does not track changes")
+        untracked = None if type_.schema is None else Schema(type_.schema).untracked_part()
+        if untracked is not None:
+            raise ConfigurationError(
+                f"EncryptedJSON.mutable(schema=) sees edits of dicts and lists (also of a "
+                f"TypedDict), not those of {untracked}; use EncryptedJSON(schema=) and set the "
+                "attribute to a new value"
+            )
         type_.tracks_changes = True
         from sqlalchemy.orm import Mapper  # with the ORM only
 
@@ -503,8 +511,13 @@ class EncryptedJSON(TypeDecorator[Any]):
             if kind in usual:
                 try:
                     return context_keys(context).primary.seal(dumps(value))
+                except SerializationError as error:
+                    fault = str(error)
                 except LucentError:
-                    pass  # raised again below, where more is said, and with nothing behind it
+                    fault = ""  # raised again below, where more is said, and with nothing behind it
+                if fault:
+                    del value  # a tracker of errors would send it
+                    raise SerializationError(f"{context}: {fault}")
             if kind is Bound:
                 row = _row_of(value, column)
                 value = value.value
@@ -568,8 +581,15 @@ class EncryptedJSON(TypeDecorator[Any]):
         return dialect.type_descriptor(LargeBinary())
 
     def compare_values(self, x: Any, y: Any) -> bool:
-        """Compare two values as Python does."""
-        return bool(x == y)
+        """Say whether `x`, set in the place of `y`, need not be written.
+
+        Plain JSON is compared as it would be written: ``1``, ``1.0`` and ``True`` differ, and so
+        do ``0.0`` and ``-0.0`` and two orders of names. Whatever else is set is written, and so is
+        a value that has a dict or list of the old one in it, which may have been edited in place.
+        """
+        if isinstance(x, Sealed) or isinstance(y, Sealed):
+            return bool(x == y)
+        return (x is y and self.tracks_changes) or same_document(x, y)
 
     def __repr__(self) -> str:
         arguments = [

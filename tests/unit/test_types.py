@@ -199,12 +199,22 @@ def test_the_attributes_of_json_are_taken_over() -> None:
     [
         ({"a": [1]}, {"a": [1]}, True),
         ({"a": 1}, {"a": 2}, False),
+        ({"a": 1}, {"a": True}, False),
+        ({"a": 1}, {"a": 1.0}, False),
+        ([0.0], [-0.0], False),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, False),
         (None, None, True),
+        (None, JSON.NULL, False),
+        (None, null(), False),
         (1, "1", False),
+        ({"a": {1}}, {"a": {1}}, False),
+        ({"a": float("nan")}, {"a": float("nan")}, False),
     ],
 )
-def test_values_are_compared_as_python_does(left: Any, right: Any, equal: bool) -> None:
-    assert EncryptedJSON().compare_values(left, right) is equal
+def test_values_are_compared_to_the_bit(left: Any, right: Any, equal: bool) -> None:
+    for type_ in (EncryptedJSON(), EncryptedJSON(schema=dict[str, int])):
+        assert type_.compare_values(left, right) is equal
+        assert type_.compare_values(right, left) is equal
 
 
 def test_a_compared_value_has_the_columns_type() -> None:
