@@ -404,7 +404,7 @@ def same_document(left: JSONValue, right: JSONValue) -> bool:
     A part that they share may have been edited in both, after one of them was stored.
     """
     try:
-        return STRICT.dumps(left) == STRICT.dumps(right) and _parts(left).isdisjoint(_parts(right))
+        return STRICT.dumps(right) == STRICT.dumps(left) and _parts(left).isdisjoint(_parts(right))
     except SerializationError:
         return False
 
