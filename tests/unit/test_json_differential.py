@@ -21,7 +21,7 @@ import pytest
 from sqlalchemy_lucent import SerializationError
 from sqlalchemy_lucent._json import MAX_DEPTH, MAX_INTEGER_DIGITS, STRICT
 
-TOO_LONG: Final = 10**MAX_INTEGER_DIGITS
+TOO_LONG: Final[int] = 10**MAX_INTEGER_DIGITS
 VALUES: Final = 120_000
 TEXTS: Final = 82_000  # a few are passed over
 SEEDS: Final = (1, 2, 3, None)
