@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol, TypeAlias
 
 import msgspec
@@ -252,7 +252,8 @@ class _TooDeepError(Exception):
 
 
 _TOO_DEEP: Final = f"the document is nested more than {MAX_DEPTH} levels deep"
-_CHECKED_LEVELS: Final = 8
+_CHECKED_LEVELS: Final = 6
+_AT_A_TIME: Final = 100
 
 _Fault: TypeAlias = tuple[list[str], str]
 """The steps to a fault, innermost first, and what it is."""
@@ -275,24 +276,27 @@ def _find_fault(
         if kind is not dict and kind is not list:
             value = _unwrapped(value)
         if isinstance(value, list):
-            children: Iterable[JSONValue] = value
+            children = value
         else:
             for name in value:
                 if not isinstance(name, str):
                     return [], f"an object has a key of type {type(name).__name__}, not str"
                 if not _is_unicode(name):
                     return [], "an object has a key with a lone surrogate"
-            children = value.values()
-        for position, child in enumerate(children):
-            is_container = isinstance(child, (dict, list))
-            if is_container and depth < _CHECKED_LEVELS and is_faultless(child):
+            children = list(value.values())
+        is_asked = depth < _CHECKED_LEVELS
+        for start in range(0, len(children), _AT_A_TIME):
+            some = children[start : start + _AT_A_TIME]
+            if is_asked and len(children) > _AT_A_TIME and is_faultless(some):
                 continue
-            found = _find_fault(child, depth + 1, is_faultless)
-            if found is not None:
-                found[0].append(
-                    f"[{position}]" if isinstance(value, list) else member_step(position)
-                )
-                return found
+            for position, child in enumerate(some, start):
+                if is_asked and isinstance(child, (dict, list)) and is_faultless(child):
+                    continue
+                found = _find_fault(child, depth + 1, is_faultless)
+                if found is not None:
+                    is_list = isinstance(value, list)
+                    found[0].append(f"[{position}]" if is_list else member_step(position))
+                    return found
         return None
     if isinstance(value, str):
         return None if _is_unicode(value) else ([], _SURROGATE)
