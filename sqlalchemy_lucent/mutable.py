@@ -14,6 +14,9 @@ the document's *owner*, the attribute that holds it, of each edit. A document ha
 set on an attribute, or put into another document, is copied. So is a container that goes into
 the document from outside; edit the copy, ``account.credentials["new"]``.
 
+SQLModel puts what is set into the object itself, past the event that tracks it; such a value is
+tracked once it was flushed.
+
 Tracked values are a real ``dict`` and ``list``. ``copy.deepcopy()`` gives a value that is not
 tracked; a pickle of the model keeps the tracking, a pickle of the value alone has no owner.
 """

@@ -320,6 +320,12 @@ def test_no_error_shows_a_value(session: Session) -> None:
         lambda: LucentSecrets(session).set(KEY, {"a": [MARKER, object()]}),
         lambda: LucentSecrets(session).set(KEY, {MARKER + "\ud800": 1}),
         lambda: session.execute(insert(Account), {"first": {"a": MARKER, "b": float("nan")}}),
+        lambda: session.execute(insert(Account), {"first": [{"a": {MARKER: float("nan")}}]}),
+        lambda: session.execute(
+            insert(Account), [{"first": {MARKER: 1}}, {"first": {MARKER: {1}}}]
+        ),
+        lambda: LucentSecrets(session).set_many({KEY: {MARKER: {MARKER: ()}}}),
+        lambda: LucentSecrets(session).set(KEY, {MARKER: 10**5000}),
         lambda: column == VALUE,
     ]
     for refusal in refused:

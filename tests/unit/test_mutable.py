@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 import pytest
 from hypothesis import given, settings
@@ -181,3 +182,24 @@ def test_a_container_made_by_hand_belongs_to_nothing() -> None:
 def test_a_lazy_or_row_bound_column_is_not_mutable(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="does not track changes"):
         EncryptedJSON.mutable(**options)
+
+
+@dataclasses.dataclass
+class Token:
+    value: str
+
+
+class Shape(TypedDict):
+    names: list[str]
+
+
+@pytest.mark.parametrize("schema", [Token, list[Token], dict[str, Token | None], set[str]])
+def test_a_schema_whose_edits_cannot_be_seen_is_refused(schema: Any) -> None:
+    EncryptedJSON(schema=schema)
+    with pytest.raises(ConfigurationError, match="sees edits of dicts and lists"):
+        EncryptedJSON.mutable(schema=schema)
+
+
+@pytest.mark.parametrize("schema", [Shape, dict[str, Shape], list[list[int]], Any])
+def test_a_schema_of_dicts_and_lists_tracks(schema: Any) -> None:
+    assert EncryptedJSON.mutable(schema=schema).tracks_changes
