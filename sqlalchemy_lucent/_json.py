@@ -4,14 +4,17 @@ No quick encoder of JSON is strict: orjson turns NaN into ``null``, and a tuple,
 into something else. ormsgpack, which has orjson's design, can be told to refuse all of these; so a
 document is packed by it too, to learn that it has nothing else than JSON's own types, and what was
 packed is dropped. That costs about as much as writing the document: a quarter of reading it back
-and comparing, and less than looking at every value in Python. What it refuses is read back and
-compared after all: a MutableDict is as good as a dict.
+and comparing, and less than looking at every value in Python. What it refuses is tried again with
+a function that gives both libraries the plain value of a subclass (a MutableDict is as good as a
+dict); a document that has a fault is searched with their help. Neither takes more than some three
+times as long as an ordinary document, whoever sends it.
 
 Reading is msgspec's, because orjson reads an integer past 64 bits as a float without a word.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 import operator
 import re
@@ -36,7 +39,7 @@ JSONValue: TypeAlias = Any
 
 _FIRST_INTEGER_TOO_LONG: Final = 10**MAX_INTEGER_DIGITS
 
-# Subclasses go through `_unwrap`; the others are refused here rather than after reading back.
+# What these pass on goes through `_Unwrap`, which refuses all but subclasses of JSON's own types.
 _ORJSON_OPTIONS: Final = (
     orjson.OPT_PASSTHROUGH_SUBCLASS
     | orjson.OPT_PASSTHROUGH_DATACLASS
@@ -53,7 +56,7 @@ _PLAIN_ONLY: Final = (
     | ormsgpack.OPT_PASSTHROUGH_DATETIME
 )
 # How MessagePack writes a float: 0xCB and eight bytes, big-endian; an exponent of ones only is NaN
-# or infinite (IEEE 754). Other bytes may look like that, and are then compared for nothing.
+# or infinite (IEEE 754). Other bytes may look like that, and are then searched for nothing.
 _FLOAT: Final = 0xCB
 _may_be_infinite_or_nan = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]").search
 
@@ -133,9 +136,11 @@ class EngineCodec:
                 return data
         except Exception:  # noqa: BLE001, S110  (a value's own methods may raise anything)
             pass
+        kind = type(value).__name__
+        del value, data, restored  # a tracker of errors would send them
         raise SerializationError(
-            f"$: a value of type {type(value).__name__} does not come back equal through the "
-            "engine's json_serializer and json_deserializer"
+            f"$: a value of type {kind} does not come back equal through the engine's "
+            "json_serializer and json_deserializer"
         )
 
     def loads(self, data: bytes) -> JSONValue:
@@ -179,7 +184,7 @@ def _write_unusual(value: JSONValue) -> bytes | str:
         packed = ormsgpack.packb(value, unwrap, _PLAIN_ONLY)
         if not _may_be_infinite_or_nan(packed):
             is_faultless = _is_written
-            if not unwrap.met_big_integer:
+            if not unwrap.met_big_integer and not unwrap.met_odd_enum:
                 return orjson.dumps(value, unwrap, _ORJSON_OPTIONS)
             if not unwrap.met_subclass:
                 # With `None` for these integers: it may be nested too deep, or have bytes in it.
@@ -206,10 +211,11 @@ class _Unwrap:
     this refuses one.
     """
 
-    __slots__ = ("met_big_integer", "met_subclass")
+    __slots__ = ("met_big_integer", "met_odd_enum", "met_subclass")
 
     def __init__(self) -> None:
         self.met_big_integer = False
+        self.met_odd_enum = False
         self.met_subclass = False
 
     def __call__(self, value: object) -> JSONValue:
@@ -219,7 +225,10 @@ class _Unwrap:
                 raise TypeError
             return None  # what is packed is only looked at
         self.met_subclass = True
-        return _unwrapped(value)
+        plain = _unwrapped(value)
+        if isinstance(value, enum.Enum) and not same_value(plain, value.value):
+            self.met_odd_enum = True  # orjson would write the member's `value`
+        return plain
 
 
 def _unwrapped(value: object) -> JSONValue:
@@ -253,7 +262,9 @@ class _TooDeepError(Exception):
 
 _TOO_DEEP: Final = f"the document is nested more than {MAX_DEPTH} levels deep"
 _CHECKED_LEVELS: Final = 6
+"""Levels on which a part is tried as a whole before it is gone through."""
 _AT_A_TIME: Final = 100
+"""Parts of a long list or object that are tried together."""
 
 _Fault: TypeAlias = tuple[list[str], str]
 """The steps to a fault, innermost first, and what it is."""

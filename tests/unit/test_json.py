@@ -14,7 +14,7 @@ import types
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import orjson
 import pytest
@@ -134,6 +134,26 @@ class Mixed(str, enum.Enum):  # noqa: UP042  (its `str()` is not its text)
     RED = "red"
 
 
+class Odd(str, enum.Enum):  # noqa: UP042
+    """Its `value` is not its text."""
+
+    TEXT = 5
+
+    def __new__(cls, value: int) -> Self:
+        self = str.__new__(cls, "text")
+        self._value_ = value
+        return self
+
+
+class OddNumber(float, enum.Enum):
+    ZERO = 0
+
+    def __new__(cls, value: int) -> Self:
+        self = float.__new__(cls, -0.0)
+        self._value_ = value
+        return self
+
+
 def moved_to_end() -> collections.OrderedDict[str, int]:
     ordered = collections.OrderedDict(a=1, b=2, c=3)
     ordered.move_to_end("a")
@@ -154,6 +174,10 @@ SUBCLASSES: list[tuple[Any, Any]] = [
     ({Color.RED: Color.RED}, {"red": "red"}),
     ({Mixed.RED: Mixed.RED}, {"red": "red"}),
     ({"a": Level.HIGH}, {"a": 3}),
+    ({"a": [Odd.TEXT], "b": Odd.TEXT}, {"a": ["text"], "b": "text"}),
+    ({Odd.TEXT: [OddNumber.ZERO]}, {"text": [-0.0]}),
+    ([Odd.TEXT, 2**70, MutableDict(a=-(2**70))], ["text", 2**70, {"a": -(2**70)}]),
+    ({Color.RED: 2**70}, {"red": 2**70}),
     (Number(2**70), 2**70),
     ([Number(-5), Real(1.5), Real(-0.0)], [-5, 1.5, -0.0]),
     (types.SimpleNamespace(a=1).__dict__, {"a": 1}),
