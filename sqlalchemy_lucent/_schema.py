@@ -105,6 +105,7 @@ class Schema(Generic[T]):
 
         :raises SerializationError: it is not of the type, or would not come back equal.
         """
+        document = None
         try:
             document = self._encode(value)
         except Exception as error:  # noqa: BLE001
@@ -116,6 +117,7 @@ class Schema(Generic[T]):
                 fault = f"it is of type {_name(type(value))}, and would not come back equal"
             except SchemaMismatchError as error:
                 fault = str(error)
+        del value, document  # a tracker of errors would send them
         raise SerializationError(f"$: a value is not one of {_name(self.type)}: {fault}")
 
     def untracked_part(self) -> str | None:
