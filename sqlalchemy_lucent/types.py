@@ -729,17 +729,12 @@ def _is_null(source: Any) -> bool:
     return isinstance(source, Null)
 
 
-def _fault_of(value: Any, type_: object, takes_type: bool = False) -> str | None:
-    """Return what in `value` is not sealed for a column of `type_`; ``None`` if nothing is.
-
-    :param takes_type: whether a parameter that has no type is given the column's.
-    """
+def _fault_of(value: Any, type_: object) -> str | None:
+    """Return what in `value` is not sealed for a column of `type_`; ``None`` if nothing is."""
     if hasattr(value, "__clause_element__"):
         value = value.__clause_element__()
     if not (isinstance(type_, EncryptedJSON) and isinstance(value, ClauseElement)):
         return None  # another column, or a value of Python, which the type binds
-    if takes_type and isinstance(value, BindParameter) and isinstance(value.type, NullType):
-        return None
     for source in _sql.sources(value):
         fault = _fault_of_source(source, type_)
         if fault is not None:
@@ -794,17 +789,20 @@ def _fault_of_statement(context: Any) -> str | None:
     assigned = []
     if context.isinsert or context.isupdate:
         state = compiled.compile_state
-        rows = state._multi_parameters or [state._dict_parameters or {}]
-        assigned.append((state.statement, rows))
+        values = state._dict_parameters
+        if values or state.statement._post_values_clause is not None:
+            assigned.append((state.statement, state._multi_parameters or [values or {}]))
     inside = [cte.element for cte in getattr(compiled, "ctes", None) or ()]
     assigned += [(dml, _rows_of(dml)) for dml in inside if isinstance(dml, (Insert, Update))]
     for statement, rows in assigned:
         for key, value, takes_type in _values_of(statement, rows):
+            if takes_type and isinstance(value, BindParameter) and isinstance(value.type, NullType):
+                continue
             column = statement.table.c.get(key) if isinstance(key, str) else key
             type_ = getattr(column, "type", None)
             if isinstance(type_, TypeEngine):
                 type_ = type_._variant_mapping.get(context.dialect.name, type_)
-            fault = _fault_of(value, type_, takes_type)
+            fault = _fault_of(value, type_)
             if fault is not None:
                 return (
                     f"{column} was given a value that its type does not seal ({fault}): pass a "
