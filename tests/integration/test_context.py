@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import pymysql
 import pytest
@@ -269,14 +269,20 @@ class Paper(ConcreteBase, Papers):
     __tablename__ = "papers"
     id: Mapped[int] = mapped_column(primary_key=True)
     data: Mapped[Any] = mapped_column(EncryptedJSON)
-    __mapper_args__: ClassVar[Any] = {"polymorphic_identity": "paper", "concrete": True}
+    __mapper_args__ = {  # noqa: RUF012
+        "polymorphic_identity": "paper",
+        "concrete": True,
+    }
 
 
 class Contract(Paper):
     __tablename__ = "contracts"
     id: Mapped[int] = mapped_column(primary_key=True)
     data: Mapped[Any] = mapped_column(EncryptedJSON)
-    __mapper_args__: ClassVar[Any] = {"polymorphic_identity": "contract", "concrete": True}
+    __mapper_args__ = {  # noqa: RUF012
+        "polymorphic_identity": "contract",
+        "concrete": True,
+    }
 
 
 PAPERS: Any = Paper.__table__
