@@ -205,13 +205,14 @@ class Sealed:
     Holds ciphertext only; ``repr`` and pickles show no plaintext. Equal and hashed by its bytes.
     """
 
-    __slots__ = ("_codec", "_data", "_opened")
+    __slots__ = ("_codec", "_data", "_opened", "_row")
 
     _opened: Any
 
-    def __init__(self, data: bytes, codec: ColumnCodec) -> None:
+    def __init__(self, data: bytes, codec: ColumnCodec, row: bytes | None = None) -> None:
         self._data = data
         self._codec = codec
+        self._row = row  # the row context, if it was sealed just now
 
     def open(self, *, row: Sequence[RowPart] | None = None, keyring: Keyring | None = None) -> Any:
         """Open the value.
@@ -281,6 +282,7 @@ class Sealed:
 
     def __setstate__(self, state: tuple[bytes, ColumnCodec]) -> None:
         self._data, self._codec = state
+        self._row = None
 
 
 class Bound:
@@ -329,7 +331,6 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
     - ``func.max(col)``: one of the values
     - ``cast(col, T)``: the bytes as another type, or an error of the database
     - ``other == col``, ``other.in_(select(col))``: never true
-    - ``insert().from_select()`` and ``update()`` that copy *another* column: bytes that do not open
     """
 
     __slots__ = ()
@@ -541,7 +542,8 @@ class EncryptedJSON(TypeDecorator[Any]):
             elif bound_to:
                 if value is None or kind is Null:
                     return None
-                raise _unbound(column)
+                if kind is not Sealed or value._row is None:
+                    raise _unbound(column)
             if kind is Sealed:
                 return _reuse(value, column, row)
             if value is None:
@@ -892,7 +894,7 @@ def _reuse(value: Sealed, column: ColumnCodec, row: bytes) -> bytes:
     """Return the bytes of a value that was sealed before, if it opens where it is written."""
     given = value._codec
     if set(given.contexts) <= set(column.contexts) and given.bound_to == column.bound_to:
-        if not row:
+        if not row or row == value._row:
             return value._data
         try:
             open_in_contexts(column.contexts, value._data, row, None)
