@@ -239,9 +239,6 @@ class _RowBound(hybrid_property[Any], _DCAttributeOptions):
             if stored is not None:
                 why = f"{', '.join(moved)} of that row would change beneath it"
                 self._rehome(mapper, target, stored, why)
-        elif isinstance(stored, Sealed) and state.attrs[self.sealed_key].history.has_changes():
-            # From an object that was merged into this one.
-            self._rehome(mapper, target, stored, "it is of another row")
 
     def after_update(self, mapper: Mapper[Any], connection: object, target: Any) -> None:
         """Refuse, too, what a listener of the model's own changed after :meth:`before_update`."""
@@ -260,16 +257,14 @@ class _RowBound(hybrid_property[Any], _DCAttributeOptions):
 
     def _rehome(self, mapper: Mapper[Any], target: Any, stored: Sealed, why: str) -> None:
         """Have a value that was loaded sealed for the row that the object has now."""
+        if stored._is_open():
+            self.write(target, stored._opened)
+            return
         try:
-            value = (
-                stored._opened
-                if stored._is_open()
-                else stored._open_once(self._current_row(target))
-            )
+            stored._open_once(self._current_row(target))
         except TamperedError:
             pass
         else:
-            self.write(target, value)
             return
         raise self._refusal(mapper, why)
 

@@ -564,8 +564,7 @@ class LucentSecrets:
         codec: ColumnCodec | None = None,
     ) -> Sealed:
         codec = codec or _codec(self._table, self._dialect)
-        row = encode_row(key)
-        return Sealed(codec.seal(value, row, keyring), codec, row)
+        return Sealed(codec.seal(value, encode_row(key), keyring), codec)
 
     @staticmethod
     def _row(key: SecretKey, sealed: Sealed) -> dict[str, Any]:

@@ -205,14 +205,13 @@ class Sealed:
     Holds ciphertext only; ``repr`` and pickles show no plaintext. Equal and hashed by its bytes.
     """
 
-    __slots__ = ("_codec", "_data", "_opened", "_row")
+    __slots__ = ("_codec", "_data", "_opened")
 
     _opened: Any
 
-    def __init__(self, data: bytes, codec: ColumnCodec, row: bytes | None = None) -> None:
+    def __init__(self, data: bytes, codec: ColumnCodec) -> None:
         self._data = data
         self._codec = codec
-        self._row = row  # the row context, if it was sealed just now
 
     def open(self, *, row: Sequence[RowPart] | None = None, keyring: Keyring | None = None) -> Any:
         """Open the value.
@@ -282,7 +281,6 @@ class Sealed:
 
     def __setstate__(self, state: tuple[bytes, ColumnCodec]) -> None:
         self._data, self._codec = state
-        self._row = None
 
 
 class Bound:
@@ -539,13 +537,12 @@ class EncryptedJSON(TypeDecorator[Any]):
                 row = _row_of(value, column)
                 value = value.value
                 kind = type(value)
+            elif kind is Sealed:
+                return _reuse(value, column)
             elif bound_to:
                 if value is None or kind is Null:
                     return None
-                if kind is not Sealed or value._row is None:
-                    raise _unbound(column)
-            if kind is Sealed:
-                return _reuse(value, column, row)
+                raise _unbound(column)
             if value is None:
                 if none_as_null:
                     return None
@@ -890,22 +887,14 @@ def _row_of(value: Bound, column: ColumnCodec) -> bytes:
     return encode_row(row, column.bound_to)
 
 
-def _reuse(value: Sealed, column: ColumnCodec, row: bytes) -> bytes:
-    """Return the bytes of a value that was sealed before, if it opens where it is written."""
+def _reuse(value: Sealed, column: ColumnCodec) -> bytes:
     given = value._codec
-    if set(given.contexts) <= set(column.contexts) and given.bound_to == column.bound_to:
-        if not row or row == value._row:
-            return value._data
-        try:
-            open_in_contexts(column.contexts, value._data, row, None)
-        except TamperedError:
-            pass
-        else:
-            return value._data
-    raise SerializationError(
-        f"a Sealed value of {given.contexts[0]} was given to {column.contexts[0]}, or to another "
-        "row of it, where it would not open; open() it and pass what it holds"
-    )
+    if not set(given.contexts) <= set(column.contexts) or given.bound_to != column.bound_to:
+        raise SerializationError(
+            f"a Sealed value of {given.contexts[0]} was given to {column.contexts[0]}, "
+            "where it would not open; open() it and pass what it holds"
+        )
+    return value._data
 
 
 def _unbound(column: ColumnCodec) -> ConfigurationError:

@@ -36,8 +36,6 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sqlalchemy_lucent import (
-    Bound,
-    ConfigurationError,
     EncryptedJSON,
     SerializationError,
     UnsupportedOperationError,
@@ -330,66 +328,3 @@ def test_a_typed_parameter_is_refused_when_its_value_is_given_later(session: Ses
     statement = update(table).values(k=bindparam("p", type_=JSON))
     for parameters in ({"p": {"a": MARKER}}, [{"p": {"a": MARKER}}] * 2):
         refused(session, partial(session.connection().execute, statement, parameters))
-
-
-# -- sealed values of another row ------------------------------------------------------------------
-
-
-@pytest.fixture
-def sealed(session: Session) -> Any:
-    """The value of ann's row, as a query gives it."""
-    session.add_all([Owned(owner="ann", data=["ann"]), Owned(owner="bob", data=["bob"])])
-    session.commit()
-    return session.scalar(select(Owned.data).where(Owned.owner == "ann"))
-
-
-def test_a_sealed_value_goes_into_a_row_with_the_name_of_the_row(
-    session: Session, sealed: Any
-) -> None:
-    owned: Any = Owned.__table__
-    for value, error in (
-        (sealed, ConfigurationError),
-        (Bound(sealed, row=("bob",)), SerializationError),
-    ):
-        for statement in (
-            insert(owned).values(owner="carl", data=value),
-            update(owned).where(owned.c.owner == "bob").values(data=value),
-            update(Owned).where(Owned.owner == "bob").values({Owned.data: value}),
-        ):
-            with pytest.raises(error):
-                session.execute(statement)
-            session.rollback()
-    statement = update(owned).where(owned.c.owner == "ann")
-    session.execute(statement.values(data=Bound(sealed, row=("ann",))))
-    session.commit()
-    assert session.get_one(Owned, "ann").data == ["ann"]
-
-
-def test_a_sealed_value_of_another_row_is_refused_at_flush(session: Session, sealed: Any) -> None:
-    def attribute() -> None:
-        session.get_one(Owned, "bob").data = sealed
-        session.flush()
-
-    def column_of_a_stored_row() -> None:
-        setattr(session.get_one(Owned, "bob"), "_sealed_data", sealed)  # noqa: B010
-        session.flush()
-
-    def column_of_a_new_row() -> None:
-        session.add(Owned(owner="carl", _sealed_data=sealed))
-        session.flush()
-
-    for work in (attribute, column_of_a_stored_row, column_of_a_new_row):
-        with pytest.raises((SerializationError, UnsupportedOperationError)):
-            work()
-        session.rollback()
-    assert session.get_one(Owned, "bob").data == ["bob"]
-
-
-def test_an_older_value_of_the_same_row_is_merged(session: Session, sealed: Any) -> None:
-    older = session.get_one(Owned, "ann")
-    session.expunge(older)
-    session.get_one(Owned, "ann").data = ["newer"]
-    session.commit()
-    merged = session.merge(older)
-    session.commit()
-    assert merged.data == ["ann"]
