@@ -770,9 +770,8 @@ def _refuse_statement(*arguments: Any) -> None:
     column, and sees a statement before it is executed. The arguments are those of ``do_execute``
     and its kind; the last is the context.
     """
-    context = arguments[-1]
+    fault = _fault_of_statement(arguments[-1])
     del arguments  # there may be plaintext among the parameters
-    fault = _fault_of_statement(context)
     if fault is not None:
         raise UnsupportedOperationError(fault)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sqlalchemy_lucent import (
@@ -328,3 +329,22 @@ def test_a_typed_parameter_is_refused_when_its_value_is_given_later(session: Ses
     statement = update(table).values(k=bindparam("p", type_=JSON))
     for parameters in ({"p": {"a": MARKER}}, [{"p": {"a": MARKER}}] * 2):
         refused(session, partial(session.connection().execute, statement, parameters))
+
+
+def test_async_drivers_refuse_alike(
+    run_async: Callable[[Callable[[AsyncEngine], Awaitable[Any]]], Any],
+) -> None:
+    async def work(engine: AsyncEngine) -> Any:
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+            for statement in (
+                insert(table).values(id=1, k=bindparam("p", type_=JSON)),
+                update(table).values(k=bindparam("p", type_=JSON)),
+            ):
+                for parameters in ({"p": MARKER}, [{"p": MARKER}, {"p": MARKER}]):
+                    with pytest.raises(UnsupportedOperationError, match=r"models\.stored"):
+                        await connection.execute(statement, parameters)
+            await connection.execute(insert(table).values(id=1, k={"a": 1}))
+            return await connection.scalar(select(D))
+
+    assert run_async(work) == {"a": 1}
