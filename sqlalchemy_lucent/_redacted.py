@@ -14,7 +14,7 @@ A document that is nothing but a number prints itself: put a secret number into 
 a dict. What takes no subclass of ``str`` (msgspec's encoders, ``sys.intern``) takes ``str(value)``.
 
 A print can come back: an admin form shows ``<redacted dict>``, and the next submit sends it to be
-stored. The codec passes every document that is to be sealed through :func:`refuse_print`.
+stored. The codec asks :func:`holds_print` of every document that is to be sealed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from __future__ import annotations
 import re
 from functools import reduce
 from typing import Any, Final, SupportsIndex
-
-from .exceptions import SerializationError
 
 
 class RedactedDict(dict[str, Any]):
@@ -99,18 +97,17 @@ PRINT_MARKS: Final = b"<&%\\"
 """The characters that begin an opening bracket in one of its spellings."""
 
 
-def refuse_print(document: bytes) -> bytes:
-    """Return `document`, unless it holds the print of a value that is not shown.
+PRINT_FAULT: Final = (
+    "$: the value holds the text that is printed in place of one that is not shown, such as "
+    "<redacted dict>. Something (an admin form, a log, a table of data) printed a value, and the "
+    "print came back to be stored. Nothing was written. Store the value itself, or take the column "
+    "out of the form"
+)
 
-    :raises SerializationError: it does.
-    """
+
+def holds_print(document: bytes) -> bool:
+    """Say whether `document` holds what is printed in place of a value that is not shown."""
+    if b"redacted" not in document and b"ealed" not in document:
+        return False
     # Compiled, and kept, when it is first wanted, because that takes milliseconds.
-    flags = re.VERBOSE | re.IGNORECASE
-    if (b"redacted" in document or b"ealed" in document) and re.search(_PRINT, document, flags):
-        raise SerializationError(
-            "$: the value holds the text that is printed in place of one that is not shown, such "
-            "as <redacted dict>. Something (an admin form, a log, a table of data) printed a "
-            "value, and the print came back to be stored. Nothing was written. Store the value "
-            "itself, or take the column out of the form"
-        )
-    return document
+    return re.search(_PRINT, document, re.VERBOSE | re.IGNORECASE) is not None
