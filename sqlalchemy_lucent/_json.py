@@ -85,29 +85,28 @@ class StrictCodec:
 
     def dumps(self, value: JSONValue) -> bytes:
         """Return `value` as compact JSON; refuse what JSON would not give back equal."""
-        packed = data = b""
         try:
             packed = _pack(value, None, _PLAIN_ONLY)
             if _FLOAT not in packed or not _may_be_infinite_or_nan(packed):
                 data = _write(value)
                 # Single bytes, because looking for a word takes ten times as long. The backslashes
                 # of JSON's own escapes, as in a PEM key, are not among those of the value.
-                has_mark = (
+                if (
                     _LESS in data
-                    or _AMPERSAND in data
                     or _PERCENT in data
-                    or (_BACKSLASH in data and _BACKSLASH in packed)
-                )
-                if not has_mark or not holds_print(data):
-                    return data
+                    or _AMPERSAND in data
+                    or (_BACKSLASH in packed and _BACKSLASH in data)
+                ) and holds_print(data):
+                    raise SerializationError  # below, where nothing is in the frame
+                return data
         except Exception:  # noqa: BLE001, S110  (a value's own methods may raise anything)
-            pass  # a type that is not JSON's own, or an integer past 64 bits
+            pass  # a type that is not JSON's own, an integer past 64 bits, or a print
         written = _write_unusual(value)
         if isinstance(written, bytes):
             if not holds_print(written):
                 return written
             written = PRINT_FAULT
-        del value, packed, data  # a tracker of errors would send them
+        value = packed = data = b""  # a tracker of errors would send them
         raise SerializationError(written)
 
     def loads(self, data: bytes) -> JSONValue:
