@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy import CheckConstraint, Column, Dialect, Table
@@ -24,10 +24,14 @@ class _InColumn(CheckConstraint):
         super().__init__(check.sqltext, _autoattach=False, _type_bound=True)
         self.check = check
 
+    def __repr__(self) -> str:
+        return f"<CHECK {self.check.name}>"  # that of a column shows it, and it shows its table
+
 
 @compiles(_InColumn)
 def _compile_in_column(element: _InColumn, compiler: DDLCompiler, **kw: Any) -> str:
     rule = element.check._create_rule
+    assert isinstance(rule, _CreateRule)
     if compiler.dialect.name != "sqlite" or not rule.wanted(compiler.dialect):
         return ""
     return str(compiler.process(element.check, **kw))
@@ -76,7 +80,7 @@ def attach_check(column: Column[Any], table: Table, declared: Callable[[Dialect]
 
 
 def _name(column: Column[Any], table: Table) -> str | None:
-    conventions = table.metadata.naming_convention
+    conventions: Mapping[Any, Any] = table.metadata.naming_convention
     convention = conventions.get("ck", conventions.get(CheckConstraint))
     if convention is None:
         # Not by the column only: on MySQL the name is one of the whole database. What is too long

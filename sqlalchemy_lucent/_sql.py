@@ -123,7 +123,8 @@ _SEALED: Final[dict[str, str]] = {
         # Fast path: v0 to v9, with one function. A blob is greater than an empty one, and nothing
         # else is.
         f"({{value}} >= x'7630' AND {{value}} < x'763A' AND substr({{value}}, 3, 2) = x'{_END}'"
-        f" OR {{value}} > x'' AND instr({{value}}, x'{_END}') BETWEEN 2 AND {MAX_VERSION_LENGTH + 1}"
+        " OR {value} > x''"
+        f" AND instr({{value}}, x'{_END}') BETWEEN 2 AND {MAX_VERSION_LENGTH + 1}"
         f" AND CAST(substr({{value}}, 1, instr({{value}}, x'{_END}') - 1) AS TEXT)"
         " NOT GLOB '*[^A-Za-z0-9._-]*'"
         f" AND instr({{value}}, x'00') NOT BETWEEN 1 AND instr({{value}}, x'{_END}'))"

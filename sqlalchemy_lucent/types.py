@@ -35,6 +35,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from . import _sql
 from ._check import attach_check
 from ._dialects import is_mysql
+from ._driver_errors import HIDDEN, hide_row
 from ._envelope import Envelope, length_prefixed, parse
 from ._json import STRICT, Codec, EngineCodec, decode
 from ._redacted import REDACTED, redact
@@ -568,6 +569,7 @@ class EncryptedJSON(TypeDecorator[Any]):
         """LONGBLOB on MySQL and MariaDB, where BLOB ends at 64 KiB; LargeBinary elsewhere."""
         # Every statement that has a value of this type comes here before it is executed.
         event.listen(dialect, "handle_error", _hide_unsealed_parameters)
+        event.listen(dialect, "handle_error", hide_row)
         if is_mysql(dialect):
             from sqlalchemy.dialects.mysql import LONGBLOB  # with that database only
 
@@ -633,10 +635,10 @@ def _derive_context(column: Column[Any], table: Any) -> None:
         column.type._variant_mapping = type_._variant_mapping.union(variants)
     sealed = [t for t in (column.type, *variants.values()) if isinstance(t, EncryptedJSON)]
     if any(type_.create_constraint for type_ in sealed):
-        attach_check(column, table, partial(_has_check, column))
+        attach_check(column, table, partial(has_check, column))
 
 
-def _has_check(column: Column[Any], dialect: Dialect) -> bool:
+def has_check(column: Column[Any], dialect: Dialect) -> bool:
     """Say whether the DDL of a column's table has its CHECK constraint on `dialect`."""
     type_ = column.type._variant_mapping.get(dialect.name, column.type)
     return isinstance(type_, EncryptedJSON) and type_.create_constraint
@@ -652,7 +654,7 @@ def _hide_unsealed_parameters(context: ExceptionContext) -> None:
     error = context.sqlalchemy_exception
     if context.execution_context is None and isinstance(error, StatementError) and error.params:
         error.params = None
-        error.add_detail("parameters hidden: an EncryptedJSON value may be among them, unsealed")
+        error.add_detail(HIDDEN)
 
 
 def _row_of(value: Bound, column: ColumnCodec) -> bytes:

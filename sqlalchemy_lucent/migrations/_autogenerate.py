@@ -39,12 +39,14 @@ from .. import _sql
 from ..keyring import default_keyring
 from ..rotation import needs_rotation
 from ..rotation.convert import RebindWorker
-from ..types import EncryptedJSON
+from ..types import EncryptedJSON, has_check
+from ._checks import find_check
 from ._implementations import is_empty
 from ._operations import (
     BoundTo,
     ColumnOp,
     ConvertColumnOp,
+    CreateSealedCheckOp,
     DecryptColumnOp,
     EncryptColumnOp,
     RebindEncryptedColumnOp,
@@ -100,10 +102,25 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
         if columns:
             logger.info("the schema differs; run autogenerate again afterwards for rotations")
         return PriorityDispatchResult.CONTINUE
+    upgrade_ops.ops.extend(_missing_checks(connection, columns))
     for column in columns:
         if not is_empty(connection, column):
             upgrade_ops.ops.extend(_work_on_values(connection, column))
     return PriorityDispatchResult.CONTINUE
+
+
+def _missing_checks(
+    connection: Connection, columns: Iterable[Column[Any]]
+) -> Iterator[CreateSealedCheckOp]:
+    """Offer the CHECK constraint where the table was made before there was one."""
+    for column in columns:
+        table = column.table
+        assert isinstance(table, Table)
+        if has_check(column, connection.dialect) and not find_check(
+            connection, table.name, column.name, table.schema
+        ):
+            logger.info("Detected that %s takes values that are not sealed", column)
+            yield CreateSealedCheckOp(table.name, column.name, schema=table.schema)
 
 
 def _warn_of_renames(upgrade_ops: UpgradeOps) -> None:
@@ -234,6 +251,7 @@ def _conversion_for(connection: Connection, operation: AlterColumnOp) -> Convert
             schema=schema,
             context=new.explicit_context,
             bound_to=new.bound_to,
+            create_constraint=new.create_constraint,
         )
     if isinstance(new, (JSON, String)) and isinstance(old, _Binary):
         owner = table_clause(operation.table_name, Column(name, LargeBinary), schema=schema)
