@@ -15,6 +15,8 @@ from sqlalchemy import (
     Column,
     ColumnElement,
     Connection,
+    Dialect,
+    TextClause,
     func,
     inspect,
     select,
@@ -66,6 +68,11 @@ def declared_check(
     return check
 
 
+def condition_of(column_name: str, dialect: Dialect) -> TextClause:
+    """Return what the constraint says, for a column that is in no table."""
+    return text(str(_sql.is_sealed(column_clause(column_name)).compile(dialect=dialect)))
+
+
 def create_check(
     operations: Operations, table_name: str, column_name: str, schema: str | None
 ) -> None:
@@ -86,13 +93,12 @@ def create_check(
     dialect = connection.dialect.name
     try:
         if dialect == "sqlite":
-            sealed = _sql.is_sealed(column_clause(column_name))
-            condition = str(sealed.compile(dialect=connection.dialect))
+            condition = condition_of(column_name, connection.dialect)
             _copy_on_sqlite(
                 operations,
                 table_name,
                 schema,
-                lambda batch: batch.create_check_constraint(name, text(condition)),
+                lambda batch: batch.create_check_constraint(name, condition),
             )
         else:
             if found is None:
@@ -138,9 +144,7 @@ def _refuse_unsealed(
     refuse_hidden_rows(connection, table_name, schema)
     value: ColumnElement[Any] = column_clause(column_name)
     unsealed = select(func.count()).select_from(table_clause(table_name, schema=schema))
-    count = connection.scalar(
-        unsealed.where(value.is_not(None), _sql.key_version(value).is_(None))
-    )
+    count = connection.scalar(unsealed.where(value.is_not(None), _sql.key_version(value).is_(None)))
     if count:
         full_name = ".".join(filter(None, (schema, table_name, column_name)))
         raise RotationError(

@@ -62,6 +62,7 @@ from ..rotation.engine import run_workers
 from ..rotation.report import FailedRow, Failures
 from ..types import EncryptedJSON
 from ._checks import (
+    condition_of,
     create_check,
     declared_check,
     drop_check,
@@ -329,7 +330,7 @@ class _Conversion:
             type_.create_constraint = False  # one that is named after this column
             if plan.sealed_type.create_constraint and self._dialect.name == "sqlite":
                 name = declared_check(self._operations, *self._final).name
-                checks.append(CheckConstraint(_sql.is_sealed(column(plan.through)), name=name))
+                checks.append(CheckConstraint(condition_of(plan.through, self._dialect), name=name))
         comment = self._columns[plan.column_name].get("comment")
         added: Column[Any] = Column(plan.through, type_, *checks, nullable=True, comment=comment)
         self._operations.add_column(plan.table_name, added, schema=plan.schema)

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Column, Engine, Integer, MetaData, String, Table
-from sqlalchemy.dialects import mssql, oracle, postgresql
+from sqlalchemy.dialects import mssql, oracle
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -259,9 +259,9 @@ def test_a_variant_decides_for_its_database(engine: Engine) -> None:
     assert checks(engine) == ["ck_users_creds_sealed"]
 
 
-@pytest.mark.parametrize("dialect", [oracle.dialect(), mssql.dialect()], ids=["oracle", "mssql"])
+@pytest.mark.parametrize("dialect", [oracle, mssql], ids=["oracle", "mssql"])
 def test_a_dialect_without_a_form_has_no_constraint(dialect: Any) -> None:
-    ddl = str(CreateTable(users()).compile(dialect=dialect))
+    ddl = str(CreateTable(users()).compile(dialect=dialect.dialect()))
     assert "creds" in ddl
     assert "CHECK" not in ddl
 
@@ -463,9 +463,9 @@ def test_a_copy_on_sqlite_that_would_lose_something_is_refused(databases: Any) -
     try:
         with engine.begin() as connection:
             connection.exec_driver_sql(
-                "CREATE TABLE users (id INTEGER PRIMARY KEY, creds BLOB) STRICT"
+                "CREATE TABLE users (id INTEGER PRIMARY KEY, email TEXT COLLATE NOCASE, creds BLOB)"
             )
-        with pytest.raises(RotationError, match="STRICT"):
+        with pytest.raises(RotationError, match="COLLATE NOCASE"):
             Operate(engine)(
                 lambda op: lucent_migrations.create_sealed_check("users", "creds", operations=op)
             )
@@ -479,7 +479,7 @@ def test_a_copy_on_sqlite_that_would_lose_something_is_refused(databases: Any) -
 def test_it_is_written_as_sql_offline() -> None:
     lines: list[str] = []
     context = MigrationContext.configure(
-        dialect=postgresql.dialect(),
+        dialect_name="postgresql",
         opts={"as_sql": True, "output_buffer": _Buffer(lines), "target_metadata": MetaData()},
     )
     lucent_migrations.create_sealed_check("users", "creds", operations=Operations(context))
@@ -510,7 +510,7 @@ def test_a_conversion_leaves_what_a_new_table_has(
     with engine.begin() as connection:
         connection.execute(plain.insert(), [{"id": n, "creds": VALUE} for n in range(1, 4)])
     before = checks(engine)
-    options = {"existing_type": sa.JSON(), "drop": drop}
+    options: dict[str, Any] = {"existing_type": sa.JSON(), "drop": drop}
     operate(lambda op: lucent_migrations.encrypt_column("users", "creds", **options, operations=op))
     assert "ck_users_creds_sealed" in checks(engine)
     assert_refuses_plaintext(engine)
@@ -578,12 +578,15 @@ def test_autogenerate_writes_it_with_a_new_table_and_a_conversion(
 ) -> None:
     own = sa.create_engine(engine.url, poolclass=sa.pool.NullPool)
     project = Project(tmp_path, own, batch=False)
-    convention = {"ck": "ck_%(table_name)s_%(constraint_name)s"}
+    convention = {
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "ix": "ix_%(column_0_label)s",
+    }
     plain, sealed = (MetaData(naming_convention=convention) for _ in range(2))
     users(sa.JSON(), plain)
     users(metadata=sealed)
-    LucentSecret.__table__.to_metadata(plain)
-    LucentSecret.__table__.to_metadata(sealed)
+    for metadata in (plain, sealed):
+        LucentBase.metadata.tables["lucent_secrets"].to_metadata(metadata)
     project.up(plain)
     assert checks(engine, "lucent_secrets") == ["ck_lucent_secrets_payload_sealed"]
     project.up(sealed, "encrypt_column")
@@ -638,8 +641,6 @@ def test_the_error_shows_no_value(engine: Engine, sql: str, value: Any) -> None:
         warm(connection)
     with engine.begin() as connection, pytest.raises(DBAPIError) as refused:
         connection.execute(sa.text(sql), {"v": value})
-        if "NULL" in sql:  # the key is made by the database on some
-            connection.execute(sa.text("INSERT INTO users (id, creds) VALUES (1, NULL)"))
     assert_hidden(refused.value)
 
 
@@ -694,7 +695,7 @@ def test_listeners_do_not_pile_up(engine: Engine) -> None:
     table = users()
     table.create(engine)
     with engine.begin() as connection:
-        for number in range(3):
+        for number in range(1, 4):
             connection.execute(table.insert(), {"id": number, "creds": VALUE})
             connection.execute(sa.select(table.c.creds).where(table.c.id == number)).all()
-    assert len(list(engine.dialect.dispatch.handle_error)) == 2  # type: ignore[attr-defined]
+    assert len(list(engine.dialect.dispatch.handle_error)) == 2
