@@ -39,7 +39,7 @@ from sqlalchemy_lucent import (
 )
 from sqlalchemy_lucent.rotation import needs_rotation
 from tests.conftest import Databases
-from tests.databases import drop_everything
+from tests.databases import create_unguarded, drop_everything
 from tests.integration.workers import fill, ledger, metadata
 
 raw_ledger = Table("ledger", MetaData(), *(Column(name) for name in ("id", "free", "bound")))
@@ -86,6 +86,7 @@ def test_values_are_counted_by_column_version_and_fingerprint(
     "foreign", [b"", b'{"a": 1}', b"gAAAAABm", b"v1:", b"v1:\x02abcd", b"\xff\xfe:\x01abcdefgh"]
 )
 def test_what_is_not_sealed_is_counted_apart(engine: Engine, foreign: bytes) -> None:
+    create_unguarded(metadata, engine)
     fill(engine, 4)
     with engine.begin() as connection:
         connection.execute(
