@@ -12,6 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from .._dialects import is_mysql
 from ..exceptions import RotationError
+from ._visible import require_primary
 
 # READ COMMITTED whatever the engine's default is: under a stricter level a batch would fail
 # because of a concurrent writer, and MySQL's REPEATABLE READ locks the gaps between rows, so that
@@ -87,8 +88,13 @@ class Link:
             bind.rollback()  # asking began a transaction
             bind.execution_options(isolation_level="AUTOCOMMIT")
             self._restored_level = level
-        self._begin_outermost(bind)
-        self._set_session(bind)
+        try:
+            self._begin_outermost(bind)
+            require_primary(bind)
+            self._set_session(bind)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -136,6 +142,7 @@ class Link:
         try:
             connection.execution_options(**OUTSIDE_OF_TRANSACTIONS)
             self._begin_outermost(connection)
+            require_primary(connection)
             self._set_session(connection)
         except BaseException:
             connection.close()
