@@ -218,14 +218,10 @@ def private_mariadb(settings: Mapping[str, Any] | None = None) -> Iterator[URL]:
         made = (install, "--no-defaults", f"--datadir={data}", "--skip-test-db")
         _run([*made, "--auth-root-authentication-method=normal"], directory)
         options = [f"--{name}={value}" for name, value in (settings or {}).items()]
-        arguments = [mariadbd, "--no-defaults", f"--datadir={data}", f"--port={port}", *options]
-        private = [
-            "--bind-address=127.0.0.1",
-            f"--socket={directory}/socket",
-            "--skip-name-resolve",
-        ]
-        private.append("--innodb-buffer-pool-size=16M")
-        with running([*arguments, *private], port, directory) as server:
+        options += [f"--datadir={data}", f"--socket={directory}/socket", f"--port={port}"]
+        options += ["--bind-address=127.0.0.1", "--skip-name-resolve"]
+        options.append("--innodb-buffer-pool-size=16M")
+        with running([mariadbd, "--no-defaults", *options], port, directory) as server:
             server.stops_by = signal.SIGTERM
             yield URL.create(
                 "mysql+pymysql", username="root", host="127.0.0.1", port=port, database="mysql"
