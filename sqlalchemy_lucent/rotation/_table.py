@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial, reduce
 from operator import add, itemgetter
 from typing import Any, Final, NamedTuple
@@ -74,7 +75,18 @@ class Reach(NamedTuple):
     """Whether there may be rows behind it."""
     rows: int
     """Rows up to there."""
+    size: int
+    """Bytes of their values."""
 
+
+class Within(NamedTuple):
+    """Some rows of a table: conditions, and the parameters in them."""
+
+    conditions: Sequence[ColumnElement[bool]]
+    parameters: Mapping[str, Any]
+
+
+EVERYWHERE: Final = Within((), {})
 
 MAX_STRETCH: Final = 50
 """Times its own rows that a batch looks at, where few of them are stale: what it has locked stays
@@ -149,7 +161,7 @@ class TableWorker:
     """The primary key up to which :meth:`batch` and :meth:`rehearse` go; to the end if ``None``.
     Not for SQLite's worker, which gets no ranges."""
 
-    def __init__(self, target: TargetTable, keyring: Keyring, dialect: Dialect) -> None:
+    def __init__(self, target: TargetTable, keyring: Keyring | None, dialect: Dialect) -> None:
         self.target = target
         self.name = target.name
         self.primary_key = target.primary_key
@@ -165,7 +177,10 @@ class TableWorker:
             values = [cast(value, LargeBinary) for value in values]
         self.selected: list[ColumnElement[Any]] = [*plain_first, *values]
         names = [*(c.name for c in plain_first), *(found.name for found in target.columns)]
-        self.columns = [SealedColumn(found, keyring, names) for found in target.columns]
+        # Without a keyring, the rows can be found and counted, but not opened.
+        self.columns = (
+            [SealedColumn(found, keyring, names) for found in target.columns] if keyring else []
+        )
         self._order: Sequence[ColumnElement[Any]] = target.primary_key
         self._bound_types = [without_limits(part.type, dialect) for part in target.primary_key]
         self._stretch = 1
@@ -190,6 +205,19 @@ class TableWorker:
             self._in_binary = known and not hasattr(result.cursor, "mogrify")
         result.close()
 
+    def look(self, connection: Connection) -> None:
+        """Learn what the order of the rows needs.
+
+        :raises RotationError: some rows are not seen, because of row-level security.
+        """
+        refuse_hidden_rows(connection, self.target.clause.name, self.target.clause.schema)
+        self._order = order_of(connection, self.target.clause, self.primary_key)
+
+    @property
+    def lost(self) -> ColumnElement[bool]:
+        """The condition that a row cannot be found by its primary key."""
+        return or_(*(part.is_(None) for part in self.primary_key))
+
     def check_keys(self, connection: Connection) -> None:
         """Refuse a table with rows that are not seen, or that no primary key leads to.
 
@@ -198,10 +226,8 @@ class TableWorker:
 
         :raises RotationError: there is, or may be, such a row.
         """
-        refuse_hidden_rows(connection, self.target.clause.name, self.target.clause.schema)
-        self._order = order_of(connection, self.target.clause, self.primary_key)
-        lost = or_(*(part.is_(None) for part in self.primary_key))
-        statement = select(literal(1)).select_from(self.target.clause).where(lost).limit(1)
+        self.look(connection)
+        statement = select(literal(1)).select_from(self.target.clause).where(self.lost).limit(1)
         if connection.execute(statement).first() is not None:
             raise RotationError(
                 f"table {self.target.name} has a row with NULL in its primary key; give such rows "
@@ -223,13 +249,11 @@ class TableWorker:
         """The condition that a row has a value which is not under the primary key."""
         return or_(*map(self.is_stale, self.columns))
 
-    def count_stale(self, connection: Connection) -> int:
+    def count_stale(self, connection: Connection, within: Within = EVERYWHERE) -> int:
         """Count the values that are not under the primary key."""
+        counted = select(func.count()).select_from(self.target.clause).where(*within.conditions)
         return sum(
-            connection.scalar(
-                select(func.count()).select_from(self.target.clause).where(self.is_stale(sealed))
-            )
-            or 0
+            connection.scalar(counted.where(self.is_stale(sealed)), within.parameters) or 0
             for sealed in self.columns
         )
 
@@ -265,6 +289,10 @@ class TableWorker:
             "the type"
         )
 
+    def within(self, after: PrimaryKey | None, upto: PrimaryKey | None) -> Within:
+        """Return the rows behind `after`, and not behind `upto`."""
+        return Within(self.key_range(after, upto), self.parameters(after, upto))
+
     def reach(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Reach | None:
         """Return how far a batch behind `after` goes that is to have `limit` rows at most.
 
@@ -280,7 +308,7 @@ class TableWorker:
             if not count:
                 return None
             if size <= BATCH_BYTES or count == 1:
-                return Reach(tuple(last), count == rows, count)
+                return Reach(tuple(last), count == rows, count, int(size))
             rows = max(1, count * BATCH_BYTES // int(size))
 
     def _reaching(self, after: PrimaryKey | None) -> Select[Any]:
@@ -288,7 +316,9 @@ class TableWorker:
         if kind not in self._statements:
             clause = self.target.clause
             # The length of bytes is known without reading them, also where they are out of the row.
-            sizes = (func.coalesce(func.length(clause.c[found.name]), 0) for found in self.columns)
+            sizes = (
+                func.coalesce(func.length(clause.c[found.name]), 0) for found in self.target.columns
+            )
             order = [each.label(f"lucent_order_{n}") for n, each in enumerate(self._order)]
             batch = (
                 select(
@@ -520,12 +550,17 @@ class TableWorker:
         return self._batch(rows, reach, limit, written, failed, size)
 
     def refused(
-        self, connection: Connection, after: PrimaryKey | None, reach: Reach, error: DBAPIError
+        self,
+        connection: Connection,
+        after: PrimaryKey | None,
+        reach: Reach,
+        error: DBAPIError,
+        reason: str,
     ) -> Batch:
         """Return what became of the next stale row, which the database does not let change."""
         rows = self.read(connection, after, 1, upto=reach.last, stale_only=True)
         failed = [
-            self._failure(row, sealed, error)
+            replace(self._failure(row, sealed, error), reason=reason)
             for row in rows
             for sealed in self.columns
             if row[sealed.position] is not None

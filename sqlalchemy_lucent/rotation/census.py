@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy import Connection, Engine, Row, func, select
 
 from .. import _sql
 from .._envelope import VERSION_PATTERN
 from ..exceptions import ConfigurationError, KeyInUseError, RotationError
 from ..keyring import Keyring, default_keyring
 from ._async import run_sync, sleep_in_async
-from ._link import OUTSIDE_OF_TRANSACTIONS, not_a_bind
-from ._table import PrimaryKey, TableWorker
-from ._visible import refuse_hidden_rows, require_primary
+from ._faults import Fault
+from ._link import Link
+from ._scan import count_stale, ranges_of
+from ._table import PrimaryKey, TableWorker, Within
 from .engine import DEFAULT_BATCH_SIZE, keyring_of
 from .report import Failures, StatusReport, StatusRow, VerifyReport
 from .targets import Target, TargetTable, refuse_left_out, resolve_targets, survey
@@ -36,39 +39,70 @@ def status(
     :param targets: as for :func:`rotate`.
     :raises RotationError: `targets` has no encrypted column.
     """
-    with _connected(bind) as connection:
-        known = survey(connection, resolve_targets(targets, connection))
-        rows = tuple(row for table in known.tables for row in _count(connection, table))
-        return StatusReport(rows, known.left_out)
+    return _status(bind, targets, time.sleep)
 
 
 async def astatus(
     bind: AsyncEngine | AsyncConnection, targets: Target | Iterable[Target] | None = None
 ) -> StatusReport:
     """Do what :func:`status` does, over an async engine or connection."""
-    return await run_sync(bind, lambda sync: status(sync, targets))
+    return await run_sync(bind, lambda sync: _status(sync, targets, sleep_in_async))
 
 
-def _count(connection: Connection, target: TargetTable) -> Iterator[StatusRow]:
-    refuse_hidden_rows(connection, target.clause.name, target.clause.schema)
-    for column in target.columns:
-        value = target.clause.c[column.name]
-        counted = (
-            select(
-                _sql.key_version(value).label("version"),
-                _sql.key_id(value).label("fingerprint"),
-            )
-            .select_from(target.clause)
-            .where(value.is_not(None))
-            .subquery()
+def _status(
+    bind: Engine | Connection,
+    targets: Target | Iterable[Target] | None,
+    sleep: Callable[[float], object],
+) -> StatusReport:
+    link = Link(bind, sleep=sleep, counting=True)
+    tables = resolve_targets(targets, bind)
+
+    def work() -> StatusReport:
+        known = link.read(partial(survey, tables))
+        rows = tuple(row for table in known.tables for row in _count(link, table))
+        return StatusReport(rows, known.left_out)
+
+    return link.run(work, _told)
+
+
+def _told(fault: Fault) -> str:
+    again = "Run it again" if fault.passes else "Another run would end like this one"
+    if fault.advice:
+        again = f"{fault.advice}, then run it again"
+    return f"the database ended the count: {fault.said}. {again}"
+
+
+def _count(link: Link, target: TargetTable) -> Iterator[StatusRow]:
+    worker = TableWorker(target, None, link.dialect)
+    link.read(worker.look)
+    counts: dict[str, Counter[tuple[str | None, str | None]]] = {
+        column.name: Counter() for column in target.columns
+    }
+    for within in ranges_of(link, worker):
+        for name, found in counts.items():
+            for row in link.read(partial(_counted, target, name, within)):
+                found[row.version, row.fingerprint] += row.number
+    for name, found in counts.items():
+        for key in sorted(found, key=lambda key: (key[0] or "", key[1] or "")):
+            yield StatusRow(target.name, name, *key, found[key])
+
+
+def _counted(
+    target: TargetTable, name: str, within: Within, connection: Connection
+) -> Sequence[Row[Any]]:
+    value = target.clause.c[name]
+    counted = (
+        select(
+            _sql.key_version(value).label("version"),
+            _sql.key_id(value).label("fingerprint"),
         )
-        statement = (
-            select(counted.c.version, counted.c.fingerprint, func.count())
-            .group_by(counted.c.version, counted.c.fingerprint)
-            .order_by(counted.c.version, counted.c.fingerprint)
-        )
-        for row in connection.execute(statement):
-            yield StatusRow(target.name, column.name, *row)
+        .select_from(target.clause)
+        .where(value.is_not(None), *within.conditions)
+        .subquery()
+    )
+    keys = (counted.c.version, counted.c.fingerprint)
+    statement = select(*keys, func.count().label("number")).group_by(*keys)
+    return connection.execute(statement, within.parameters).all()
 
 
 def needs_rotation(
@@ -86,12 +120,17 @@ def needs_rotation(
     :raises RotationError: `targets` has no encrypted column.
     """
     keyring = keyring_of(keyring)
-    with _connected(bind) as connection:
-        for target in survey(connection, resolve_targets(targets, connection)).tables:
-            refuse_hidden_rows(connection, target.clause.name, target.clause.schema)
-            if TableWorker(target, keyring, connection.dialect).count_stale(connection):
-                return True
-    return False
+    link = Link(bind, counting=True)
+    tables = resolve_targets(targets, bind)
+
+    def work() -> bool:
+        known = link.read(partial(survey, tables))
+        workers = [TableWorker(table, keyring, link.dialect) for table in known.tables]
+        for worker in workers:
+            link.read(worker.look)
+        return any(count_stale(link, worker) for worker in workers)
+
+    return link.run(work, _told)
 
 
 def retire_check(
@@ -176,17 +215,15 @@ def _retire_check(
     own = None if keyring is None else keyring_of(keyring)
     rest = own.without(version) if own is not None and version in own.versions else own
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    _raise_if_needed(bind, version, targets, rest, exclude)
+    _raise_if_needed(bind, version, targets, rest, exclude, sleep)
     if version not in _known_versions(own):
         raise RotationError(
             f"neither a value of the targets nor the keyring has key version {version!r}: is it "
             "misspelt? Leave the key in the keyring until this check has passed"
         )
     if settle:
-        if isinstance(bind, Connection):
-            bind.rollback()  # the count began a transaction
         sleep(settle)
-        _raise_if_needed(bind, version, targets, rest, exclude)
+        _raise_if_needed(bind, version, targets, rest, exclude, sleep)
 
 
 def _known_versions(keyring: Keyring | None) -> set[str]:
@@ -203,12 +240,13 @@ def _raise_if_needed(
     targets: Target | Iterable[Target] | None,
     rest: Keyring | None,
     exclude: Sequence[str],
+    sleep: Callable[[float], object],
 ) -> None:
-    with _connected(bind) as connection:
-        known = survey(connection, resolve_targets(targets, connection))
-        refuse_left_out(connection, known, exclude)
+    link = Link(bind, sleep=sleep, counting=True)
+    tables = resolve_targets(targets, bind)
+    link.run(lambda: link.read(partial(refuse_left_out, tables, exclude)), _told)
     needing: dict[str, int] = {}
-    for row in status(bind, targets).rows:
+    for row in _status(bind, targets, sleep).rows:
         if row.key_version == version:  # once per fingerprint
             name = f"{row.table}.{row.column}"
             needing[name] = needing.get(name, 0) + row.count
@@ -221,7 +259,7 @@ def _raise_if_needed(
         )
     if rest is None:
         return
-    report = verify(bind, targets, keyring=rest)
+    report = _verify(bind, targets, rest, None, sleep)
     if not report.ok:
         first = report.failed[0]
         raise KeyInUseError(
@@ -248,25 +286,7 @@ def verify(
     :param sample: look at the first so many rows of each table only, in primary-key order.
     :raises RotationError: `targets` has no encrypted column, or `sample` is below 1.
     """
-    if sample is not None and (
-        isinstance(sample, bool) or not isinstance(sample, int) or sample < 1
-    ):
-        raise RotationError("sample is a whole number of rows, 1 or more")
-    keyring = keyring_of(keyring)
-    failures = Failures()
-    opened = 0
-    with _connected(bind) as connection:
-        known = survey(connection, resolve_targets(targets, connection))
-        for table in known.tables:
-            worker = TableWorker(table, keyring, connection.dialect)
-            worker.check_keys(connection)
-            for row in _rows(worker, connection, sample):
-                for failed in worker.open_values(row):
-                    if failed is None:
-                        opened += 1
-                    else:
-                        failures.add([failed])
-    return VerifyReport(opened, tuple(failures.named), failures.count, known.left_out)
+    return _verify(bind, targets, keyring, sample, time.sleep)
 
 
 async def averify(
@@ -277,38 +297,65 @@ async def averify(
     sample: int | None = None,
 ) -> VerifyReport:
     """Do what :func:`verify` does, over an async engine or connection."""
-    return await run_sync(bind, lambda sync: verify(sync, targets, keyring=keyring, sample=sample))
+    return await run_sync(
+        bind, lambda sync: _verify(sync, targets, keyring, sample, sleep_in_async)
+    )
 
 
-def _rows(worker: TableWorker, connection: Connection, sample: int | None) -> Iterator[Any]:
+def _verify(
+    bind: Engine | Connection,
+    targets: Target | Iterable[Target] | None,
+    keyring: Keyring | Callable[[], Keyring] | None,
+    sample: int | None,
+    sleep: Callable[[float], object],
+) -> VerifyReport:
+    if sample is not None and (
+        isinstance(sample, bool) or not isinstance(sample, int) or sample < 1
+    ):
+        raise RotationError("sample is a whole number of rows, 1 or more")
+    own = keyring_of(keyring)
+    link = Link(bind, sleep=sleep, counting=True)
+    tables = resolve_targets(targets, bind)
+
+    def work() -> VerifyReport:
+        known = link.read(partial(survey, tables))
+        failures = Failures()
+        opened = 0
+        for table in known.tables:
+            worker = TableWorker(table, own, link.dialect)
+            link.read(worker.check_keys)
+            for row in _rows(worker, link, sample):
+                for failed in worker.open_values(row):
+                    if failed is None:
+                        opened += 1
+                    else:
+                        failures.add([failed])
+        return VerifyReport(opened, tuple(failures.named), failures.count, known.left_out)
+
+    return link.run(work, _told)
+
+
+def _rows(worker: TableWorker, link: Link, sample: int | None) -> Iterator[Sequence[Any]]:
     """Give the rows of a table in constant memory."""
     after: PrimaryKey | None = None
     left = sample
-    while left is None or left > 0:
+    more = True
+    while more and (left is None or left > 0):
         limit = DEFAULT_BATCH_SIZE if left is None else min(left, DEFAULT_BATCH_SIZE)
-        reach = worker.reach(connection, after, limit)
-        if reach is None:
-            return
-        # Without a bound at the end: a key of an inexact type may not be found by its own value.
-        upto = reach.last if reach.more or left is not None else None
-        rows = worker.read(connection, after, None, upto=upto)
+        rows, last = link.read(partial(_batch, worker, after, limit, sampled=left is not None))
         yield from rows
-        if not reach.more:
-            return
-        after = reach.last
+        more = last is not None
+        after = last
         left = None if left is None else left - len(rows)
 
 
-@contextmanager
-def _connected(bind: Engine | Connection) -> Iterator[Connection]:
-    if isinstance(bind, Connection):
-        require_primary(bind)
-        yield bind
-    elif isinstance(bind, Engine):
-        # AUTOCOMMIT: a transaction as long as the reading would keep the database from cleaning up.
-        with bind.connect() as connection:
-            connection.execution_options(**OUTSIDE_OF_TRANSACTIONS)
-            require_primary(connection)
-            yield connection
-    else:
-        raise not_a_bind(bind)
+def _batch(
+    worker: TableWorker, after: PrimaryKey | None, limit: int, connection: Connection, sampled: bool
+) -> tuple[Sequence[Sequence[Any]], PrimaryKey | None]:
+    """Return some rows, and the primary key to go on behind."""
+    reach = worker.reach(connection, after, limit)
+    if reach is None:
+        return [], None
+    # Without a bound at the end: a key of an inexact type may not be found by its own value.
+    upto = reach.last if reach.more or sampled else None
+    return worker.read(connection, after, None, upto=upto), reach.last if reach.more else None

@@ -24,6 +24,8 @@ class FailedRow:
     """The key version that it is sealed under; ``None`` if it is not sealed."""
     fingerprint: str | None = None
     """The fingerprint of that key."""
+    reason: str | None = None
+    """What the database said, if it refused to change the row."""
 
 
 class Failures:

@@ -139,11 +139,15 @@ def test_an_interrupt_inside_a_batch_rolls_it_back(
 
         keys.subkeys[old.header] = Interrupted()  # type: ignore[assignment]
     else:
-        commits = iter([False, True, *([False] * 100)])
+        updates = iter(range(100))
+        updated: list[int] = []
 
         @event.listens_for(engine, "before_cursor_execute")
         def interrupt(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-            if statement == "COMMIT" and next(commits):
+            if statement.startswith("UPDATE"):
+                updated[:] = [next(updates)]
+            elif statement == "COMMIT" and updated == [1]:
+                updated.clear()
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

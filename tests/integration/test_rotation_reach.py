@@ -16,9 +16,7 @@ from sqlalchemy import (
     Uuid,
     create_engine,
     event,
-    func,
     insert,
-    select,
     text,
 )
 
@@ -260,23 +258,3 @@ def test_a_key_that_its_type_cannot_read_is_told(
         )
     with pytest.raises(RotationError, match=r"documents cannot be read .*primary key"):
         work(engine, table, keyring=promoted)
-
-
-def test_no_function_that_seals_outlives_the_rotation(promoted: Keyring) -> None:
-    engine = create_engine("sqlite://")
-    table = documents_table()
-    fill(engine, table)
-    with engine.connect() as connection:
-        driver: Any = connection.connection.driver_connection
-        unread = driver.execute("SELECT id FROM documents")
-        unread.fetchone()
-        with pytest.raises(RotationError, match="not read to its end"):
-            rotate(engine, table, keyring=promoted)
-        unread.close()
-        with pytest.raises(Exception, match=r"user-defined function raised"):
-            driver.execute("SELECT lucent_reseal_0(payload) FROM documents").fetchone()
-    assert counts(engine, table) == {("payload", "v1"): 25}
-    assert rotate(engine, table, keyring=promoted).rotated == 25
-    with engine.connect() as connection:
-        assert connection.scalar(select(func.count()).select_from(table)) == 25
-    engine.dispose()
