@@ -16,6 +16,7 @@ from .._dialects import is_mysql
 from ..exceptions import RotationError
 from ._async import wait_for
 from ._faults import Fault, advice, errors_of, passes, said
+from ._visible import require_primary
 
 DEFAULT_RETRIES: Final = 12
 """Further attempts at a batch, with half the rows each: about half a minute in all."""
@@ -190,15 +191,15 @@ class Link:
         assert connection is not None
         try:
             self._take(connection)
-        except self._errors as error:
-            if not connection.invalidated and not isinstance(error, SQLAlchemyError):
+            self._connection = connection
+            with self.reading():
+                require_primary(connection)
+        except BaseException as error:
+            self._connection = None
+            if isinstance(error, self._errors) and not isinstance(error, SQLAlchemyError):
                 connection.invalidate(error)
             self._give_back(connection)
             raise
-        except BaseException:
-            self._give_back(connection)
-            raise
-        self._connection = connection
         self._was_connected = True
 
     def _take(self, connection: Connection) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,8 @@ from sqlalchemy import Connection, Engine, Row, func, select
 
 from .. import _sql
 from .._envelope import VERSION_PATTERN
-from ..exceptions import KeyInUseError, RotationError
-from ..keyring import Keyring
+from ..exceptions import ConfigurationError, KeyInUseError, RotationError
+from ..keyring import Keyring, default_keyring
 from ._async import run_sync, sleep_in_async
 from ._faults import Fault
 from ._link import Link
@@ -21,7 +22,7 @@ from ._scan import count_stale, ranges_of
 from ._table import PrimaryKey, TableWorker, Within
 from .engine import DEFAULT_BATCH_SIZE, keyring_of
 from .report import Failures, StatusReport, StatusRow, VerifyReport
-from .targets import Target, TargetTable, resolve_targets
+from .targets import Survey, Target, TargetTable, refuse_left_out, resolve_targets, survey
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -55,9 +56,17 @@ def _status(
 ) -> StatusReport:
     link = Link(bind, sleep=sleep, counting=True)
     tables = resolve_targets(targets, bind)
-    return link.run(
-        lambda: StatusReport(tuple(row for table in tables for row in _count(link, table))), _told
-    )
+
+    def work() -> StatusReport:
+        known = _survey(link, tables)
+        rows = tuple(row for table in known.tables for row in _count(link, table))
+        return StatusReport(rows, known.left_out)
+
+    return link.run(work, _told)
+
+
+def _survey(link: Link, tables: Sequence[TargetTable]) -> Survey:
+    return link.read(lambda connection: survey(connection, tables))
 
 
 def _told(fault: Fault) -> str:
@@ -119,7 +128,8 @@ def needs_rotation(
     tables = resolve_targets(targets, bind)
 
     def work() -> bool:
-        workers = [TableWorker(table, keyring, link.dialect) for table in tables]
+        known = _survey(link, tables)
+        workers = [TableWorker(table, keyring, link.dialect) for table in known.tables]
         for worker in workers:
             link.read(worker.look)
         return any(count_stale(link, worker) for worker in workers)
@@ -133,26 +143,38 @@ def retire_check(
     targets: Target | Iterable[Target] | None = None,
     *,
     settle: float = 0.0,
+    keyring: Keyring | Callable[[], Keyring] | None = None,
+    exclude: Iterable[str] = (),
 ) -> None:
     """Raise while any value is sealed under `version`, whatever key that was.
 
-    It passes for a version that no value has, and so for one that is misspelt. (The command
-    ``lucent retire-check`` asks back when neither the keyring nor a value has it.)
+    It counts the versions that values name, and opens none: who may write to the database may
+    write another version in front of a value, which then does not open. With `keyring`, it opens
+    every value too, without the key of `version`.
 
     A count sees what is committed. A transaction that is open meanwhile may have sealed a value
-    under `version` and commit it right afterwards: with `settle`, it counts, waits, and counts
+    under `version` and commit it right afterwards: with `settle`, it looks, waits, and looks
     again. Choose it longer than the longest transaction of a process that had `version` as its
     primary, and run the check when no process has.
 
-    :param bind: an engine, or a connection that is in no transaction.
-    :param version: the key version that is to go.
+    :param bind: an engine, or a connection that is in no transaction; of the primary server.
+    :param version: the key version that is to go. The keyring has it (`keyring`, or else the
+        default one), unless a value does: one that nobody knows is misspelt.
     :param targets: as for :func:`rotate`. A column that is not among them is not looked at: name
         every MetaData that the key was used for.
-    :param settle: seconds between the two counts; 0 counts once.
-    :raises KeyInUseError: how many values need the version, per column.
-    :raises RotationError: `targets` has no encrypted column, or an argument is wrong.
+    :param settle: seconds between two looks; 0 looks once.
+    :param keyring: the keyring to open with, or a function that returns it. `version` is not its
+        primary.
+    :param exclude: names of views and foreign tables among `targets`, as ``left_out`` of a report
+        has them, that show no value sealed under `version`. Otherwise the check passes over a view
+        only if every binary column of the tables that it reads is a target.
+    :raises KeyInUseError: how many values need the version, per column, or (with `keyring`) do not
+        open without it.
+    :raises RotationError: `targets` has no encrypted column, one of its tables is missing or may
+        show less than there is, the server is a replica or read-only, nothing knows `version`, or
+        an argument is wrong.
     """
-    _retire_check(bind, version, targets, settle, time.sleep)
+    _retire_check(bind, version, targets, settle, keyring, exclude, time.sleep)
 
 
 async def aretire_check(
@@ -161,12 +183,19 @@ async def aretire_check(
     targets: Target | Iterable[Target] | None = None,
     *,
     settle: float = 0.0,
+    keyring: Keyring | Callable[[], Keyring] | None = None,
+    exclude: Iterable[str] = (),
 ) -> None:
     """Do what :func:`retire_check` does, over an async engine or connection.
 
     While it waits, the event loop runs.
     """
-    await run_sync(bind, lambda sync: _retire_check(sync, version, targets, settle, sleep_in_async))
+    await run_sync(
+        bind,
+        lambda sync: _retire_check(
+            sync, version, targets, settle, keyring, exclude, sleep_in_async
+        ),
+    )
 
 
 def _retire_check(
@@ -174,6 +203,8 @@ def _retire_check(
     version: str,
     targets: Target | Iterable[Target] | None,
     settle: float,
+    keyring: Keyring | Callable[[], Keyring] | None,
+    exclude: Iterable[str],
     sleep: Callable[[float], object],
 ) -> None:
     if not isinstance(version, str) or not VERSION_PATTERN.fullmatch(version):
@@ -185,29 +216,67 @@ def _retire_check(
             "the connection is inside a transaction, which may not see what others commit while "
             "retire_check() waits. End it first, or pass the engine"
         )
-    _raise_if_needed(bind, version, targets, sleep)
+    own = None if keyring is None else keyring_of(keyring)
+    rest = own.without(version) if own is not None and version in own.versions else own
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    _raise_if_needed(bind, version, targets, rest, exclude, sleep)
+    if version not in _known_versions(own):
+        raise RotationError(
+            f"neither a value of the targets nor the keyring has key version {version!r}: is it "
+            "misspelt? Leave the key in the keyring until this check has passed"
+        )
     if settle:
         sleep(settle)
-        _raise_if_needed(bind, version, targets, sleep)
+        _raise_if_needed(bind, version, targets, rest, exclude, sleep)
+
+
+def _known_versions(keyring: Keyring | None) -> set[str]:
+    """Return the versions of `keyring`, which may have been taken out of it, and of the default."""
+    known = set(keyring.versions if keyring is not None else ())
+    with suppress(ConfigurationError):
+        known.update(default_keyring().versions)
+    return known
 
 
 def _raise_if_needed(
     bind: Engine | Connection,
     version: str,
     targets: Target | Iterable[Target] | None,
+    rest: Keyring | None,
+    exclude: Sequence[str],
     sleep: Callable[[float], object],
 ) -> None:
-    needing: dict[str, int] = {}
-    for row in _status(bind, targets, sleep).rows:
-        if row.key_version == version:  # once per fingerprint
-            name = f"{row.table}.{row.column}"
-            needing[name] = needing.get(name, 0) + row.count
+    link = Link(bind, sleep=sleep, counting=True)
+    tables = resolve_targets(targets, bind)
+
+    def work() -> dict[str, int]:
+        known = _survey(link, tables)
+        link.read(lambda connection: refuse_left_out(connection, known, exclude))
+        needing: dict[str, int] = {}
+        for row in (row for table in known.tables for row in _count(link, table)):
+            if row.key_version == version:  # once per fingerprint
+                name = f"{row.table}.{row.column}"
+                needing[name] = needing.get(name, 0) + row.count
+        return needing
+
+    needing = link.run(work, _told)
     if needing:
         counts = ", ".join(f"{count} in {name}" for name, count in needing.items())
         raise KeyInUseError(
             f"key version {version!r} is still needed: {counts}. Rotate these values before the "
             "key is retired; verify() names those that do not open, such as values that another "
             "key of that name sealed"
+        )
+    if rest is None:
+        return
+    report = _verify(bind, targets, rest, None, sleep)
+    if not report.ok:
+        first = report.failed[0]
+        raise KeyInUseError(
+            f"{report.failed_count} values do not open without key version {version!r}, whatever "
+            f"version they name; the first is {first.table}.{first.column} in the row with primary "
+            f"key {first.primary_key!r} ({first.error}). verify() names them all: correct or "
+            "delete them before the key is retired"
         )
 
 
@@ -259,9 +328,10 @@ def _verify(
     tables = resolve_targets(targets, bind)
 
     def work() -> VerifyReport:
+        known = _survey(link, tables)
         failures = Failures()
         opened = 0
-        for table in tables:
+        for table in known.tables:
             worker = TableWorker(table, own, link.dialect)
             link.read(worker.check_keys)
             for row in _rows(worker, link, sample):
@@ -270,7 +340,7 @@ def _verify(
                         opened += 1
                     else:
                         failures.add([failed])
-        return VerifyReport(opened, tuple(failures.named), failures.count)
+        return VerifyReport(opened, tuple(failures.named), failures.count, known.left_out)
 
     return link.run(work, _told)
 

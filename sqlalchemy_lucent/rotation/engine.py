@@ -27,7 +27,7 @@ from ._share import Sharing, check_executor
 from ._table import Batch, PrimaryKey, TableWorker
 from ._task import Outcome, TableDescription, Task, Workplace, check_goes_by_name, place_of
 from .report import FailedRow, Failures, RotationProgress, RotationReport
-from .targets import Target, TargetTable, resolve_targets
+from .targets import Target, TargetTable, resolve_targets, survey
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -396,7 +396,9 @@ class _Run:
 
     def over(self, tables: list[TargetTable]) -> RotationReport:
         """Rotate `tables`."""
-        return self.drive([self._worker(table) for table in tables])
+        known = self._link.read(lambda connection: survey(connection, tables))
+        report = self.drive([self._worker(table) for table in known.tables])
+        return replace(report, left_out=known.left_out)
 
     def drive(self, workers: Sequence[TableWorker | SimpleWorker]) -> RotationReport:
         """Run `workers`, one after the other, until each is done."""
