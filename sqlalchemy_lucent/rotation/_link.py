@@ -194,14 +194,10 @@ class Link:
             self._connection = connection
             with self.reading():
                 require_primary(connection)
-        except self._errors as error:
+        except BaseException as error:
             self._connection = None
-            if not connection.invalidated and not isinstance(error, SQLAlchemyError):
+            if isinstance(error, self._errors) and not isinstance(error, SQLAlchemyError):
                 connection.invalidate(error)
-            self._give_back(connection)
-            raise
-        except BaseException:
-            self._connection = None
             self._give_back(connection)
             raise
         self._was_connected = True

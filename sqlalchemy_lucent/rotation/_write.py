@@ -179,7 +179,7 @@ class RowWriter:
             if own.name not in target.clause.c:
                 target.clause.append_column(own)
         self._processors = [_bind_processor(c.type, dialect) for c in target.primary_key]
-        self._statements: dict[tuple[str, ...], tuple[str, Sequence[str]]] = {}
+        self._statements: dict[tuple[str, ...], tuple[str, Sequence[str] | None]] = {}
 
     def write(self, connection: Connection, changes: Changes) -> int:
         """Write `changes`."""
@@ -202,7 +202,9 @@ class RowWriter:
             )
             for position, values in enumerate(columns)
         }
-        rows = list(zip(*(named[name] for name in order), strict=True))
+        rows: list[Any] = list(zip(*(named[name] for name in order or named), strict=True))
+        if order is None:  # the driver takes parameters by name
+            rows = [dict(zip(named, row, strict=True)) for row in rows]
         written = connection.exec_driver_sql(statement, rows).rowcount
         # Some drivers do not count; there the rows are locked, so none can have been missed.
         return (written if written >= 0 else len(rows)) * len(changes.names)

@@ -22,7 +22,7 @@ from ._scan import count_stale, ranges_of
 from ._table import PrimaryKey, TableWorker, Within
 from .engine import DEFAULT_BATCH_SIZE, keyring_of
 from .report import Failures, StatusReport, StatusRow, VerifyReport
-from .targets import Target, TargetTable, refuse_left_out, resolve_targets, survey
+from .targets import Survey, Target, TargetTable, refuse_left_out, resolve_targets, survey
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -58,11 +58,15 @@ def _status(
     tables = resolve_targets(targets, bind)
 
     def work() -> StatusReport:
-        known = link.read(partial(survey, tables))
+        known = _survey(link, tables)
         rows = tuple(row for table in known.tables for row in _count(link, table))
         return StatusReport(rows, known.left_out)
 
     return link.run(work, _told)
+
+
+def _survey(link: Link, tables: Sequence[TargetTable]) -> Survey:
+    return link.read(lambda connection: survey(connection, tables))
 
 
 def _told(fault: Fault) -> str:
@@ -124,7 +128,7 @@ def needs_rotation(
     tables = resolve_targets(targets, bind)
 
     def work() -> bool:
-        known = link.read(partial(survey, tables))
+        known = _survey(link, tables)
         workers = [TableWorker(table, keyring, link.dialect) for table in known.tables]
         for worker in workers:
             link.read(worker.look)
@@ -244,12 +248,18 @@ def _raise_if_needed(
 ) -> None:
     link = Link(bind, sleep=sleep, counting=True)
     tables = resolve_targets(targets, bind)
-    link.run(lambda: link.read(partial(refuse_left_out, tables, exclude)), _told)
-    needing: dict[str, int] = {}
-    for row in _status(bind, targets, sleep).rows:
-        if row.key_version == version:  # once per fingerprint
-            name = f"{row.table}.{row.column}"
-            needing[name] = needing.get(name, 0) + row.count
+
+    def work() -> dict[str, int]:
+        known = _survey(link, tables)
+        link.read(lambda connection: refuse_left_out(connection, known, exclude))
+        needing: dict[str, int] = {}
+        for row in (row for table in known.tables for row in _count(link, table)):
+            if row.key_version == version:  # once per fingerprint
+                name = f"{row.table}.{row.column}"
+                needing[name] = needing.get(name, 0) + row.count
+        return needing
+
+    needing = link.run(work, _told)
     if needing:
         counts = ", ".join(f"{count} in {name}" for name, count in needing.items())
         raise KeyInUseError(
@@ -318,7 +328,7 @@ def _verify(
     tables = resolve_targets(targets, bind)
 
     def work() -> VerifyReport:
-        known = link.read(partial(survey, tables))
+        known = _survey(link, tables)
         failures = Failures()
         opened = 0
         for table in known.tables:

@@ -396,7 +396,7 @@ class _Run:
 
     def over(self, tables: list[TargetTable]) -> RotationReport:
         """Rotate `tables`."""
-        known = self._link.read(partial(survey, tables))
+        known = self._link.read(lambda connection: survey(connection, tables))
         report = self.drive([self._worker(table) for table in known.tables])
         return replace(report, left_out=known.left_out)
 

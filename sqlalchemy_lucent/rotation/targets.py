@@ -279,7 +279,7 @@ class Survey(NamedTuple):
         return tuple(target.name for target, relation in self.found if not relation.is_table)
 
 
-def survey(targets: Iterable[TargetTable], connection: Connection) -> Survey:
+def survey(connection: Connection, targets: Iterable[TargetTable]) -> Survey:
     """Find the tables among `targets`; what is none is not read.
 
     :raises RotationError: one is not in this database, or none is a table.
@@ -306,15 +306,12 @@ def survey(targets: Iterable[TargetTable], connection: Connection) -> Survey:
     return known
 
 
-def refuse_left_out(
-    targets: Iterable[TargetTable], exclude: Iterable[str], connection: Connection
-) -> None:
-    """Refuse a view unless all that it may show is among `targets`, or `exclude` has its name.
+def refuse_left_out(connection: Connection, known: Survey, exclude: Iterable[str]) -> None:
+    """Refuse a view unless all that it may show is a target, or `exclude` has its name.
 
-    :raises RotationError: there is one, or `exclude` names what is not left out.
+    :raises RotationError: there is one, or `exclude` names what was not left out.
     """
-    known = survey(targets, connection)
-    excluded = set(exclude)
+    excluded = {exclude} if isinstance(exclude, str) else set(exclude)
     wrong = excluded.difference(known.left_out)
     if wrong:
         raise RotationError(
