@@ -30,6 +30,7 @@ from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
 from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate
+from ..rotation._faults import errors_of, fault_of
 from ..rotation._visible import refuse_hidden_rows
 from ..rotation.convert import RebindWorker
 from ..rotation.engine import run_workers
@@ -81,7 +82,7 @@ def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedC
     context = operations.migration_context
     name = operation.full_name
     _refuse_where_batches_cannot_commit(context, f"rotate_encrypted_column of {name}")
-    with _autocommit_block(context):
+    with _autocommit_block(context, f"rotate_encrypted_column of {name}"):
         assert context.connection is not None
         column = _reflect(context.connection, operation, operation.accept_contexts)
         if is_empty(context.connection, column):
@@ -119,7 +120,7 @@ def _decrypt_column(operations: Operations, operation: DecryptColumnOp) -> None:
 def _convert(operations: Operations, operation: ConvertColumnOp, what: str) -> None:
     context = operations.migration_context
     _refuse_where_batches_cannot_commit(context, what)
-    with _autocommit_block(context):
+    with _autocommit_block(context, what):
         convert_column(operations, operation.plan())
 
 
@@ -128,7 +129,7 @@ def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedC
     context = operations.migration_context
     name = operation.full_name
     _refuse_where_batches_cannot_commit(context, f"rebind_encrypted_column of {name}")
-    with _autocommit_block(context):
+    with _autocommit_block(context, f"rebind_encrypted_column of {name}"):
         connection = context.connection
         assert connection is not None
         column = _reflect(connection, operation, accept_contexts=[operation.from_context])
@@ -150,12 +151,17 @@ def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedC
 
 
 @contextmanager
-def _autocommit_block(context: MigrationContext) -> Iterator[None]:
+def _autocommit_block(context: MigrationContext, what: str) -> Iterator[None]:
     """Alembic's block, except that what ended it is raised also when the connection is gone.
 
     SQLAlchemy gives a connection up that is interrupted (Ctrl-C) or lost; the block fails to end
     on it, and that failure would be all that is said.
+
+    :raises RotationError: the database or its driver ended `what`.
     """
+    connection = context.connection
+    assert connection is not None
+    errors = errors_of(connection.dialect)
     cause: BaseException | None = None
     try:
         with context.autocommit_block():
@@ -169,9 +175,15 @@ def _autocommit_block(context: MigrationContext) -> Iterator[None]:
                         "the revision is not stamped. Run it again to go on"
                     )
                 raise
-    except PendingRollbackError:
-        if cause is None:
-            raise
+    except (PendingRollbackError, *errors) as error:
+        cause = error if cause is None else cause
+    if isinstance(cause, errors):
+        fault = fault_of(cause, connection.dialect, lost=connection.invalidated)
+        # Nor may a frame show it to who looks at the error: it has the parameters.
+        cause = RotationError(
+            f"the database ended {what}: {fault.said}. Batches that were committed stay, and the "
+            f"revision is not stamped. {fault.again()}"
+        )
     if cause is not None:
         raise cause
 

@@ -89,6 +89,12 @@ class Fault(Exception):  # noqa: N818  (an error of ours is made of it)
         self.advice = advice
         self.passes = passes
 
+    def again(self, to_go_on: str = "Run it again to go on") -> str:
+        """Say whether another run helps, and what to change before."""
+        if self.advice:
+            return f"{self.advice}, then run it again"
+        return to_go_on if self.passes else "Another run would end like this one"
+
 
 def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
     """Return what work on a connection may raise because of the database or its driver.
@@ -104,11 +110,16 @@ def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
     return tuple(raised)
 
 
-def passes(error: Exception, dialect: Dialect, *, lost: bool) -> bool:
-    """Say whether the same work may succeed if it is tried again.
+def fault_of(error: Exception, dialect: Dialect, *, lost: bool) -> Fault:
+    """Return what `error` says, and what follows from it.
 
     :param lost: whether there is no connection, or none any more.
     """
+    words = _advice(error, dialect)
+    return Fault(said(error, dialect), words, _passes(error, dialect, lost=lost))
+
+
+def _passes(error: Exception, dialect: Dialect, *, lost: bool) -> bool:
     if isinstance(error, PoolTimeoutError):
         return False  # it has waited already, as long as the pool is told to
     if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
@@ -158,8 +169,7 @@ def said(error: Exception, dialect: Dialect) -> str:
     return f"{name}: {first}" + (f" ({' '.join(hint.split())})" if hint else "")
 
 
-def advice(error: Exception, dialect: Dialect) -> str:
-    """Return what to change before the same is tried again, where that is known."""
+def _advice(error: Exception, dialect: Dialect) -> str:
     if isinstance(error, PoolTimeoutError):
         return "Give it an engine of its own, such as one with poolclass=NullPool"
     if "statement pooling mode" in str(_original(error)):

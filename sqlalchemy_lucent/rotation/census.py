@@ -70,10 +70,7 @@ def _survey(link: Link, tables: Sequence[TargetTable]) -> Survey:
 
 
 def _told(fault: Fault) -> str:
-    again = "Run it again" if fault.passes else "Another run would end like this one"
-    if fault.advice:
-        again = f"{fault.advice}, then run it again"
-    return f"the database ended the count: {fault.said}. {again}"
+    return f"the database ended the count: {fault.said}. {fault.again('Run it again')}"
 
 
 def _count(link: Link, target: TargetTable) -> Iterator[StatusRow]:
