@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
@@ -22,7 +22,6 @@ from sqlalchemy import (
 )
 from sqlalchemy import column as column_clause
 from sqlalchemy import table as table_clause
-from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.types import NullType, TypeEngine, _Binary
 
 from .. import _sql
@@ -30,7 +29,7 @@ from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
 from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate
-from ..rotation._faults import errors_of, fault_of
+from ..rotation._faults import Fault, errors_of, fault_of
 from ..rotation._visible import refuse_hidden_rows
 from ..rotation.convert import RebindWorker
 from ..rotation.engine import run_workers
@@ -77,12 +76,45 @@ def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp)
     operations.impl.drop_table(secrets_table(MetaData(), name, schema=operation.schema))
 
 
+_Op = TypeVar("_Op", bound=ColumnOp)
+_Implementation = Callable[[Operations, _Op], None]
+
+
+def _in_our_words(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
+    """Have `implementation` raise an error of ours where the database or its driver ends it."""
+    name = implementation.__name__.removeprefix("_")
+
+    def carry_out(operations: Operations, operation: _Op) -> None:
+        connection = operations.migration_context.connection
+        errors: tuple[type[Exception], ...] = ()
+        if connection is not None:
+            errors = (Fault, *errors_of(connection.dialect))
+        try:
+            return implementation(operations, operation)
+        except errors as error:
+            assert connection is not None
+            fault = (
+                error
+                if isinstance(error, Fault)
+                else fault_of(error, connection.dialect, lost=connection.invalidated)
+            )
+            message = (
+                f"the database ended {name} of {operation.full_name}: {fault.said}. Batches that "
+                f"were committed stay, and the revision is not stamped. {fault.again()}"
+            )
+        # Not chained: SQLAlchemy's error has the parameters.
+        raise RotationError(message)
+
+    return carry_out
+
+
 @Operations.implementation_for(RotateEncryptedColumnOp)
+@_in_our_words
 def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedColumnOp) -> None:
     context = operations.migration_context
     name = operation.full_name
     _refuse_where_batches_cannot_commit(context, f"rotate_encrypted_column of {name}")
-    with _autocommit_block(context, f"rotate_encrypted_column of {name}"):
+    with _autocommit_block(context):
         assert context.connection is not None
         column = _reflect(context.connection, operation, operation.accept_contexts)
         if is_empty(context.connection, column):
@@ -108,11 +140,13 @@ def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedC
 
 
 @Operations.implementation_for(EncryptColumnOp)
+@_in_our_words
 def _encrypt_column(operations: Operations, operation: EncryptColumnOp) -> None:
     _convert(operations, operation, f"encrypt_column of {operation.full_name}")
 
 
 @Operations.implementation_for(DecryptColumnOp)
+@_in_our_words
 def _decrypt_column(operations: Operations, operation: DecryptColumnOp) -> None:
     _convert(operations, operation, f"decrypt_column of {operation.full_name}")
 
@@ -120,16 +154,17 @@ def _decrypt_column(operations: Operations, operation: DecryptColumnOp) -> None:
 def _convert(operations: Operations, operation: ConvertColumnOp, what: str) -> None:
     context = operations.migration_context
     _refuse_where_batches_cannot_commit(context, what)
-    with _autocommit_block(context, what):
+    with _autocommit_block(context):
         convert_column(operations, operation.plan())
 
 
 @Operations.implementation_for(RebindEncryptedColumnOp)
+@_in_our_words
 def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedColumnOp) -> None:
     context = operations.migration_context
     name = operation.full_name
     _refuse_where_batches_cannot_commit(context, f"rebind_encrypted_column of {name}")
-    with _autocommit_block(context, f"rebind_encrypted_column of {name}"):
+    with _autocommit_block(context):
         connection = context.connection
         assert connection is not None
         column = _reflect(connection, operation, accept_contexts=[operation.from_context])
@@ -151,17 +186,14 @@ def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedC
 
 
 @contextmanager
-def _autocommit_block(context: MigrationContext, what: str) -> Iterator[None]:
+def _autocommit_block(context: MigrationContext) -> Iterator[None]:
     """Alembic's block, except that what ended it is raised also when the connection is gone.
 
     SQLAlchemy gives a connection up that is interrupted (Ctrl-C) or lost; the block fails to end
     on it, and that failure would be all that is said.
-
-    :raises RotationError: the database or its driver ended `what`.
     """
-    connection = context.connection
-    assert connection is not None
-    errors = errors_of(connection.dialect)
+    assert context.connection is not None
+    errors = errors_of(context.connection.dialect)
     cause: BaseException | None = None
     try:
         with context.autocommit_block():
@@ -175,15 +207,9 @@ def _autocommit_block(context: MigrationContext, what: str) -> Iterator[None]:
                         "the revision is not stamped. Run it again to go on"
                     )
                 raise
-    except (PendingRollbackError, *errors) as error:
-        cause = error if cause is None else cause
-    if isinstance(cause, errors):
-        fault = fault_of(cause, connection.dialect, lost=connection.invalidated)
-        # Nor may a frame show it to who looks at the error: it has the parameters.
-        cause = RotationError(
-            f"the database ended {what}: {fault.said}. Batches that were committed stay, and the "
-            f"revision is not stamped. {fault.again()}"
-        )
+    except errors:
+        if cause is None:
+            raise
     if cause is not None:
         raise cause
 

@@ -6,7 +6,7 @@ import re
 from typing import Any, Final
 
 from sqlalchemy import Dialect
-from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .._dialects import is_mysql
@@ -50,7 +50,7 @@ _REFUSING_MYSQL_CODES: Final = frozenset(
 # may quote a value.
 _MYSQL_CODES_WITH_NAMES: Final = frozenset(
     {1044, 1045, 1048, 1049, 1054, 1091, 1130, 1142, 1143, 1146, 1227, 1264, 1290, 1364, 1370}
-    | {1406, 1451, 1452, 1644, 1665, 1792, 1836, 1927, 3819, 4025}
+    | {1406, 1451, 1452, 1644, 1665, 1698, 1792, 1836, 1927, 3819, 4025}
 )
 
 _MAY_NOT: Final = "Grant this user SELECT and UPDATE on the table"
@@ -103,7 +103,8 @@ def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
     what the network or asyncpg does while it connects.
     """
     dbapi: Any = dialect.loaded_dbapi
-    raised = [StatementError, PoolTimeoutError, OSError, EOFError, dbapi.Error]
+    raised: list[type[Exception]] = [StatementError, PoolTimeoutError, PendingRollbackError]
+    raised += [OSError, EOFError, dbapi.Error]
     asyncpg = getattr(dbapi, "asyncpg", None)
     if asyncpg is not None:
         raised += [asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError]
@@ -151,6 +152,8 @@ def refuses_a_row(error: DBAPIError, dialect: Dialect) -> bool:
 
 def said(error: Exception, dialect: Dialect) -> str:
     """Return what the database said, without what may be a value of a row."""
+    if isinstance(error, PendingRollbackError):
+        return "the connection was lost"  # and SQLAlchemy waits for its user to notice
     original = _original(error)
     name = type(original).__name__
     if _may_show_anything(error, dialect):
