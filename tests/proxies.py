@@ -104,7 +104,7 @@ def pgbouncer(url: URL, *, mode: str = "transaction", servers: int = 4) -> Itera
         port = free_port()
         settings = directory / "pgbouncer.ini"
         settings.write_text(
-            f"[databases]\n* = host={url.host} port={url.port}\n"
+            f"[databases]\n* = host={url.host} port={url.port} user={url.username}\n"
             f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nauth_type = any\n"
             f"unix_socket_dir =\npool_mode = {mode}\n"
             # Who comes next gets the server that has waited longest: not the one of before.
