@@ -40,6 +40,7 @@ class Server:
         self.port = port
         self.directory = directory
         self._arguments = list(map(str, arguments))
+        self.stops_by = signal.SIGINT  # for PostgreSQL, what cuts clients off
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -59,12 +60,12 @@ class Server:
         self.stop(signal.SIGKILL)
         pytest.fail(f"{self._arguments[0]} did not start:\n{self.log()}", pytrace=False)
 
-    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """Send it a signal, and return once it has ended. For PostgreSQL, SIGINT cuts clients."""
+    def stop(self, how: signal.Signals | None = None) -> None:
+        """Send it a signal, and return once it has ended."""
         if self._process is None:
             return
         if self._process.poll() is None:
-            self._process.send_signal(how)
+            self._process.send_signal(how or self.stops_by)
         try:
             self._process.wait(_ANSWERS_WITHIN)
         except subprocess.TimeoutExpired:
@@ -200,6 +201,31 @@ def _postgresql_programs() -> Path:
     if not places:
         unavailable("PostgreSQL's programs are not installed")
     return places[0].parent
+
+
+# -- MariaDB ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def private_mariadb(settings: Mapping[str, Any] | None = None) -> Iterator[URL]:
+    """Run a new MariaDB, and give the URL of its root.
+
+    :param settings: options of ``mariadbd`` that are to differ.
+    """
+    install, mariadbd = program("mariadb-install-db"), program("mariadbd")
+    with private_directory() as directory:
+        data, port = directory / "data", free_port()
+        made = (install, "--no-defaults", f"--datadir={data}", "--skip-test-db")
+        _run([*made, "--auth-root-authentication-method=normal"], directory)
+        options = [f"--{name}={value}" for name, value in (settings or {}).items()]
+        options += [f"--datadir={data}", f"--socket={directory}/socket", f"--port={port}"]
+        options += ["--bind-address=127.0.0.1", "--skip-name-resolve"]
+        options.append("--innodb-buffer-pool-size=16M")
+        with running([mariadbd, "--no-defaults", *options], port, directory) as server:
+            server.stops_by = signal.SIGTERM
+            yield URL.create(
+                "mysql+pymysql", username="root", host="127.0.0.1", port=port, database="mysql"
+            )
 
 
 # -- processes -------------------------------------------------------------------------------------

@@ -109,8 +109,16 @@ JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
 """)
 
 
+def regclass(connection: Connection, name: str, schema: str | None) -> str:
+    """Return the name as the value of a parameter for ``to_regclass()``."""
+    name = qualified(connection, name, schema)
+    # In a statement, a percent sign would begin a parameter.
+    doubles = connection.dialect.identifier_preparer._double_percents
+    return name.replace("%%", "%") if doubles else name
+
+
 def _on_postgresql(connection: Connection, name: str, schema: str | None) -> Relation | None:
-    names = {"name": qualified(connection, name, schema)}
+    names = {"name": regclass(connection, name, schema)}
     row = connection.execute(_POSTGRESQL_RELATION, names).first()
     if row is None:
         return None
@@ -123,8 +131,7 @@ def _on_postgresql(connection: Connection, name: str, schema: str | None) -> Rel
 def _beneath_on_postgresql(
     connection: Connection, relation: Relation
 ) -> set[tuple[str, str]] | None:
-    quote = connection.dialect.identifier_preparer.quote_identifier
-    names = {"name": f"{quote(relation.schema)}.{quote(relation.name)}"}
+    names = {"name": regclass(connection, relation.name, relation.schema)}
     tables = set()
     for kind, schema, name, calls_a_function in connection.execute(_POSTGRESQL_BENEATH, names):
         if calls_a_function or kind not in ("r", "p", "v"):

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from .._dialects import is_mysql
 from ..exceptions import RotationError
-from ._relations import qualified
+from ._relations import regclass
 
 # -- rows ------------------------------------------------------------------------------------------
 
@@ -26,7 +26,7 @@ def refuse_hidden_rows(connection: Connection, name: str, schema: str | None) ->
     """
     if connection.dialect.name != "postgresql":
         return
-    if connection.scalar(_HIDES, {"name": qualified(connection, name, schema)}):
+    if connection.scalar(_HIDES, {"name": regclass(connection, name, schema)}):
         raise RotationError(
             f"row-level security may hide rows of {name} from this user, and what is hidden would "
             "not be converted or counted. Connect as a role with BYPASSRLS, or as the table's "

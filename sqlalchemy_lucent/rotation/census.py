@@ -219,7 +219,7 @@ def _retire_check(
     _raise_if_needed(bind, version, targets, rest, exclude, sleep)
     if version not in _known_versions(own):
         raise RotationError(
-            f"neither a value of the targets nor the keyring has key version {version!r}: is it "
+            f"neither the keyring nor any value of the targets has key version {version!r}: is it "
             "misspelt? Leave the key in the keyring until this check has passed"
         )
     if settle:

@@ -311,7 +311,7 @@ def refuse_left_out(connection: Connection, known: Survey, exclude: Iterable[str
 
     :raises RotationError: there is one, or `exclude` names what was not left out.
     """
-    excluded = {exclude} if isinstance(exclude, str) else set(exclude)
+    excluded = set(exclude)
     wrong = excluded.difference(known.left_out)
     if wrong:
         raise RotationError(

@@ -961,6 +961,7 @@ def test_a_report_is_json_ready_whatever_the_primary_key(engine: Engine, promote
         "stopped": False,
         "dry_run": False,
         "taken_over": [],
+        "left_out": [],
         "ok": False,
     }
 
