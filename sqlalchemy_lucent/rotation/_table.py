@@ -77,8 +77,6 @@ class Reach(NamedTuple):
     """Whether there may be rows behind it."""
     rows: int
     """Rows up to there."""
-    size: int
-    """Bytes of their values."""
 
 
 class Within(NamedTuple):
@@ -335,10 +333,16 @@ class TableWorker:
         """Return the rows behind `after`, and not behind `upto`."""
         return Within(self.key_range(after, upto), self.parameters(after, upto))
 
-    def reach(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Reach | None:
+    def reach(
+        self,
+        connection: Connection,
+        after: PrimaryKey | None,
+        limit: int,
+        most_bytes: int | None = BATCH_BYTES,
+    ) -> Reach | None:
         """Return how far a batch behind `after` goes that is to have `limit` rows at most.
 
-        It has `BATCH_BYTES` at most too, unless one row has more. Nothing is locked, nor a value
+        It has `most_bytes` at most too, unless one row has more. Nothing is locked, nor a value
         looked at but for its length. Without this bound, a batch would look for stale rows through
         the whole table while it holds those found first.
         """
@@ -349,9 +353,9 @@ class TableWorker:
             *last, count, size = tuple(found[0]) if found else (0, 0)
             if not count:
                 return None
-            if size <= BATCH_BYTES or count == 1:
-                return Reach(tuple(last), count == rows, count, int(size))
-            rows = max(1, count * BATCH_BYTES // int(size))
+            if most_bytes is None or size <= most_bytes or count == 1:
+                return Reach(tuple(last), count == rows, count)
+            rows = max(1, count * most_bytes // int(size))
 
     def _reaching(self, after: PrimaryKey | None) -> Select[Any]:
         kind = ("reach", after is None, self.upto is None)
