@@ -6,7 +6,7 @@ import re
 from typing import Any, Final
 
 from sqlalchemy import Dialect
-from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .._dialects import is_mysql
@@ -50,7 +50,7 @@ _REFUSING_MYSQL_CODES: Final = frozenset(
 # may quote a value.
 _MYSQL_CODES_WITH_NAMES: Final = frozenset(
     {1044, 1045, 1048, 1049, 1054, 1091, 1130, 1142, 1143, 1146, 1227, 1264, 1290, 1364, 1370}
-    | {1406, 1451, 1452, 1644, 1665, 1792, 1836, 1927, 3819, 4025}
+    | {1406, 1451, 1452, 1644, 1665, 1698, 1792, 1836, 1927, 3819, 4025}
 )
 
 _MAY_NOT: Final = "Grant this user SELECT and UPDATE on the table"
@@ -89,6 +89,12 @@ class Fault(Exception):  # noqa: N818  (an error of ours is made of it)
         self.advice = advice
         self.passes = passes
 
+    def again(self, to_go_on: str = "Run it again to go on") -> str:
+        """Say whether another run helps, and what to change before."""
+        if self.advice:
+            return f"{self.advice}, then run it again"
+        return to_go_on if self.passes else "Another run would end like this one"
+
 
 def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
     """Return what work on a connection may raise because of the database or its driver.
@@ -97,18 +103,24 @@ def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
     what the network or asyncpg does while it connects.
     """
     dbapi: Any = dialect.loaded_dbapi
-    raised = [StatementError, PoolTimeoutError, OSError, EOFError, dbapi.Error]
+    raised: list[type[Exception]] = [StatementError, PoolTimeoutError, PendingRollbackError]
+    raised += [OSError, EOFError, dbapi.Error]
     asyncpg = getattr(dbapi, "asyncpg", None)
     if asyncpg is not None:
         raised += [asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError]
     return tuple(raised)
 
 
-def passes(error: Exception, dialect: Dialect, *, lost: bool) -> bool:
-    """Say whether the same work may succeed if it is tried again.
+def fault_of(error: Exception, dialect: Dialect, *, lost: bool) -> Fault:
+    """Return what `error` says, and what follows from it.
 
     :param lost: whether there is no connection, or none any more.
     """
+    words = _advice(error, dialect)
+    return Fault(said(error, dialect), words, _passes(error, dialect, lost=lost))
+
+
+def _passes(error: Exception, dialect: Dialect, *, lost: bool) -> bool:
     if isinstance(error, PoolTimeoutError):
         return False  # it has waited already, as long as the pool is told to
     if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
@@ -140,6 +152,8 @@ def refuses_a_row(error: DBAPIError, dialect: Dialect) -> bool:
 
 def said(error: Exception, dialect: Dialect) -> str:
     """Return what the database said, without what may be a value of a row."""
+    if isinstance(error, PendingRollbackError):
+        return "the connection was lost"  # and SQLAlchemy waits for its user to notice
     original = _original(error)
     name = type(original).__name__
     if _may_show_anything(error, dialect):
@@ -158,8 +172,7 @@ def said(error: Exception, dialect: Dialect) -> str:
     return f"{name}: {first}" + (f" ({' '.join(hint.split())})" if hint else "")
 
 
-def advice(error: Exception, dialect: Dialect) -> str:
-    """Return what to change before the same is tried again, where that is known."""
+def _advice(error: Exception, dialect: Dialect) -> str:
     if isinstance(error, PoolTimeoutError):
         return "Give it an engine of its own, such as one with poolclass=NullPool"
     if "statement pooling mode" in str(_original(error)):

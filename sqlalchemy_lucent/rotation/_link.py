@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from .._dialects import is_mysql
 from ..exceptions import RotationError
 from ._async import wait_for
-from ._faults import Fault, advice, errors_of, passes, said
+from ._faults import Fault, errors_of, fault_of
 from ._visible import require_primary
 
 DEFAULT_RETRIES: Final = 12
@@ -173,12 +173,11 @@ class Link:
             # SQLAlchemy does not know of it, and would go on with a connection in any state.
             connection.invalidate(error)
             lost = True
-        may_pass = passes(error, self.dialect, lost=lost)
-        words = advice(error, self.dialect)
-        if not words and lost and self._engine is None:
-            words = "Pass the engine, whose connection is replaced when it is lost"
-        is_retried = may_pass and not self._is_borrowed and not (lost and self._engine is None)
-        return Fault(said(error, self.dialect), words, may_pass), is_retried
+        fault = fault_of(error, self.dialect, lost=lost)
+        is_gone = lost and self._engine is None
+        if is_gone and not fault.advice:
+            fault.advice = "Pass the engine, whose connection is replaced when it is lost"
+        return fault, fault.passes and not self._is_borrowed and not is_gone
 
     def _renew(self) -> None:
         """Connect, or replace a connection of the engine's that is lost."""

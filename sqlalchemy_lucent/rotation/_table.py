@@ -27,9 +27,11 @@ from sqlalchemy import (
     not_,
     or_,
     select,
+    text,
 )
 from sqlalchemy.exc import DBAPIError
 
+from .._dialects import is_mysql
 from .._envelope import LONGEST_PREFIX, parse
 from .._keyset import in_the_form_of, is_behind, order_of
 from ..exceptions import ConfigurationError, DecryptionError, RotationError
@@ -37,7 +39,7 @@ from ..keyring import Keyring
 from ..types import as_bytes, encode_row, open_in_contexts
 from ._pace import BATCH_BYTES
 from ._visible import refuse_hidden_rows
-from ._write import Changes, Writer, without_limits, writer_for
+from ._write import Changes, Writer, check_rights, without_limits, writer_for
 from .report import FailedRow
 from .targets import TargetColumn, TargetTable
 
@@ -75,8 +77,6 @@ class Reach(NamedTuple):
     """Whether there may be rows behind it."""
     rows: int
     """Rows up to there."""
-    size: int
-    """Bytes of their values."""
 
 
 class Within(NamedTuple):
@@ -154,6 +154,21 @@ class SealedColumn:
         return encode_row([row[position] for position in self._positions], self.bound_to)
 
 
+_CONNECTION_SETS: Final = text(
+    "SELECT @@character_set_client, @@character_set_connection, @@character_set_results"
+)
+_CHARACTER_SETS: Final = text(
+    "SELECT column_name AS name, character_set_name AS set_ FROM information_schema.columns"
+    " WHERE table_name = :name AND table_schema = coalesce(:schema, database())"
+    " AND character_set_name IS NOT NULL"
+)
+
+
+def _holds(connection_set: str, column_set: str) -> bool:
+    """Say whether the one character set has every character of the other."""
+    return connection_set == "utf8mb4" or column_set in (connection_set, "ascii")
+
+
 class TableWorker:
     """Reads, opens and re-seals the rows of one table. The caller has the transaction."""
 
@@ -194,6 +209,7 @@ class TableWorker:
 
     def prepare(self, connection: Connection, *, lock: bool = True) -> None:
         """Fail now if the table or a column is missing or not ours to lock; write nothing."""
+        check_rights(connection, self.target)
         self._writer = writer_for(connection, self.target)
         self.check_keys(connection)
         statement = self._reading(None, None, 0, stale_only=True, lock=lock)
@@ -227,11 +243,35 @@ class TableWorker:
         :raises RotationError: there is, or may be, such a row.
         """
         self.look(connection)
+        self._check_character_sets(connection)
         statement = select(literal(1)).select_from(self.target.clause).where(self.lost).limit(1)
         if connection.execute(statement).first() is not None:
             raise RotationError(
                 f"table {self.target.name} has a row with NULL in its primary key; give such rows "
                 "a primary key, so that they can be read in order and named"
+            )
+
+    def _check_character_sets(self, connection: Connection) -> None:
+        """Refuse keys that the connection cannot have without loss.
+
+        MySQL and MariaDB put a question mark for what the connection's character set has not, so
+        that no row would be found by its key, nor a value open that is bound to it.
+        """
+        if not is_mysql(self._dialect):
+            return
+        clause = self.target.clause
+        names = {"name": str(clause.name), "schema": clause.schema}
+        has, *sets = connection.execute(_CONNECTION_SETS).one()
+        lossy = [
+            f"{name} ({set_})"
+            for name, set_ in connection.execute(_CHARACTER_SETS, names)
+            if name in clause.c
+            and any(known is not None and not _holds(known, set_) for known in (has, *sets))
+        ]
+        if lossy:
+            raise RotationError(
+                f"the connection speaks {has}, which cannot tell all texts of {self.name}."
+                f"{', '.join(lossy)} apart, by which rows are found. Connect with charset=utf8mb4"
             )
 
     def is_stale(self, sealed: SealedColumn) -> ColumnElement[bool]:
@@ -293,10 +333,16 @@ class TableWorker:
         """Return the rows behind `after`, and not behind `upto`."""
         return Within(self.key_range(after, upto), self.parameters(after, upto))
 
-    def reach(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Reach | None:
+    def reach(
+        self,
+        connection: Connection,
+        after: PrimaryKey | None,
+        limit: int,
+        most_bytes: int | None = BATCH_BYTES,
+    ) -> Reach | None:
         """Return how far a batch behind `after` goes that is to have `limit` rows at most.
 
-        It has `BATCH_BYTES` at most too, unless one row has more. Nothing is locked, nor a value
+        It has `most_bytes` at most too, unless one row has more. Nothing is locked, nor a value
         looked at but for its length. Without this bound, a batch would look for stale rows through
         the whole table while it holds those found first.
         """
@@ -307,9 +353,9 @@ class TableWorker:
             *last, count, size = tuple(found[0]) if found else (0, 0)
             if not count:
                 return None
-            if size <= BATCH_BYTES or count == 1:
-                return Reach(tuple(last), count == rows, count, int(size))
-            rows = max(1, count * BATCH_BYTES // int(size))
+            if most_bytes is None or size <= most_bytes or count == 1:
+                return Reach(tuple(last), count == rows, count)
+            rows = max(1, count * most_bytes // int(size))
 
     def _reaching(self, after: PrimaryKey | None) -> Select[Any]:
         kind = ("reach", after is None, self.upto is None)

@@ -96,8 +96,21 @@ def writer_for(connection: Connection, target: TargetTable) -> Writer:
         named = {column.name.lower() for column in target.primary_key}
         primary = {name.lower() for name in connection.scalars(_PRIMARY, names)}
         rows_first = bool(getattr(dialect, "is_mariadb", False)) and primary == named
-        return JoinWriter(target, dialect, kept, rows_first=rows_first)
+        packet = connection.scalar(text("SELECT @@max_allowed_packet"))
+        return JoinWriter(target, dialect, kept, packet, rows_first=rows_first)
     return RowWriter(target, dialect, kept)
+
+
+def check_rights(connection: Connection, target: TargetTable) -> None:
+    """Fail now, by an error of the database, if it would not let this user update `target`.
+
+    It has the statement explained, which fires no trigger and does not wait for a lock of a row.
+    """
+    if connection.dialect.name == "sqlite":
+        return
+    values = {column.name: target.clause.c[column.name] for column in target.columns}
+    statement = update(target.clause).values(values).compile(dialect=connection.dialect)
+    connection.exec_driver_sql(f"EXPLAIN {statement}").close()
 
 
 # MySQL renews such columns at each UPDATE that does not set them, whatever the metadata knows.
@@ -367,16 +380,22 @@ class JoinWriter:
     ``in_predicate_conversion_threshold``)."""
 
     _MAX_BYTES: Final = 1 << 20
-    """Bytes of the values of a statement, roughly, which has them doubled: far below
-    ``max_allowed_packet``, 16 MiB by default."""
+    """Bytes of the values of a statement, roughly, which has them doubled."""
 
     _MAX_LENGTH: Final = 32_768
     """Bytes of a value. MariaDB (10.11) cuts one of 65,536 or more in a derived table, to the rest
     of a division by that, and says nothing of it."""
 
     def __init__(
-        self, target: TargetTable, dialect: Dialect, kept: Sequence[str], *, rows_first: bool
+        self,
+        target: TargetTable,
+        dialect: Dialect,
+        kept: Sequence[str],
+        max_allowed_packet: int,
+        *,
+        rows_first: bool,
     ) -> None:
+        self._max_bytes = min(self._MAX_BYTES, max_allowed_packet // 4)
         quote = dialect.identifier_preparer.quote
         self._quote = quote
         self._table = dialect.identifier_preparer.format_table(target.clause)
@@ -415,7 +434,7 @@ class JoinWriter:
         part: list[int] = []
         total = 0
         for number, size in sizes.items():
-            if len(part) == self._MAX_ROWS or total > self._MAX_BYTES:
+            if len(part) == self._MAX_ROWS or total > self._max_bytes:
                 yield part
                 part, total = [], 0
             part.append(number)

@@ -18,7 +18,7 @@ from ..keyring import Keyring, default_keyring
 from ._async import run_sync, sleep_in_async
 from ._faults import Fault
 from ._link import Link
-from ._scan import count_stale, ranges_of
+from ._scan import count_stale, count_version, ranges_of
 from ._table import PrimaryKey, TableWorker, Within
 from .engine import DEFAULT_BATCH_SIZE, keyring_of
 from .report import Failures, StatusReport, StatusRow, VerifyReport
@@ -70,10 +70,7 @@ def _survey(link: Link, tables: Sequence[TargetTable]) -> Survey:
 
 
 def _told(fault: Fault) -> str:
-    again = "Run it again" if fault.passes else "Another run would end like this one"
-    if fault.advice:
-        again = f"{fault.advice}, then run it again"
-    return f"the database ended the count: {fault.said}. {again}"
+    return f"the database ended the count: {fault.said}. {fault.again('Run it again')}"
 
 
 def _count(link: Link, target: TargetTable) -> Iterator[StatusRow]:
@@ -252,16 +249,16 @@ def _raise_if_needed(
     def work() -> dict[str, int]:
         known = _survey(link, tables)
         link.read(lambda connection: refuse_left_out(connection, known, exclude))
-        needing: dict[str, int] = {}
-        for row in (row for table in known.tables for row in _count(link, table)):
-            if row.key_version == version:  # once per fingerprint
-                name = f"{row.table}.{row.column}"
-                needing[name] = needing.get(name, 0) + row.count
-        return needing
+        counts: dict[str, int] = {}
+        for table in known.tables:
+            link.read(TableWorker(table, None, link.dialect).look)
+            for column in table.columns:
+                counts[f"{table.name}.{column.name}"] = count_version(link, table, column, version)
+        return counts
 
     needing = link.run(work, _told)
-    if needing:
-        counts = ", ".join(f"{count} in {name}" for name, count in needing.items())
+    if any(needing.values()):
+        counts = ", ".join(f"{count} in {name}" for name, count in needing.items() if count)
         raise KeyInUseError(
             f"key version {version!r} is still needed: {counts}. Rotate these values before the "
             "key is retired; verify() names those that do not open, such as values that another "

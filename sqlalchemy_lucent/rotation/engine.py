@@ -456,10 +456,7 @@ class _Run:
                 f"{self._rotated} values were re-encrypted before, and are committed; "
                 "the batch in hand was rolled back"
             )
-        again = "Run it again to go on" if fault.passes else "Another run would end like this one"
-        if fault.advice:
-            again = f"{fault.advice}, then run it again"
-        return f"the database ended the rotation: {fault.said}. {done}. {again}"
+        return f"the database ended the rotation: {fault.said}. {done}. {fault.again()}"
 
     def _worker(self, table: TargetTable) -> TableWorker:
         return TableWorker(table, self._keyring, self._link.dialect)

@@ -11,6 +11,7 @@ from sqlalchemy.orm import ColumnProperty, Mapper, QueryableAttribute, registry
 from sqlalchemy.sql.expression import ColumnClause, TableClause
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from .._sql import key_version
 from ..exceptions import RotationError
 from ..models import LucentBase
 from ..types import EncryptedJSON
@@ -32,6 +33,8 @@ class TargetColumn:
     type: EncryptedJSON
     bound_to: tuple[str, ...]
     """Names in the database of the columns that its values are bound to."""
+    version_column: str | None = None
+    """The name of a column that the database computes the key version into, as the model says."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,16 @@ def _target_column(owner: Table, column: Column[Any]) -> TargetColumn:
             f"{column} is bound to {', '.join(missing)}, which its table does not have"
         )
     bound_to = tuple(owner.columns[key].name for key in column.type.bound_to)
-    return TargetColumn(column.name, column.type, bound_to)
+    version_columns = (c.name for c in owner.columns if _computes_version_of(c, column.name))
+    return TargetColumn(column.name, column.type, bound_to, next(version_columns, None))
+
+
+def _computes_version_of(candidate: Column[Any], name: str) -> bool:
+    computed = candidate.computed
+    if computed is None or not isinstance(computed.sqltext, key_version):
+        return False
+    (argument,) = computed.sqltext.clauses
+    return getattr(argument, "name", None) == name
 
 
 # -- in the database -------------------------------------------------------------------------------
