@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, make_url, text
@@ -54,7 +55,8 @@ def _reachable(url: URL) -> str | None:
         engine.dispose()
 
 
-def _unavailable(what: str) -> None:
+def unavailable(what: str) -> NoReturn:
+    """Skip the test, saying what it lacks; with CI=true, fail it."""
     if in_ci():
         pytest.fail(f"CI=true, and {what}", pytrace=False)
     pytest.skip(what)
@@ -70,9 +72,9 @@ def server(kind: str, directory: Path) -> Iterator[URL]:
         if fault is None:
             yield url
         elif named:
-            _unavailable(f"{POSTGRESQL_VARIABLE} names a server that cannot be reached: {fault}")
+            unavailable(f"{POSTGRESQL_VARIABLE} names a server that cannot be reached: {fault}")
         elif in_ci():
-            _unavailable(f"there is no PostgreSQL at 127.0.0.1:5432: {fault}")
+            unavailable(f"there is no PostgreSQL at 127.0.0.1:5432: {fault}")
         else:
             with warnings.catch_warnings():
                 # It warns when there is no XDG_RUNTIME_DIR, and does without.
@@ -89,7 +91,7 @@ def server(kind: str, directory: Path) -> Iterator[URL]:
         url = make_url(named or LOCAL_MYSQL)
         fault = _reachable(url)
         if fault is not None:
-            _unavailable(
+            unavailable(
                 f"no MariaDB or MySQL at {MYSQL_VARIABLE} or 127.0.0.1:3306, so its tests "
                 f"do not run: {fault}"
             )

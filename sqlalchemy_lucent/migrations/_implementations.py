@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from alembic.operations import Operations, ops, toimpl
 from alembic.runtime.migration import MigrationContext
@@ -23,7 +23,6 @@ from sqlalchemy import (
 )
 from sqlalchemy import column as column_clause
 from sqlalchemy import table as table_clause
-from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.types import NullType, TypeEngine, _Binary, to_instance
 
 from .. import _sql
@@ -31,6 +30,7 @@ from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
 from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate
+from ..rotation._faults import Fault, errors_of, fault_of
 from ..rotation._visible import refuse_hidden_rows
 from ..rotation.convert import RebindWorker
 from ..rotation.engine import run_workers
@@ -81,7 +81,40 @@ def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp)
     operations.impl.drop_table(secrets_table(MetaData(), name, schema=operation.schema))
 
 
+_Op = TypeVar("_Op", bound=ColumnOp)
+_Implementation = Callable[[Operations, _Op], None]
+
+
+def _in_our_words(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
+    """Have `implementation` raise an error of ours where the database or its driver ends it."""
+    name = implementation.__name__.removeprefix("_")
+
+    def carry_out(operations: Operations, operation: _Op) -> None:
+        connection = operations.migration_context.connection
+        errors: tuple[type[Exception], ...] = ()
+        if connection is not None:
+            errors = (Fault, *errors_of(connection.dialect))
+        try:
+            return implementation(operations, operation)
+        except errors as error:
+            assert connection is not None
+            fault = (
+                error
+                if isinstance(error, Fault)
+                else fault_of(error, connection.dialect, lost=connection.invalidated)
+            )
+            message = (
+                f"the database ended {name} of {operation.full_name}: {fault.said}. Batches that "
+                f"were committed stay, and the revision is not stamped. {fault.again()}"
+            )
+        # Not chained: SQLAlchemy's error has the parameters.
+        raise RotationError(message)
+
+    return carry_out
+
+
 @Operations.implementation_for(RotateEncryptedColumnOp)
+@_in_our_words
 def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedColumnOp) -> None:
     context = operations.migration_context
     name = operation.full_name
@@ -112,11 +145,13 @@ def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedC
 
 
 @Operations.implementation_for(EncryptColumnOp)
+@_in_our_words
 def _encrypt_column(operations: Operations, operation: EncryptColumnOp) -> None:
     _convert(operations, operation, f"encrypt_column of {operation.full_name}")
 
 
 @Operations.implementation_for(DecryptColumnOp)
+@_in_our_words
 def _decrypt_column(operations: Operations, operation: DecryptColumnOp) -> None:
     _convert(operations, operation, f"decrypt_column of {operation.full_name}")
 
@@ -163,6 +198,7 @@ def _place_of_check(
 
 
 @Operations.implementation_for(RebindEncryptedColumnOp)
+@_in_our_words
 def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedColumnOp) -> None:
     context = operations.migration_context
     name = operation.full_name
@@ -195,6 +231,8 @@ def _autocommit_block(context: MigrationContext) -> Iterator[None]:
     SQLAlchemy gives a connection up that is interrupted (Ctrl-C) or lost; the block fails to end
     on it, and that failure would be all that is said.
     """
+    assert context.connection is not None
+    errors = errors_of(context.connection.dialect)
     cause: BaseException | None = None
     try:
         with context.autocommit_block():
@@ -208,7 +246,7 @@ def _autocommit_block(context: MigrationContext) -> Iterator[None]:
                         "the revision is not stamped. Run it again to go on"
                     )
                 raise
-    except PendingRollbackError:
+    except errors:
         if cause is None:
             raise
     if cause is not None:
