@@ -50,29 +50,13 @@ _REFUSING_MYSQL_CODES: Final = frozenset(
 # Messages in which MySQL and MariaDB quote names of the schema, or a trigger's own words. Any other
 # may quote a value.
 _MYSQL_CODES_WITH_NAMES: Final = frozenset(
-    {
-        1044,
-        1045,
-        1048,
-        1049,
-        1054,
-        1091,
-        1130,
-        1142,
-        1143,
-        1146,
-        _TOO_LARGE,
-        1227,
-        1264,
-        1290,
-        1364,
-        1370,
-    }
-    | {1406, 1451, 1452, 1644, 1665, 1698, 1792, 1836, 1927, 3819, 4025}
+    {1044, 1045, 1048, 1049, 1054, 1130, 1142, 1143, 1146, 1227, 1264, 1290, 1364, 1370, 1406}
+    | {1451, 1452, 1644, 1665, 1698, 1792, 1836, 1927, 3819, 4025, _TOO_LARGE}
 )
 
 _MAY_NOT: Final = "Grant this user SELECT and UPDATE on the table"
 _READ_ONLY: Final = "Connect to a server, and as a user, that may write"
+_FULL: Final = "Make room on the server's disk"
 _STATEMENT_POOLING: Final = (
     "The pooler is in statement mode, in which there are no transactions. Connect to the database "
     "itself, or to a pooler in transaction or session mode"
@@ -86,6 +70,10 @@ _ADVICE: Final[dict[str | int, str]] = {
     1792: _READ_ONLY,
     1836: _READ_ONLY,
     "SQLITE_READONLY": "Open the database so that it may be written",
+    "53100": _FULL,
+    1021: _FULL,
+    1114: _FULL,
+    "SQLITE_FULL": _FULL,
     _TOO_LARGE: "Raise max_allowed_packet",
     1665: "Set binlog_format to ROW or MIXED: rotations read what is committed, row by row",
 }
@@ -147,7 +135,8 @@ def _passes(error: Exception, dialect: Dialect, *, lost: bool) -> bool:
     if dialect.name == "sqlite":
         return str(code).startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
     if is_mysql(dialect):
-        known, refused = code in _PASSING_MYSQL_CODES, code in _REFUSED_MYSQL_CODES
+        known = code in _PASSING_MYSQL_CODES
+        refused = code == _TOO_LARGE or code in _REFUSED_MYSQL_CODES
     else:
         known = code in _PASSING_SQLSTATES
         refused = str(code).startswith(_REFUSED_SQLSTATES)
@@ -201,8 +190,8 @@ def _advice(error: Exception, dialect: Dialect) -> str:
     if "statement pooling mode" in str(_original(error)):
         return _STATEMENT_POOLING
     code = _code(error, dialect)
-    if dialect.name == "sqlite" and str(code).startswith("SQLITE_READONLY"):
-        code = "SQLITE_READONLY"
+    if dialect.name == "sqlite":
+        code = "_".join(str(code).split("_")[:2])  # without the details, SQLITE_READONLY_DBMOVED
     return _ADVICE.get(code or "", "")
 
 
