@@ -44,13 +44,16 @@ from ..rotation import needs_rotation
 from ..rotation._relations import relation_of
 from ..rotation.convert import RebindWorker
 from ..rotation.targets import resolve_targets
-from ..types import EncryptedJSON
+from ..types import EncryptedJSON, has_check
+from ._checks import find_check
 from ._implementations import is_empty
 from ._operations import (
     BoundTo,
     ColumnOp,
     ConvertColumnOp,
+    CreateSealedCheckOp,
     DecryptColumnOp,
+    DropSealedCheckOp,
     EncryptColumnOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
@@ -93,6 +96,7 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
             "This revision changes the schema and converts values. It converts first; if it is "
             "killed later on, it may have to be finished by hand. Two revisions are safer"
         )
+    _free_columns_of_checks(autogen_context, upgrade_ops)
     # First, so that a run that was killed while it converted can begin at the beginning again.
     upgrade_ops.ops[:0] = [*drops, *conversions]
     if not upgrade_ops.is_empty():
@@ -100,10 +104,14 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
         if any(isinstance(column.type, EncryptedJSON) for each in tables for column in each.c):
             logger.info("the schema differs; run autogenerate again afterwards for rotations")
         return PriorityDispatchResult.CONTINUE
-    columns = _included_columns(autogen_context)
-    sealed = [column for column in columns if isinstance(column.type, EncryptedJSON)]
+    sealed = [
+        column
+        for column in _included_columns(autogen_context)
+        if isinstance(column.type, EncryptedJSON) and _is_in_a_table(connection, column)
+    ]
+    upgrade_ops.ops.extend(_missing_checks(connection, sealed))
     for column in sealed:
-        if _is_in_a_table(connection, column) and not is_empty(connection, column):
+        if not is_empty(connection, column):
             upgrade_ops.ops.extend(_work_on_values(connection, column))
     return PriorityDispatchResult.CONTINUE
 
@@ -148,6 +156,46 @@ def _is_in_a_table(connection: Connection, column: Column[Any]) -> bool:
     what = "not in this database" if found is None else f"a {found.kind}"
     logger.info("left out %s, which is %s", table.fullname, what)
     return False
+
+
+def _free_columns_of_checks(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
+    """Have a CHECK dropped before its column is, on a copy of a SQLite table.
+
+    Batch mode reflects the constraint as text, and would write it into a table without the column.
+    """
+    connection = autogen_context.connection
+    assert connection is not None
+    if connection.dialect.name != "sqlite" or not autogen_context.opts.get("render_as_batch"):
+        return
+    for table_ops in list(upgrade_ops.ops):
+        for operation in table_ops.ops if isinstance(table_ops, ModifyTableOps) else ():
+            place = (operation.table_name, operation.schema)
+            if isinstance(operation, DropColumnOp):
+                name = operation.column_name
+                if find_check(connection, place[0], name, place[1]):
+                    check = DropSealedCheckOp(place[0], name, schema=place[1])
+                    upgrade_ops.ops.insert(0, check)
+            elif isinstance(operation, AddColumnOp):
+                column = operation.column
+                if has_check(column, connection.dialect):
+                    # It comes with the column; the reverse drops it first.
+                    upgrade_ops.ops.append(
+                        CreateSealedCheckOp(place[0], column.name, schema=place[1])
+                    )
+
+
+def _missing_checks(
+    connection: Connection, columns: Iterable[Column[Any]]
+) -> Iterator[CreateSealedCheckOp]:
+    """Offer the CHECK constraint where the table was made before there was one."""
+    for column in columns:
+        table = column.table
+        assert isinstance(table, Table)
+        if has_check(column, connection.dialect) and not find_check(
+            connection, table.name, column.name, table.schema
+        ):
+            logger.info("Detected that %s takes values that are not sealed", column)
+            yield CreateSealedCheckOp(table.name, column.name, schema=table.schema)
 
 
 def _warn_of_renames(upgrade_ops: UpgradeOps) -> None:
@@ -278,6 +326,7 @@ def _conversion_for(connection: Connection, operation: AlterColumnOp) -> Convert
             schema=schema,
             context=new.explicit_context,
             bound_to=new.bound_to,
+            create_constraint=new.create_constraint,
         )
     if isinstance(new, (JSON, String)) and isinstance(old, _Binary):
         owner = table_clause(operation.table_name, Column(name, LargeBinary), schema=schema)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect as python_inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from alembic.operations import Operations
+from alembic.operations import Operations, ops, toimpl
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import (
     Column,
@@ -22,7 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import column as column_clause
 from sqlalchemy import table as table_clause
-from sqlalchemy.types import NullType, TypeEngine, _Binary
+from sqlalchemy.types import NullType, TypeEngine, _Binary, to_instance
 
 from .. import _sql
 from ..exceptions import RotationError
@@ -33,17 +34,21 @@ from ..rotation._faults import Fault, errors_of, fault_of
 from ..rotation._visible import refuse_hidden_rows
 from ..rotation.convert import RebindWorker
 from ..rotation.engine import run_workers
-from ..types import EncryptedJSON
+from ..types import EncryptedJSON, refuse_server_default
+from ._checks import create_check, declared_check, drop_check
 from ._conversion import convert_column, log_failures
 from ._operations import (
     ColumnOp,
     ConvertColumnOp,
     CreateLucentSecretsOp,
+    CreateSealedCheckOp,
     DecryptColumnOp,
     DropLucentSecretsOp,
+    DropSealedCheckOp,
     EncryptColumnOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
+    SealedCheckOp,
     bound_types,
 )
 
@@ -76,7 +81,7 @@ def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp)
     operations.impl.drop_table(secrets_table(MetaData(), name, schema=operation.schema))
 
 
-_Op = TypeVar("_Op", bound=ColumnOp)
+_Op = TypeVar("_Op", bound=ColumnOp | SealedCheckOp)
 _Implementation = Callable[[Operations, _Op], None]
 
 
@@ -98,8 +103,9 @@ def _in_our_words(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
                 if isinstance(error, Fault)
                 else fault_of(error, connection.dialect, lost=connection.invalidated)
             )
+            where = (operation.schema, operation.table_name, operation.column_name)
             message = (
-                f"the database ended {name} of {operation.full_name}: {fault.said}. Batches that "
+                f"the database ended {name} of {'.'.join(filter(None, where))}: {fault.said}. Batches that "
                 f"were committed stay, and the revision is not stamped. {fault.again()}"
             )
         # Not chained: SQLAlchemy's error has the parameters.
@@ -156,6 +162,42 @@ def _convert(operations: Operations, operation: ConvertColumnOp, what: str) -> N
     _refuse_where_batches_cannot_commit(context, what)
     with _autocommit_block(context):
         convert_column(operations, operation.plan())
+
+
+@Operations.implementation_for(CreateSealedCheckOp)
+@_in_our_words
+def _create_sealed_check(operations: Operations, operation: CreateSealedCheckOp) -> None:
+    where = _place_of_check(operations, operation)
+    if operations.migration_context.as_sql:
+        operations.impl.add_constraint(declared_check(operations, *where))
+        return
+    with _autocommit_block(operations.migration_context):
+        create_check(operations, *where)
+
+
+@Operations.implementation_for(DropSealedCheckOp)
+@_in_our_words
+def _drop_sealed_check(operations: Operations, operation: DropSealedCheckOp) -> None:
+    where = _place_of_check(operations, operation)
+    if operations.migration_context.as_sql:
+        check = declared_check(operations, *where)
+        operations.drop_constraint(
+            str(check.name), operation.table_name, type_="check", schema=operation.schema
+        )
+        return
+    with _autocommit_block(operations.migration_context):
+        drop_check(operations, *where)
+
+
+def _place_of_check(
+    operations: Operations, operation: SealedCheckOp
+) -> tuple[str, str, str | None]:
+    context = operations.migration_context
+    if not context.as_sql or context.dialect.name == "sqlite":
+        _refuse_where_batches_cannot_commit(
+            context, f"{operation.name} of {operation.table_name}.{operation.column_name}"
+        )
+    return operation.table_name, operation.column_name, operation.schema
 
 
 @Operations.implementation_for(RebindEncryptedColumnOp)
@@ -323,3 +365,18 @@ def _reflect(
         schema=operation.schema,
     )
     return table.c[operation.column_name]
+
+
+def _alter_column(operations: Operations, operation: ops.AlterColumnOp) -> None:
+    """Carry out Alembic's own operation, unless it gives a sealed column a server default."""
+    type_ = to_instance(operation.modify_type or operation.existing_type)
+    default = operation.modify_server_default
+    if isinstance(type_, EncryptedJSON) and default is not False:
+        column = f"{operation.table_name}.{operation.column_name}"
+        refuse_server_default(column, "server_default", default)
+    toimpl.alter_column(operations, operation)
+
+
+# From Alembic 1.17.2 on; before, only the column's CHECK constraint refuses such a default.
+if "replace" in python_inspect.signature(Operations.implementation_for).parameters:
+    Operations.implementation_for(ops.AlterColumnOp, replace=True)(_alter_column)

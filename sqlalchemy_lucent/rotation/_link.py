@@ -205,7 +205,7 @@ class Link:
         """Put `connection` in the mode of this run; note what it has to be given back with."""
         self._restored_level = self._restored_session = None
         self._began = False
-        is_open = _is_in_transaction(connection)
+        is_open = is_in_transaction(connection)
         if self._engine is not None:
             if is_open and not self._counting:
                 raise RotationError(
@@ -256,7 +256,7 @@ class Link:
         if not connection.in_transaction():
             connection.begin()
             self._began = True
-        if _is_in_transaction(connection):
+        if is_in_transaction(connection):
             connection.exec_driver_sql("COMMIT")
 
     def _session(self, connection: Connection) -> tuple[str, int] | None:
@@ -326,7 +326,7 @@ class Link:
 def _roll_back(connection: Connection) -> None:
     if connection.invalidated:
         return
-    if connection.dialect.name == "sqlite" and not _is_in_transaction(connection):
+    if connection.dialect.name == "sqlite" and not is_in_transaction(connection):
         return  # SQLite takes that for an error
     try:
         connection.exec_driver_sql("ROLLBACK")
@@ -353,7 +353,7 @@ def _is_autocommit(connection: Connection) -> bool:
     return isinstance(level, str) and level.upper().replace("_", " ") == "AUTOCOMMIT"
 
 
-def _is_in_transaction(connection: Connection) -> bool:
+def is_in_transaction(connection: Connection) -> bool:
     """Say whether the driver's connection is in a transaction, whatever SQLAlchemy knows of it."""
     driver: Any = connection.connection.driver_connection
     name = connection.dialect.name

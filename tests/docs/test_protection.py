@@ -18,12 +18,19 @@ import pytest
 from alembic.autogenerate import produce_migrations, render_python_code
 from alembic.migration import MigrationContext
 from sqlalchemy import (
+    JSON,
+    Column,
     Dialect,
     Engine,
+    MetaData,
     String,
+    Table,
+    bindparam,
     create_engine,
     delete,
+    func,
     insert,
+    literal,
     select,
     text,
     update,
@@ -43,6 +50,7 @@ from sqlalchemy_lucent import (
     NotSealedError,
     PicklingRefusedError,
     Sealed,
+    SerializationError,
     TamperedError,
     UnknownKeyVersionError,
     UnsupportedOperationError,
@@ -58,6 +66,8 @@ from sqlalchemy_lucent import (
 )
 
 from .pages import ROOT
+from .printers import PRINTERS
+from .printers import VALUES as PRINTED
 
 MARKER = "PLAINTEXT-MARKER"
 VALUE = {"token": MARKER}
@@ -320,6 +330,12 @@ def test_no_error_shows_a_value(session: Session) -> None:
         lambda: LucentSecrets(session).set(KEY, {"a": [MARKER, object()]}),
         lambda: LucentSecrets(session).set(KEY, {MARKER + "\ud800": 1}),
         lambda: session.execute(insert(Account), {"first": {"a": MARKER, "b": float("nan")}}),
+        lambda: session.execute(insert(Account), {"first": [{"a": {MARKER: float("nan")}}]}),
+        lambda: session.execute(
+            insert(Account), [{"first": {MARKER: 1}}, {"first": {MARKER: {1}}}]
+        ),
+        lambda: LucentSecrets(session).set_many({KEY: {MARKER: {MARKER: ()}}}),
+        lambda: LucentSecrets(session).set(KEY, {MARKER: 10**5000}),
         lambda: column == VALUE,
     ]
     for refusal in refused:
@@ -370,6 +386,36 @@ def test_an_opened_value_does_not_print_itself(session: Session) -> None:
     assert MARKER not in f"{value} {value!r} {[value]}"
 
 
+@pytest.mark.parametrize("kind", list(PRINTED))
+def test_the_table_says_what_hides(kind: str) -> None:
+    page = (ROOT / "docs/protection.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| (hidden|shown) \| (hidden|shown) \|$", page, re.MULTILINE)
+    assert [where for where, *_ in rows] == list(PRINTERS)
+    engine = create_engine("sqlite://")
+    table = Base.metadata.tables["accounts"]
+    table.create(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(table), {"id": 1, "first": PRINTED[kind]})
+        value = connection.scalar(select(table.c.first))
+    engine.dispose()
+    for where, of_documents, of_texts in rows:
+        for printer in PRINTERS[where]:
+            shows = f"MARK-{kind}" in printer(value)
+            assert shows is ((of_texts if kind == "str" else of_documents) == "shown"), where
+
+
+def test_what_a_value_prints_is_not_stored(session: Session) -> None:
+    secrets = LucentSecrets(session)
+    with pytest.raises(SerializationError):
+        secrets.set(KEY, str(secrets.get(KEY)))
+    account = session.get_one(Account, 1)
+    account.first = {"a": [str(account.first)]}
+    with pytest.raises(SerializationError):
+        session.flush()
+    session.rollback()
+    assert secrets.get(KEY) == VALUE
+
+
 def test_a_part_of_an_opened_value_prints_itself(session: Session) -> None:
     value = session.get_one(Integration, 1).first
     assert MARKER in repr(value["token"])
@@ -399,6 +445,25 @@ def test_a_value_is_not_rendered_into_sql(session: Session) -> None:
     with pytest.raises(UnsupportedOperationError) as caught:
         statement.compile(session.get_bind(), compile_kwargs={"literal_binds": True})
     assert MARKER not in shown(caught.value)
+
+
+def test_a_value_that_goes_around_the_type_is_refused(session: Session) -> None:
+    for value in (
+        bindparam("p", VALUE, type_=JSON),
+        literal(MARKER),
+        text(f"'{MARKER}'"),
+        func.lower(MARKER),
+        Integration.second,
+    ):
+        with pytest.raises(UnsupportedOperationError) as caught:
+            session.execute(update(Integration).values(first=value))
+        assert MARKER not in shown(caught.value)
+        session.rollback()
+
+
+def test_a_server_default_that_is_not_null_is_refused() -> None:
+    with pytest.raises(UnsupportedOperationError):
+        Table("t", MetaData(), Column("c", EncryptedJSON, server_default=text("'{}'")))
 
 
 def test_the_parameters_of_a_compiled_statement_show_the_value() -> None:
