@@ -103,10 +103,11 @@ def _in_our_words(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
                 if isinstance(error, Fault)
                 else fault_of(error, connection.dialect, lost=connection.invalidated)
             )
-            where = (operation.schema, operation.table_name, operation.column_name)
+            names = (operation.schema, operation.table_name, operation.column_name)
             message = (
-                f"the database ended {name} of {'.'.join(filter(None, where))}: {fault.said}. Batches that "
-                f"were committed stay, and the revision is not stamped. {fault.again()}"
+                f"the database ended {name} of {'.'.join(filter(None, names))}: {fault.said}. "
+                "Batches that were committed stay, and the revision is not stamped. "
+                f"{fault.again()}"
             )
         # Not chained: SQLAlchemy's error has the parameters.
         raise RotationError(message)
