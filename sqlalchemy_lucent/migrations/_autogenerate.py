@@ -104,14 +104,13 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
         if any(isinstance(column.type, EncryptedJSON) for each in tables for column in each.c):
             logger.info("the schema differs; run autogenerate again afterwards for rotations")
         return PriorityDispatchResult.CONTINUE
-    included = _included_columns(autogen_context)
-    columns = [
+    sealed = [
         column
-        for column in included
+        for column in _included_columns(autogen_context)
         if isinstance(column.type, EncryptedJSON) and _is_in_a_table(connection, column)
     ]
-    upgrade_ops.ops.extend(_missing_checks(connection, columns))
-    for column in columns:
+    upgrade_ops.ops.extend(_missing_checks(connection, sealed))
+    for column in sealed:
         if not is_empty(connection, column):
             upgrade_ops.ops.extend(_work_on_values(connection, column))
     return PriorityDispatchResult.CONTINUE

@@ -81,7 +81,7 @@ def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp)
     operations.impl.drop_table(secrets_table(MetaData(), name, schema=operation.schema))
 
 
-_Op = TypeVar("_Op", bound=ColumnOp)
+_Op = TypeVar("_Op", bound=ColumnOp | SealedCheckOp)
 _Implementation = Callable[[Operations, _Op], None]
 
 
@@ -103,9 +103,11 @@ def _in_our_words(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
                 if isinstance(error, Fault)
                 else fault_of(error, connection.dialect, lost=connection.invalidated)
             )
+            names = (operation.schema, operation.table_name, operation.column_name)
             message = (
-                f"the database ended {name} of {operation.full_name}: {fault.said}. Batches that "
-                f"were committed stay, and the revision is not stamped. {fault.again()}"
+                f"the database ended {name} of {'.'.join(filter(None, names))}: {fault.said}. "
+                "Batches that were committed stay, and the revision is not stamped. "
+                f"{fault.again()}"
             )
         # Not chained: SQLAlchemy's error has the parameters.
         raise RotationError(message)
@@ -164,6 +166,7 @@ def _convert(operations: Operations, operation: ConvertColumnOp, what: str) -> N
 
 
 @Operations.implementation_for(CreateSealedCheckOp)
+@_in_our_words
 def _create_sealed_check(operations: Operations, operation: CreateSealedCheckOp) -> None:
     where = _place_of_check(operations, operation)
     if operations.migration_context.as_sql:
@@ -174,6 +177,7 @@ def _create_sealed_check(operations: Operations, operation: CreateSealedCheckOp)
 
 
 @Operations.implementation_for(DropSealedCheckOp)
+@_in_our_words
 def _drop_sealed_check(operations: Operations, operation: DropSealedCheckOp) -> None:
     where = _place_of_check(operations, operation)
     if operations.migration_context.as_sql:

@@ -21,10 +21,9 @@ _PASSING_SQLSTATES: Final = (
 )
 # Lock wait timeout, deadlock, statement timeout (MariaDB, MySQL), a statement that was cancelled, a
 # row that changed since the snapshot (MariaDB); too many connections, a connection that was killed,
-# a server that shuts down or is not ready (Galera, group replication). 1153 is a packet that is too
-# large: half the rows may fit.
+# a server that shuts down or is not ready (Galera, group replication).
 _PASSING_MYSQL_CODES: Final = frozenset(
-    {1205, 1213, 1969, 3024, 1317, 1020, 1040, 1203, 1927, 1053, 1047, 3101, 1153}
+    {1205, 1213, 1969, 3024, 1317, 1020, 1040, 1203, 1927, 1053, 1047, 3101}
 )
 
 # What the server says to who may not come in, or when there is no such database: it would say the
@@ -37,24 +36,27 @@ _REFUSED_WORDS: Final = re.compile(
     r"|translate host name|resolve host|Name or service not known|getaddrinfo"
 )
 
+_TOO_LARGE: Final = 1153  # a packet, by max_allowed_packet
+
 # PostgreSQL, appendix A: data exception, integrity constraint violation, check option violation,
 # an exception that PL/pgSQL raised.
 _REFUSING_SQLSTATES: Final = ("22", "23", "44", "P0")
 # Column cannot be NULL, duplicate, foreign key (2), out of range, wrong value, too long, SIGNAL,
-# check constraint (MySQL, MariaDB).
+# check constraint (MySQL, MariaDB), a packet that is too large.
 _REFUSING_MYSQL_CODES: Final = frozenset(
-    {1048, 1062, 1451, 1452, 1264, 1366, 1406, 1644, 3819, 4025}
+    {_TOO_LARGE, 1048, 1062, 1451, 1452, 1264, 1366, 1406, 1644, 3819, 4025}
 )
 
 # Messages in which MySQL and MariaDB quote names of the schema, or a trigger's own words. Any other
 # may quote a value.
 _MYSQL_CODES_WITH_NAMES: Final = frozenset(
-    {1044, 1045, 1048, 1049, 1054, 1091, 1130, 1142, 1143, 1146, 1227, 1264, 1290, 1364, 1370}
-    | {1406, 1451, 1452, 1644, 1665, 1698, 1792, 1836, 1927, 3819, 4025}
+    {1044, 1045, 1048, 1049, 1054, 1130, 1142, 1143, 1146, 1227, 1264, 1290, 1364, 1370, 1406}
+    | {1451, 1452, 1644, 1665, 1698, 1792, 1836, 1927, 3819, 4025, _TOO_LARGE}
 )
 
 _MAY_NOT: Final = "Grant this user SELECT and UPDATE on the table"
 _READ_ONLY: Final = "Connect to a server, and as a user, that may write"
+_FULL: Final = "Make room on the server's disk"
 _STATEMENT_POOLING: Final = (
     "The pooler is in statement mode, in which there are no transactions. Connect to the database "
     "itself, or to a pooler in transaction or session mode"
@@ -68,7 +70,11 @@ _ADVICE: Final[dict[str | int, str]] = {
     1792: _READ_ONLY,
     1836: _READ_ONLY,
     "SQLITE_READONLY": "Open the database so that it may be written",
-    1153: "Raise max_allowed_packet: one row does not fit",
+    "53100": _FULL,
+    1021: _FULL,
+    1114: _FULL,
+    "SQLITE_FULL": _FULL,
+    _TOO_LARGE: "Raise max_allowed_packet",
     1665: "Set binlog_format to ROW or MIXED: rotations read what is committed, row by row",
 }
 
@@ -129,7 +135,8 @@ def _passes(error: Exception, dialect: Dialect, *, lost: bool) -> bool:
     if dialect.name == "sqlite":
         return str(code).startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
     if is_mysql(dialect):
-        known, refused = code in _PASSING_MYSQL_CODES, code in _REFUSED_MYSQL_CODES
+        known = code in _PASSING_MYSQL_CODES
+        refused = code == _TOO_LARGE or code in _REFUSED_MYSQL_CODES
     else:
         known = code in _PASSING_SQLSTATES
         refused = str(code).startswith(_REFUSED_SQLSTATES)
@@ -140,7 +147,7 @@ def _passes(error: Exception, dialect: Dialect, *, lost: bool) -> bool:
 
 def refuses_a_row(error: DBAPIError, dialect: Dialect) -> bool:
     """Say whether the database would let other rows of the batch be changed: a constraint or a
-    trigger is against one of them.
+    trigger is against one of them, or it is too large.
     """
     code = _code(error, dialect)
     if dialect.name == "sqlite":
@@ -148,6 +155,11 @@ def refuses_a_row(error: DBAPIError, dialect: Dialect) -> bool:
     if is_mysql(dialect):
         return code in _REFUSING_MYSQL_CODES
     return str(code).startswith(_REFUSING_SQLSTATES)
+
+
+def breaks_off(error: BaseException, dialect: Dialect) -> bool:
+    """Say whether the server still waits for the rest of a statement: of a packet too large."""
+    return isinstance(error, DBAPIError) and _code(error, dialect) == _TOO_LARGE
 
 
 def said(error: Exception, dialect: Dialect) -> str:
@@ -178,8 +190,8 @@ def _advice(error: Exception, dialect: Dialect) -> str:
     if "statement pooling mode" in str(_original(error)):
         return _STATEMENT_POOLING
     code = _code(error, dialect)
-    if dialect.name == "sqlite" and str(code).startswith("SQLITE_READONLY"):
-        code = "SQLITE_READONLY"
+    if dialect.name == "sqlite":
+        code = "_".join(str(code).split("_")[:2])  # without the details, SQLITE_READONLY_DBMOVED
     return _ADVICE.get(code or "", "")
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from .._dialects import is_mysql
 from ..exceptions import RotationError
 from ._async import wait_for
-from ._faults import Fault, errors_of, fault_of
+from ._faults import Fault, breaks_off, errors_of, fault_of
 from ._visible import require_primary
 
 DEFAULT_RETRIES: Final = 12
@@ -139,7 +139,7 @@ class Link:
         attempt = 0
         while True:
             try:
-                self._renew()
+                self.renew()
                 return work(limit)
             except self._errors as error:
                 fault, is_retried = self._fault(error)
@@ -179,7 +179,7 @@ class Link:
             fault.advice = "Pass the engine, whose connection is replaced when it is lost"
         return fault, fault.passes and not self._is_borrowed and not is_gone
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
         """Connect, or replace a connection of the engine's that is lost."""
         if self._connection is not None:
             if self._engine is None or not self._connection.invalidated:
@@ -295,7 +295,9 @@ class Link:
             yield connection
             # A COMMIT may fail and leave the transaction open: on SQLite, while others read.
             connection.exec_driver_sql("COMMIT")
-        except BaseException:
+        except BaseException as error:
+            if breaks_off(error, self.dialect):
+                connection.invalidate(error)
             _roll_back(connection)
             raise
 

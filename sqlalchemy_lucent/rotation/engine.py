@@ -576,6 +576,7 @@ class _Run:
             is_refused = refuses_a_row(error, self._link.dialect)
             if self._options.on_error == "raise" or not is_refused:
                 raise
+            self._link.renew()  # if it broke off
             if limit == 1:
                 self._refused += 1
                 if self._refused > _MOST_REFUSED:
