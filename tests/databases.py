@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from sqlalchemy import URL, Engine, MetaData, create_engine, make_url, text
+from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
+
+from sqlalchemy_lucent import EncryptedJSON
 
 POSTGRESQL_VARIABLE = "LUCENT_TEST_POSTGRESQL_URL"
 MYSQL_VARIABLE = "LUCENT_TEST_MYSQL_URL"
@@ -116,6 +118,26 @@ def own_database(kind: str, directory: Path, prefix: str = "lucent_test") -> Ite
             with admin.connect() as connection:
                 connection.execute(text(f"DROP DATABASE {name}{force}"))
             admin.dispose()
+
+
+def create_unguarded(metadata: MetaData, bind: Engine | Connection) -> None:
+    """Create the tables without the CHECK constraints that refuse what is not sealed.
+
+    For tests of what is there all the same: from before there were constraints, or without them.
+    """
+    types = [
+        column.type
+        for table in metadata.tables.values()
+        for column in table.columns
+        if isinstance(column.type, EncryptedJSON) and column.type.create_constraint
+    ]
+    for type_ in types:
+        type_.create_constraint = False
+    try:
+        metadata.create_all(bind)
+    finally:
+        for type_ in types:
+            type_.create_constraint = True
 
 
 def drop_everything(engine: Engine) -> None:

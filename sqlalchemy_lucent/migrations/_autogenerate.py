@@ -168,20 +168,19 @@ def _free_columns_of_checks(autogen_context: AutogenContext, upgrade_ops: Upgrad
     if connection.dialect.name != "sqlite" or not autogen_context.opts.get("render_as_batch"):
         return
     for table_ops in list(upgrade_ops.ops):
-        for operation in table_ops.ops if isinstance(table_ops, ModifyTableOps) else ():
-            place = (operation.table_name, operation.schema)
+        if not isinstance(table_ops, ModifyTableOps):
+            continue
+        name, schema = table_ops.table_name, table_ops.schema
+        for operation in table_ops.ops:
             if isinstance(operation, DropColumnOp):
-                name = operation.column_name
-                if find_check(connection, place[0], name, place[1]):
-                    check = DropSealedCheckOp(place[0], name, schema=place[1])
-                    upgrade_ops.ops.insert(0, check)
+                dropped = operation.column_name
+                if find_check(connection, name, dropped, schema):
+                    upgrade_ops.ops.insert(0, DropSealedCheckOp(name, dropped, schema=schema))
             elif isinstance(operation, AddColumnOp):
-                column = operation.column
-                if has_check(column, connection.dialect):
-                    # It comes with the column; the reverse drops it first.
-                    upgrade_ops.ops.append(
-                        CreateSealedCheckOp(place[0], column.name, schema=place[1])
-                    )
+                added = operation.column
+                if has_check(added, connection.dialect):
+                    # It comes with the column, and is there for its reverse.
+                    upgrade_ops.ops.append(CreateSealedCheckOp(name, added.name, schema=schema))
 
 
 def _missing_checks(

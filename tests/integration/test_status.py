@@ -45,7 +45,7 @@ from sqlalchemy_lucent import (
 from sqlalchemy_lucent.models import computed_key_version, key_version_type
 from sqlalchemy_lucent.rotation import _scan, needs_rotation
 from tests.conftest import KEY_1, KEY_2, Databases
-from tests.databases import drop_everything
+from tests.databases import create_unguarded, drop_everything
 from tests.integration.workers import fill, ledger, metadata
 
 raw_ledger = Table("ledger", MetaData(), *(Column(name) for name in ("id", "free", "bound")))
@@ -92,6 +92,7 @@ def test_values_are_counted_by_column_version_and_fingerprint(
     "foreign", [b"", b'{"a": 1}', b"gAAAAABm", b"v1:", b"v1:\x02abcd", b"\xff\xfe:\x01abcdefgh"]
 )
 def test_what_is_not_sealed_is_counted_apart(engine: Engine, foreign: bytes) -> None:
+    create_unguarded(metadata, engine)
     fill(engine, 4)
     with engine.begin() as connection:
         connection.execute(
