@@ -90,14 +90,14 @@ def _in_our_words(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
     name = implementation.__name__.removeprefix("_")
 
     def carry_out(operations: Operations, operation: _Op) -> None:
-        connection = operations.migration_context.connection
-        errors: tuple[type[Exception], ...] = ()
-        if connection is not None:
-            errors = (Fault, *errors_of(connection.dialect))
+        context = operations.migration_context
+        connection = context.connection
+        if context.as_sql or connection is None:
+            return implementation(operations, operation)
+        errors: tuple[type[Exception], ...] = (Fault, *errors_of(connection.dialect))
         try:
             return implementation(operations, operation)
         except errors as error:
-            assert connection is not None
             fault = (
                 error
                 if isinstance(error, Fault)
