@@ -55,7 +55,7 @@ from ..keyring import default_keyring
 from ..rotation import RotationProgress
 from ..rotation._link import Link
 from ..rotation._pace import Pace
-from ..rotation._table import PrimaryKey
+from ..rotation._table import PrimaryKey, Reach
 from ..rotation._visible import refuse_hidden_rows
 from ..rotation.convert import BackfillWorker, PlainColumn, Reader, Writer
 from ..rotation.engine import run_workers
@@ -478,17 +478,27 @@ class _Conversion:
     def _reconcile(self, written_since: ColumnElement[bool] | None) -> Failures:
         """Fill again what no longer agrees with its source: all rows, or those `written_since`."""
         worker = self._worker(compare=True, written_since=written_since)
+        worker.prepare(self._connection)
         pace = Pace(self._plan.batch_size, None, None, 0, time.sleep)
         failures = Failures()
+        pending = worker.count_pending(self._connection)
         after: PrimaryKey | None = None
         more = True
         while more:
             limit = pace.limit
-            batch = worker.batch(self._connection, after, limit)
+            batch = worker.work(self._connection, after, Reach(None, False, limit), limit)
             failures.add(batch.failed)
+            pending -= batch.rows
             more = batch.more
-            after = batch.last
+            after = worker.advanced(after, batch.last)
             pace.after(batch.rows, batch.size, 0)
+        # Nobody writes now, so that a row which was not looked at, or looked at twice, is a fault
+        # of the order of the primary key; and the value of one which was not is lost by the swap.
+        if pending:
+            raise RotationError(
+                f"the rows of table {self._owner.fullname} cannot be gone through in the order of "
+                "their primary key, as with an inexact type (FLOAT). The column is as it was"
+            )
         # Whatever became of the passes: with this lock, a value that is not there is lost.
         failures.count = max(failures.count, worker.count_stale(self._connection))
         return failures
