@@ -129,7 +129,7 @@ SPECIAL_KEYS: dict[str, Keys] = {
     "pg-double": single(postgresql.DOUBLE_PRECISION(), -0.1, 0.1, 1e300, kinds=("postgresql",)),
     # MySQL and MariaDB
     "my-set": single(
-        mysql.SET("z", "m", "a"), {"z"}, {"m"}, {"z", "m"}, {"a"}, {"z", "a"}, kinds=("mysql",)
+        mysql.SET("z", "m", "a"), {"z"}, {"m"}, {"z", "m"}, {"z", "a"}, {"a"}, kinds=("mysql",)
     ),
     "my-bit": single(mysql.BIT(10), 0, 1, 2, 1023, kinds=("mysql",)),
     "my-year": single(mysql.YEAR(), 1970, 2026, 2155, kinds=("mysql",)),

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError
 
 from .._dialects import is_mysql
 from ..exceptions import RotationError
@@ -237,11 +237,10 @@ _SERVER_STATUS_IN_TRANS: Final = 1  # of MySQL's protocol: Protocol::OK_Packet
 # PostgreSQL, appendix A: data exception, integrity constraint violation, check option violation,
 # an exception that PL/pgSQL raised.
 _REFUSING_SQLSTATES: Final = ("22", "23", "44", "P0")
-# Column cannot be NULL, duplicate, foreign key (2), out of range, wrong value, too long, SIGNAL,
-# check constraint (MySQL, MariaDB).
-_REFUSING_MYSQL_CODES: Final = frozenset(
-    {1048, 1062, 1451, 1452, 1264, 1366, 1406, 1644, 3819, 4025}
-)
+# Out of range, cut off, wrong value (4), too long, not JSON (MySQL, MariaDB).
+_MYSQL_DATA_CODES: Final = frozenset({1264, 1265, 1292, 1300, 1366, 1367, 1406, 3140})
+# Column cannot be NULL, duplicate, foreign key (2), SIGNAL, check constraint.
+_REFUSING_MYSQL_CODES: Final = _MYSQL_DATA_CODES | {1048, 1062, 1451, 1452, 1644, 3819, 4025}
 
 
 def refuses_a_row(error: DBAPIError, dialect_name: str) -> bool:
@@ -253,8 +252,23 @@ def refuses_a_row(error: DBAPIError, dialect_name: str) -> bool:
         name = getattr(original, "sqlite_errorname", "")
         return name.startswith(("SQLITE_CONSTRAINT", "SQLITE_TOOBIG"))
     if dialect_name == "postgresql":
-        return str(getattr(original, "sqlstate", None)).startswith(_REFUSING_SQLSTATES)
+        # psycopg's own, without a code: a value that Python has nothing for, as an endless date.
+        state = getattr(original, "sqlstate", None)
+        return str(state).startswith(_REFUSING_SQLSTATES) or (
+            state is None and isinstance(error, DataError)
+        )
     return bool(original.args) and original.args[0] in _REFUSING_MYSQL_CODES
+
+
+def what_it_said(error: DBAPIError) -> str:
+    """Return what the database said, without what may repeat a value."""
+    original: Any = error.orig
+    state = getattr(original, "sqlstate", None)
+    code = original.args[0] if original.args else None
+    name = type(original).__name__
+    if isinstance(error, DataError) or str(state).startswith("22") or code in _MYSQL_DATA_CODES:
+        return f"{name} ({state or (code if isinstance(code, int) else 'of the driver')})"
+    return f"{name}: {(str(original).splitlines() or [''])[0]}"
 
 
 def _is_transient(error: DBAPIError, dialect_name: str) -> bool:

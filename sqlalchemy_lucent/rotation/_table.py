@@ -159,7 +159,7 @@ class Rows:
         clause: TableClause,
         primary_key: Sequence[ColumnClause[Any]],
         dialect: Dialect,
-        sizes: Sequence[ColumnElement[int]],
+        sizes: Sequence[ColumnElement[int]] = (),
     ) -> None:
         """Take the table, its key, and what tells how long the values are that a batch holds."""
         self.name = name

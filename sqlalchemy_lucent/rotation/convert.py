@@ -100,21 +100,26 @@ class _Unread(TypeDecorator[Any]):
 
 
 _JSON_TYPES: Final = frozenset({str, int, float, bool, list, dict})
+_UNTOLD: Final = frozenset({"YEAR", "OID", "MACADDR", "MACADDR8", "MONEY", "HSTORE"})
+"""Types of SQLAlchemy's that do not say that they give a number, a text or a dict."""
 
 
-def _is_json(type_: TypeEngine[Any]) -> bool | None:
-    """Say whether a type's Python values are JSON values; ``None`` if it does not say."""
-    if isinstance(type_, JSON):
+def _has_json_values(type_: TypeEngine[Any]) -> bool | None:
+    """Say whether a type's Python values are JSON values; ``None`` if nothing but they can tell."""
+    if isinstance(type_, JSON) or type_.__visit_name__ in _UNTOLD:
         return True
     if isinstance(type_, ARRAY):
-        return _is_json(type_.item_type)
-    if type_.__visit_name__ == "SET":
+        return _has_json_values(type_.item_type)
+    if type_.__visit_name__ == "SET":  # says str, and gives a set
         return False
     try:
-        return type_.python_type in _JSON_TYPES
+        kind: type[Any] = type_.python_type
     except NotImplementedError:
-        is_own = type(type_).__module__.startswith("sqlalchemy.")
-        return None if isinstance(type_, TypeDecorator) or not is_own else False
+        kind = object
+    if kind is not object:
+        return kind in _JSON_TYPES
+    is_own = type(type_).__module__.startswith("sqlalchemy.")
+    return None if isinstance(type_, TypeDecorator) or not is_own else False
 
 
 class PlainColumn:
@@ -134,8 +139,8 @@ class PlainColumn:
     ) -> None:
         self.name = name
         self.type = type_ = type_._variant_mapping.get(dialect.name, type_)
-        self.has_json_values = _is_json(type_)
-        """Whether its values need no reader; ``None`` if only the values can tell."""
+        self.has_json_values = _has_json_values(type_)
+        """Whether its values need no reader; ``None`` if nothing but they can tell."""
         self._codec = codec
         self._dialect = dialect
         self._reader = reader
@@ -165,8 +170,8 @@ class PlainColumn:
         length = func.pg_column_size if self._dialect.name == "postgresql" else func.length
         return length(column(self.name))
 
-    def lacks_json(self, stored: _Held) -> str | None:
-        """Return the name of the value's type, if it can be read and is none of JSON's."""
+    def kind_unless_json(self, stored: _Held) -> str | None:
+        """Return the name of a value's type, if it can be read and is no JSON value."""
         try:
             value = stored.read()
         except Exception:  # noqa: BLE001  (its row is named when it is converted)
@@ -447,13 +452,6 @@ class BackfillWorker(_Worker):
         """Count the rows that are not filled yet."""
         statement = select(func.count()).select_from(self._clause).where(self._is_empty)
         return connection.scalar(statement) or 0
-
-    def lacks_json(self, connection: Connection, sample: int) -> str | None:
-        """Return the type's name, if none of the first `sample` values is one of JSON's."""
-        names = [
-            self._plain.lacks_json(row[-2]) for row in self._rows(connection, None, None, sample)
-        ]
-        return names[0] if names and all(names) else None
 
     def _convert_all(
         self, connection: Connection, rows: Sequence[Sequence[Any]], after: PrimaryKey | None

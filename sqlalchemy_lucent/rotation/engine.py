@@ -20,7 +20,7 @@ from ..exceptions import LucentError, RotationError
 from ..keyring import Keyring, default_keyring
 from ._async import run_sync, sleep_in_async
 from ._inplace import InPlaceWorker, can_work_in_place
-from ._link import Link, refuses_a_row
+from ._link import Link, refuses_a_row, what_it_said
 from ._pace import Pace
 from ._ranges import KeyRange, split
 from ._share import Sharing, check_executor
@@ -413,7 +413,7 @@ class _Run:
         except DBAPIError as error:
             if error is self._raised_by_callback:
                 raise
-            fault = self.where_it_stands(_first_line(error))
+            fault = self.where_it_stands(what_it_said(error))
         raise RotationError(fault)
 
     def over(self, tables: list[TargetTable]) -> RotationReport:
@@ -462,7 +462,7 @@ class _Run:
                 # Nothing is written by a dry run, so the next attempt counts it again.
                 rotated = 0 if self._options.dry_run else self._rotated
                 passing = self._link.recovers_from(error)
-                return Outcome(rotated, Failures(), None, _first_line(error), passing)
+                return Outcome(rotated, Failures(), None, what_it_said(error), passing)
             rest = None
             if self._stopped_behind is not None:
                 rest = KeyRange(self._stopped_behind, range_.upto)
@@ -644,12 +644,6 @@ class _Run:
 def _is_number(value: object, kind: type[int | float] | None = None) -> bool:
     kinds = (int, float) if kind is None else kind
     return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _first_line(error: DBAPIError) -> str:
-    """Return what the database said, without what may repeat the row."""
-    reason = (str(error.orig).splitlines() or [""])[0]
-    return f"{type(error.orig).__name__}: {reason}"
 
 
 def _does_not_open(failed: FailedRow) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,7 +119,12 @@ class Writer:
 
 def read(engine: Engine, table: Table) -> list[tuple[Any, ...]]:
     with engine.connect() as connection:
-        return sorted(map(tuple, connection.execute(sa.select(table))), key=repr)
+        return in_order(map(tuple, connection.execute(sa.select(table))))
+
+
+def in_order(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Sort by what a key looks like: sets and mixed types have no order of their own."""
+    return sorted(rows, key=lambda row: [sorted(p) if isinstance(p, set) else repr(p) for p in row])
 
 
 def run(engine: Engine, name: str, **options: Any) -> None:
@@ -145,7 +150,7 @@ def with_writer(
         work()
     assert writer.turn, "no window was met"
     present = keys.values if writer.turn % 2 else keys.values[:-1]
-    return sorted(((*key, {"turn": writer.turn}) for key in present), key=repr)
+    return in_order((*key, {"turn": writer.turn}) for key in present)
 
 
 pytestmark = pytest.mark.filterwarnings(
