@@ -219,7 +219,7 @@ class _Conversion:
         if found:
             raise RotationError(
                 f"{self._owner.fullname}.{name} is used by {', '.join(found)}, which would be lost "
-                "with it or mean nothing on its new values. Drop them in a revision before this one, "
+                "with it or mean nothing on its new values. Drop them in a revision before this one "
                 "and create what fits the new values in a revision after it"
             )
 
