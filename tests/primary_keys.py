@@ -53,6 +53,10 @@ class Keys(NamedTuple):
             for n, type_ in enumerate(self.types)
         ]
 
+    def row(self, key: tuple[Any, ...]) -> dict[str, Any]:
+        """Return the parameters of a key."""
+        return {f"k{n}": part for n, part in enumerate(key)}
+
 
 def single(type_: TypeEngine[Any], *values: Any, kinds: Sequence[str] = ALL, **kw: Any) -> Keys:
     return Keys([type_], [(value,) for value in values], kinds, **kw)

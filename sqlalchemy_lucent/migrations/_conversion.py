@@ -105,8 +105,17 @@ def convert_column(operations: Operations, plan: Plan) -> None:
     :raises RotationError: something is missing or in the way, or there are values that cannot be
         converted; nothing was written, or the column is as it was.
     """
-    # Inside `batch_alter_table`, too, the operations are carried out at once.
-    _Conversion(Operations(operations.migration_context), plan).run()
+    try:
+        # Inside `batch_alter_table`, too, the operations are carried out at once.
+        _Conversion(Operations(operations.migration_context), plan).run()
+    except DBAPIError as error:
+        fault = what_it_said(error)
+    else:
+        return
+    raise RotationError(
+        f"the database refused the conversion of {plan.full_name}: {fault}. The revision is not "
+        "stamped. Remove the cause and run it again, to go on"
+    )
 
 
 class _Conversion:
@@ -219,8 +228,8 @@ class _Conversion:
         if found:
             raise RotationError(
                 f"{self._owner.fullname}.{name} is used by {', '.join(found)}, which would be lost "
-                "with it or mean nothing on its new values. Drop them in a revision before this one "
-                "and create what fits the new values in a revision after it"
+                "with it or mean nothing on its new values. Drop these in an earlier revision, and "
+                "create what fits the new values in a later one"
             )
 
     def _refuse_values_that_are_not_json(self) -> None:

@@ -282,8 +282,8 @@ def _parts(created: list[str]) -> Iterator[list[str]]:
 
 def _has_star(tokens: list[str]) -> bool:
     """Say whether every column is selected: a star that is no product and no ``count(*)``."""
-    befores = (before for before, token in pairwise(tokens) if token == "*")  # noqa: S105
-    return not {"select", "distinct", "all", ",", "."}.isdisjoint(befores)
+    ahead = {one for one, other in pairwise(tokens) if other == "*"}
+    return not ahead.isdisjoint({"select", "distinct", "all", ",", "."})
 
 
 def _says_json(tokens: list[str], column: str) -> bool:

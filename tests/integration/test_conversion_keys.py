@@ -27,10 +27,6 @@ def sealed_type(context: str = "t.data") -> EncryptedJSON:
     return EncryptedJSON(context=context, redact=False)
 
 
-def by_key(keys: Keys, key: tuple[Any, ...]) -> dict[str, Any]:
-    return {f"k{n}": part for n, part in enumerate(key)}
-
-
 @pytest.fixture(params=CASES, ids="-".join)
 def keys(request: pytest.FixtureRequest) -> Keys:
     return keys_of(request.param[1])
@@ -66,12 +62,10 @@ class Writer:
         connection.execute(self._table.update().values(data=data))
         (key,) = self._absent
         if self.turn % 2:
-            row = by_key(self._keys, key)
+            row = self._keys.row(key)
             connection.execute(self._table.insert().values(**row, data=data))
         else:
-            matches = [
-                self._table.c[name] == part for name, part in by_key(self._keys, key).items()
-            ]
+            matches = [self._table.c[name] == part for name, part in self._keys.row(key).items()]
             connection.execute(self._table.delete().where(*matches))
 
     def commit_at(self, window: str) -> None:
@@ -137,7 +131,7 @@ def run(engine: Engine, name: str, **options: Any) -> None:
 def fill(engine: Engine, table: Table, keys: Keys) -> None:
     table.metadata.create_all(engine)
     with engine.begin() as connection:
-        rows = [{**by_key(keys, key), "data": {"turn": 0}} for key in keys.values[:-1]]
+        rows = [{**keys.row(key), "data": {"turn": 0}} for key in keys.values[:-1]]
         connection.execute(table.insert(), rows)
 
 
