@@ -13,7 +13,14 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Column, Connection, Engine, MetaData, Table, create_engine, event
 
-from sqlalchemy_lucent import EncryptedJSON, Keyring, migrations, set_default_keyring, status
+from sqlalchemy_lucent import (
+    EncryptedJSON,
+    Keyring,
+    RotationError,
+    migrations,
+    set_default_keyring,
+    status,
+)
 from tests.primary_keys import CASES, Keys, keys_of
 
 LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE", "mysql": "LOCK TABLES"}
@@ -186,3 +193,52 @@ def test_every_row_is_bound_anew_and_rotated(engine: Engine, keys: Keys, promote
     set_default_keyring(promoted)
     run(engine, "rotate_encrypted_column")
     assert {row.key_version for row in status(engine, sealed).rows} == {"v2"}
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest, databases: Any) -> Iterator[Engine]:
+    engine = create_engine(databases.url(request.param))
+    yield engine
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE IF EXISTS t")
+    engine.dispose()
+
+
+@pytest.mark.parametrize("server", ["mysql"], indirect=True)
+def test_a_key_of_an_inexact_type_is_refused_and_nothing_is_lost(server: Engine) -> None:
+    keys = Keys([sa.FLOAT(6)], [(0.1,), (0.2,), (1.5,), (9.9,)])
+    plain = table_of(keys, sa.JSON())
+    fill(server, plain, keys)
+
+    with pytest.raises(RotationError, match=r"cannot be|primary key"):
+        run(server, "encrypt_column", existing_type=sa.JSON())
+
+    assert [row[1] for row in read(server, plain)] == [{"turn": 0}] * 3
+
+
+@pytest.mark.parametrize("server", ["mysql", "sqlite"], indirect=True)
+def test_a_value_that_is_refused_under_the_lock_is_named(
+    server: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = Keys([sa.Integer()], [(n,) for n in range(1, 6)])
+    sealed = table_of(keys, sealed_type())
+    sealed.metadata.create_all(server)
+    with server.begin() as connection:
+        rows = [{**keys.row(key), "data": "a"} for key in keys.values]
+        connection.execute(sealed.insert(), rows)
+
+    def before(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        if statement.startswith(LOCKS[server.dialect.name]):
+            with server.begin() as connection:
+                late = sealed.update().where(sealed.c.k0 == 3).values(data="TOP-SECRET")
+                connection.execute(late)
+
+    event.listen(server, "before_cursor_execute", before)
+    try:
+        with pytest.raises(RotationError, match="1 values") as caught:
+            run(server, "decrypt_column", existing_type=sa.String(5))
+    finally:
+        event.remove(server, "before_cursor_execute", before)
+    assert "primary key (3,)" in caplog.text
+    assert "TOP-SECRET" not in caplog.text + str(caught.value)
+    assert (3, "TOP-SECRET") in read(server, sealed)

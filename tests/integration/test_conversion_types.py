@@ -319,6 +319,20 @@ def test_a_users_own_type_that_gives_no_json_is_refused_by_its_values(
     assert database.run(column_names) == [{"id", "value"}]
 
 
+@pytest.mark.parametrize("label", ["postgresql"])
+def test_a_value_that_the_driver_cannot_read_is_named(
+    database: Database, label: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = table_of(sa.DateTime())
+    database.run(
+        filling(plain, [NOW, NOW, NOW]),
+        lambda c: c.exec_driver_sql("UPDATE t SET value = 'infinity' WHERE id = 2"),
+    )
+    with pytest.raises(RotationError, match="1 values"):
+        database.run(converting(encrypt_column, sa.DateTime(), reader=str))
+    assert "primary key (2,)" in caplog.text
+
+
 NOT_COMING_BACK: dict[str, tuple[TypeEngine[Any], Any, Any]] = {
     "true-as-1": (sa.Integer(), 5, True),
     "float-as-integer": (sa.Integer(), 5, 1.0),
