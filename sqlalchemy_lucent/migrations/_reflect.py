@@ -66,13 +66,13 @@ class ReflectedTable(NamedTuple):
         return found
 
 
-def reflect_table(
+def reflect_columns(
     connection: Connection, table_name: str, schema: str | None, needed: Iterable[str]
-) -> ReflectedTable:
-    """Return the table.
+) -> Mapping[str, Any]:
+    """Return the columns of a table by name.
 
     :param needed: the columns that it must have.
-    :raises RotationError: it is not there, or lacks one of them or a primary key.
+    :raises RotationError: it is not there, or lacks one of them.
     """
     inspector = inspect(connection)
     full_name = ".".join(filter(None, (schema, table_name)))
@@ -82,8 +82,20 @@ def reflect_table(
     missing = set(needed) - columns.keys()
     if missing:
         raise RotationError(f"table {full_name} has no column {', '.join(sorted(missing))}")
-    key = inspector.get_pk_constraint(table_name, schema=schema)["constrained_columns"]
+    return columns
+
+
+def reflect_table(
+    connection: Connection, table_name: str, schema: str | None, needed: Iterable[str]
+) -> ReflectedTable:
+    """Return the table.
+
+    :raises RotationError: as for :func:`reflect_columns`, or it has no primary key.
+    """
+    columns = reflect_columns(connection, table_name, schema, needed)
+    key = inspect(connection).get_pk_constraint(table_name, schema=schema)["constrained_columns"]
     if not key:
+        full_name = ".".join(filter(None, (schema, table_name)))
         raise RotationError(
             f"table {full_name} has no primary key, which is needed to go through the rows in order"
         )
@@ -94,14 +106,21 @@ def reflect_table(
 
 
 def dependents(
-    connection: Connection, table_name: str, schema: str | None, column_name: str
+    connection: Connection,
+    table_name: str,
+    schema: str | None,
+    column_name: str,
+    *,
+    ours: str | None = None,
 ) -> list[str]:
     """Return what reads a column, or is made of it, each as its kind and name.
 
     Function bodies are looked into for the triggers of the table only.
+
+    :param ours: the name of the CHECK constraint that a sealed column has, which is left out.
     """
     dialect = connection.dialect.name
-    names = {"table": table_name, "schema": schema, "column": column_name}
+    names = {"table": table_name, "schema": schema, "column": column_name, "ours": ours}
     if dialect == "postgresql":
         found = _on_postgresql(connection, names)
     elif dialect == "sqlite":
@@ -141,6 +160,7 @@ LEFT JOIN pg_attrdef AS f ON d.classid = 'pg_attrdef'::regclass AND f.oid = d.ob
 LEFT JOIN pg_constraint AS c ON d.classid = 'pg_constraint'::regclass AND c.oid = d.objid
 WHERE a.attname = CAST(:column AS name)
 AND f.adnum IS DISTINCT FROM a.attnum AND c.contype IS DISTINCT FROM 'n'
+AND (c.conname IS NULL OR c.conname IS DISTINCT FROM CAST(:ours AS name))
 ORDER BY 1
 """)
 
@@ -215,7 +235,8 @@ def _on_mysql(connection: Connection, names: Mapping[str, Any]) -> Iterator[str]
     for name, clause, of_column in rows(_MARIADB_CHECKS if is_mariadb else _MYSQL_CHECKS):
         found = _tokens(f"CHECK ({clause})", escapes=True)
         # MariaDB's JSON type is text with such a check, which goes with the column.
-        if column in found and not (of_column and _says_json(found, column)):
+        goes_with_it = name == names["ours"] or (of_column and _says_json(found, column))
+        if column in found and not goes_with_it:
             yield f"check constraint {name}"
     for name, clause in () if is_mariadb else rows(_MYSQL_INDEXES):
         if column in _tokens(clause, escapes=True):
@@ -238,7 +259,7 @@ def _on_sqlite(connection: Connection, names: Mapping[str, Any]) -> Iterator[str
             found = _tokens(sql, brackets=True)
             is_own = owner.lower() == table
             if kind == "table" and is_own:
-                yield from _in_create_table(found, column)
+                yield from _in_create_table(found, column, (names["ours"] or "").lower())
             elif kind == "table":  # full-text search names the table in a string
                 words = {*re.findall(r"\w+", sql.lower())}
                 if found[1] == "virtual" and {table, column} <= words:
@@ -247,16 +268,18 @@ def _on_sqlite(connection: Connection, names: Mapping[str, Any]) -> Iterator[str
                 yield f"{kind} {name}"
 
 
-def _in_create_table(created: list[str], column: str) -> Iterator[str]:
+def _in_create_table(created: list[str], column: str, ours: str) -> Iterator[str]:
     """Give what reads `column` in the CREATE TABLE of its table."""
     for first, *others in _parts(created):
         if first == column:
-            if column in others and not _says_json(others, column):
+            is_ours = ours in others and others.count("check") == 1
+            if column in others and not is_ours and not _says_json(others, column):
                 yield f"check constraint of {column}"
         elif first == "check" and column in others:
             yield "check constraint without a name"
         elif first == "constraint" and "check" in others and column in others:
-            yield f"check constraint {others[0]}"
+            if others[0] != ours:
+                yield f"check constraint {others[0]}"
         elif first not in _KEY_WORDS and column in others:
             yield f"generated column {first}"
 

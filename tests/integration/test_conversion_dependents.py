@@ -273,6 +273,23 @@ def test_what_reads_the_sealed_column_is_named_by_decrypting(engine: Engine, kin
 
 
 @pytest.mark.parametrize("kind", list(TYPES))
+def test_the_check_of_a_sealed_column_goes_with_it_and_others_do_not(
+    engine: Engine, kind: str
+) -> None:
+    convert(engine, encrypt_column)
+    assert sa.inspect(engine).get_check_constraints("users")
+    if kind != "sqlite":
+        make(engine, "ALTER TABLE users ADD CONSTRAINT ck CHECK (length(data) > 3)")
+        with pytest.raises(RotationError, match=r"used by (check )?constraint ck\b[^,]*,[^,]*$"):
+            convert(engine, decrypt_column)
+        make(engine, "ALTER TABLE users DROP CONSTRAINT ck")
+
+    convert(engine, decrypt_column)
+
+    assert "lucent" not in str(sa.inspect(engine).get_check_constraints("users"))
+
+
+@pytest.mark.parametrize("kind", list(TYPES))
 def test_what_reads_the_kept_plaintext_is_named_before_that_is_dropped(
     engine: Engine, kind: str
 ) -> None:
