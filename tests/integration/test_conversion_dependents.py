@@ -280,7 +280,7 @@ def test_the_check_of_a_sealed_column_goes_with_it_and_others_do_not(
     assert sa.inspect(engine).get_check_constraints("users")
     if kind != "sqlite":
         make(engine, "ALTER TABLE users ADD CONSTRAINT ck CHECK (length(data) > 3)")
-        with pytest.raises(RotationError, match=r"used by (check )?constraint ck\b[^,]*,[^,]*$"):
+        with pytest.raises(RotationError, match=r"used by (check )?constraint ck\b[^,]*, which"):
             convert(engine, decrypt_column)
         make(engine, "ALTER TABLE users DROP CONSTRAINT ck")
 
