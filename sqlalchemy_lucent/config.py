@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, overload
 
 from sqlalchemy.orm import Session, scoped_session
 
-from .exceptions import ConfigurationError
-from .keyring import DEFAULT_KEY_VERSION, ENV_VARIABLES, Keyring
+from ._environment import DEFAULT_KEY_VERSION, ENV_VARIABLES
+from .exceptions import ConfigurationError, hide_locals
+from .keyring import Keyring
 from .repository import AsyncLucentSecrets, LucentSecrets
 
 if TYPE_CHECKING:  # without greenlet, which only async programs need, it does not import
@@ -41,6 +42,7 @@ class SecretsConfig:
     enabled: bool
     keyring: Keyring | None
 
+    @hide_locals
     def __init__(
         self,
         *,
@@ -70,31 +72,37 @@ class SecretsConfig:
         return None if self.keyring is None else self.keyring.primary
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+_OFF: Final = SecretsConfig()
+
+
+@dataclass(frozen=True, init=False, slots=True)
 class LucentConfig:
     """The configuration: one section, ``secrets``; off if left out.
 
     :raises ConfigurationError: the section is not a :class:`SecretsConfig`.
     """
 
-    secrets: SecretsConfig = field(default_factory=SecretsConfig)
+    secrets: SecretsConfig
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.secrets, SecretsConfig):
+    @hide_locals
+    def __init__(self, *, secrets: SecretsConfig = _OFF) -> None:
+        if not isinstance(secrets, SecretsConfig):
             raise ConfigurationError(
-                f"secrets is a SecretsConfig, not of type {type(self.secrets).__name__}; "
+                f"secrets is a SecretsConfig, not of type {type(secrets).__name__}; "
                 "LucentConfig.from_mapping() reads a plain dict"
             )
+        object.__setattr__(self, "secrets", secrets)
 
     @classmethod
+    @hide_locals
     def from_mapping(cls, mapping: Mapping[str, Any]) -> LucentConfig:
         """Read a plain dict, as any settings library gives it.
 
         ``{"secrets": {"enabled": True, "master_key": …, "key_version": "v1"}}``; the spelling of
         the source document (``masterKey``, ``keyVersion``) is taken too.
 
-        :raises ConfigurationError: a name is not known or stands there twice, or `mapping` is not
-            a mapping.
+        :raises ConfigurationError: a name is not known or is given twice, or `mapping` is not a
+            mapping.
         :raises InvalidKeyError: the key or version breaks its rule.
         """
         _refuse_unknown(mapping, {"secrets"}, "the configuration")
@@ -104,11 +112,12 @@ class LucentConfig:
         for name, value in section.items():
             option = _SPELLINGS.get(name, name)
             if option in options:
-                raise ConfigurationError(f"secrets: {option} stands there twice")
+                raise ConfigurationError(f"secrets: {option} is given twice")
             options[option] = value
         return cls(secrets=SecretsConfig(**options))
 
     @classmethod
+    @hide_locals
     def from_env(cls, environ: Mapping[str, str] | None = None) -> LucentConfig:
         """Read the keyring from the environment; secrets are enabled if there is one.
 
@@ -145,6 +154,7 @@ class Lucent:
 
     config: LucentConfig
 
+    @hide_locals
     def __init__(self, config: LucentConfig | Mapping[str, Any]) -> None:
         if not isinstance(config, LucentConfig):
             config = LucentConfig.from_mapping(config)

@@ -1,4 +1,4 @@
-"""The errors that this package raises: one base, one tree.
+"""The errors that this package raises: one base, one tree; and how they are raised beside keys.
 
 ::
 
@@ -33,7 +33,14 @@ outside the ``except`` block of what caused them: a chained ``JSONDecodeError`` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 from sqlalchemy import exc as sa_exc
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 class LucentError(sa_exc.DontWrapMixin, Exception):
@@ -102,3 +109,23 @@ class RotationError(LucentError):
 
 class KeyInUseError(RotationError):
     """A key version is still needed by stored rows."""
+
+
+def hide_locals(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Make `function` raise the package's errors without the frames that hold its arguments.
+
+    A traceback keeps the local variables of every frame that an error passed through, and error
+    reporters send them: beside a key that is refused, its neighbours would be sent too. So the
+    error starts its traceback again, in a frame that has forgotten its arguments.
+    """
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return function(*args, **kwargs)
+        except LucentError as error:
+            fault = error.with_traceback(None)
+        del args, kwargs
+        raise fault
+
+    return call

@@ -1,4 +1,4 @@
-"""Master keys by version, where they come from, and the process default.
+"""Master keys by version, and the process default.
 
 The newest key seals: a :class:`Keyring` holds any number of master keys and exactly one of them,
 the *primary*, seals new values. Every other one opens what was sealed before.
@@ -10,11 +10,11 @@ import base64
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Final, NoReturn, Self
 
 from . import _aead
 from ._envelope import MAX_VERSION_LENGTH, VERSION_PATTERN, header_size, parse
+from ._environment import read_environment
 from .exceptions import (
     ConfigurationError,
     DecryptionError,
@@ -25,18 +25,8 @@ from .exceptions import (
     TamperedError,
     UnknownKeyVersionError,
     WrongKeyError,
+    hide_locals,
 )
-
-ENV_KEY: Final = "LUCENT_SECRETS_KEY"
-ENV_KEY_VERSION: Final = "LUCENT_SECRETS_KEY_VERSION"
-ENV_KEYS: Final = "LUCENT_SECRETS_KEYS"
-ENV_FILE_SUFFIX: Final = "_FILE"
-ENV_VARIABLES: Final = tuple(
-    name + suffix
-    for name in (ENV_KEY, ENV_KEY_VERSION, ENV_KEYS)
-    for suffix in ("", ENV_FILE_SUFFIX)
-)
-DEFAULT_KEY_VERSION: Final = "v1"
 
 _KEY_FORMS: Final = (
     f"{_aead.MASTER_KEY_SIZE} bytes, or their base64, base64url (43 or 44 characters) "
@@ -100,7 +90,7 @@ def _read_keys(pairs: Collection[tuple[object, object]]) -> dict[str, _aead.Mast
             if version not in keys:
                 keys[version] = _aead.MasterKey(decoded)
                 continue
-            fault = "its version stands there twice"
+            fault = "another key has its version"
         raise InvalidKeyError(
             f"key {position} of {len(pairs)}: {fault}" if len(pairs) > 1 else fault
         )
@@ -189,7 +179,8 @@ class Keyring:
         a key is 32 bytes, or their base64, base64url (padded or not) or hex text.
     :param primary: the version that seals. May be left out when there is one key only.
     :raises InvalidKeyError: a version or key breaks its rule.
-    :raises ConfigurationError: no key, or a primary that is not among them.
+    :raises ConfigurationError: no key, one key under two versions, or a primary that is not among
+        them.
 
     A keyring never shows a key: ``repr`` gives versions and fingerprints, copies are the keyring
     itself, and pickling raises :exc:`PicklingRefusedError`. Let each process build its own.
@@ -202,6 +193,7 @@ class Keyring:
     _primary: str
 
     # Made by `__new__`, so that there is no `__init__` to call on a keyring a second time.
+    @hide_locals
     def __new__(cls, keys: Mapping[str, bytes | str], *, primary: str | None = None) -> Self:
         """Check and decode the keys."""
         if not isinstance(keys, Mapping):
@@ -223,6 +215,14 @@ class Keyring:
 
     @classmethod
     def _of(cls, master_keys: dict[str, _aead.MasterKey], primary: str) -> Self:
+        versions: dict[bytes, str] = {}
+        for version, key in master_keys.items():
+            if (same := versions.setdefault(key.key_id, version)) != version:
+                raise ConfigurationError(
+                    f"versions {same!r} and {version!r} have the same key (fingerprint "
+                    f"{key.key_id.hex()}): a rotation from one to the other would renew nothing. "
+                    "Give the new version a key of its own, from generate_master_key()"
+                )
         keyring = super().__new__(cls)
         object.__setattr__(keyring, "_master_keys", master_keys)
         object.__setattr__(keyring, "_primary", keyring._require(primary))
@@ -232,6 +232,7 @@ class Keyring:
         return keyring
 
     @classmethod
+    @hide_locals
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
         """Read a keyring from the environment.
 
@@ -244,46 +245,10 @@ class Keyring:
         :raises ConfigurationError: nothing is set, both forms are, or a value breaks a rule. The
             message names the variable and the fault, and shows no character of a key.
         """
-        env = os.environ if environ is None else environ
-        single = _read_variable(env, ENV_KEY)
-        version = _read_variable(env, ENV_KEY_VERSION)
-        several = _read_variable(env, ENV_KEYS)
-        if several is not None:
-            for other in (single, version):
-                if other is not None:
-                    raise ConfigurationError(
-                        f"both {several.source} and {other.source} are set; "
-                        f"{ENV_KEYS} names its versions itself, so keep only one of the forms"
-                    )
-            return cls._from_list(several)
-        if single is None:
-            raise ConfigurationError(
-                "no keyring is configured: set "
-                f"{ENV_KEY} (and {ENV_KEY_VERSION}, if it is not {DEFAULT_KEY_VERSION!r}), or "
-                f'{ENV_KEYS}="v2:KEY,v1:KEY" with the primary first, or the same names with '
-                f"{ENV_FILE_SUFFIX} and a path, or call set_default_keyring()"
-            )
-        pairs = [(DEFAULT_KEY_VERSION if version is None else version.text, single.text)]
-        source = single.source if version is None else f"{single.source}, {version.source}"
-        return cls._from_pairs(source, pairs)
-
-    @classmethod
-    def _from_list(cls, variable: _Variable) -> Self:
-        pairs: list[tuple[str, str]] = []
-        for position, entry in enumerate(variable.text.split(","), 1):
-            version, separator, key = entry.partition(":")
-            if not separator:
-                raise ConfigurationError(
-                    f"{variable.source}: entry {position} is not of the form VERSION:KEY"
-                )
-            pairs.append((version.strip(), key.strip()))
-        return cls._from_pairs(variable.source, pairs)
-
-    @classmethod
-    def _from_pairs(cls, source: str, pairs: list[tuple[str, str]]) -> Self:
+        source, pairs = read_environment(os.environ if environ is None else environ)
         try:
             return cls._of(_read_keys(pairs), pairs[0][0])
-        except InvalidKeyError as error:
+        except LucentError as error:
             fault = f"{source}: {error}"
         raise ConfigurationError(fault)
 
@@ -297,6 +262,7 @@ class Keyring:
         """All versions, the primary first, the others in the order given."""
         return (self._primary, *(v for v in self._master_keys if v != self._primary))
 
+    @hide_locals
     def fingerprint(self, version: str) -> str:
         """Return the 8 hex digits that tell the key of `version` from another key.
 
@@ -307,6 +273,7 @@ class Keyring:
         """
         return self._master_keys[self._require(version)].key_id.hex()
 
+    @hide_locals
     def with_primary(self, version: str) -> Keyring:
         """Return a keyring of the same keys in which `version` seals.
 
@@ -314,11 +281,12 @@ class Keyring:
         """
         return self._of(self._master_keys, version)
 
+    @hide_locals
     def adding(self, version: str, key: bytes | str) -> Keyring:
         """Return a keyring that has `key` too; the primary stays what it is.
 
-        :raises ConfigurationError: the keyring has `version` already. A key is never replaced
-            under its name: values sealed under the old one would be lost.
+        :raises ConfigurationError: the keyring has `version` or `key` already. A key is never
+            replaced under its name: values sealed under the old one would be lost.
         :raises InvalidKeyError: the version or key breaks its rule.
         """
         name = _check_version(version)
@@ -330,6 +298,7 @@ class Keyring:
         added = _aead.MasterKey(_decode_key(key))
         return self._of({**self._master_keys, name: added}, self._primary)
 
+    @hide_locals
     def without(self, version: str) -> Keyring:
         """Return a keyring that lacks `version`. Check first that no row needs it.
 
@@ -387,46 +356,6 @@ class Keyring:
         self.__reduce_ex__(None)
 
 
-class _Variable:
-    """A value from the environment, and the name that an error message gives it."""
-
-    __slots__ = ("source", "text")
-
-    def __init__(self, source: str, text: str) -> None:
-        self.source = source
-        self.text = text
-
-
-def _read_variable(env: Mapping[str, object], name: str) -> _Variable | None:
-    source, file_source = name, name + ENV_FILE_SUFFIX
-    if source in env and file_source in env:
-        raise ConfigurationError(f"both {source} and {file_source} are set; keep only one of them")
-    if file_source in env:
-        source = file_source
-    elif source not in env:
-        return None
-    text = env[source]
-    if not isinstance(text, str):
-        raise ConfigurationError(f"{source} is of type {type(text).__name__}, not str")
-    text = text.strip()
-    if text and source == file_source:
-        text = _read_file(source, text)
-    if not text:
-        raise ConfigurationError(f"{source} is set but empty")
-    return _Variable(source, text)
-
-
-def _read_file(variable: str, path: str) -> str:
-    # The path itself stays out of the message: a key put into the wrong variable would be there.
-    try:
-        return Path(path).read_text("utf-8").strip()
-    except OSError as error:
-        fault = str(error.strerror)
-    except ValueError:
-        fault = "it is not a text file, or its name is not a path"
-    raise ConfigurationError(f"{variable}: the file that it names cannot be read: {fault}")
-
-
 _default: Keyring | Callable[[], Keyring] | None = None
 
 # The keyring of the environment, once it was read. There is no lock, because a child that is forked
@@ -435,6 +364,7 @@ _default: Keyring | Callable[[], Keyring] | None = None
 _from_environment: Keyring | None = None
 
 
+@hide_locals
 def set_default_keyring(keyring: Keyring | Callable[[], Keyring] | None) -> None:
     """Set the keyring that the process uses where none is passed.
 

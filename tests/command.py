@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from sqlalchemy import URL
 
-from sqlalchemy_lucent.keyring import ENV_VARIABLES
+from sqlalchemy_lucent._environment import ENV_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = (sys.executable, "-m", "sqlalchemy_lucent")

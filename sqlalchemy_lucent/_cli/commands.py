@@ -19,11 +19,16 @@ from sqlalchemy.orm import Session
 
 import sqlalchemy_lucent as lucent
 
-from .. import keyring as keyring_module
 from .._envelope import VERSION_PATTERN
+from .._environment import (
+    DEFAULT_KEY_VERSION,
+    ENV_FILE_SUFFIX,
+    ENV_KEY,
+    ENV_KEYS,
+    ENV_VARIABLES,
+)
 from .._json import STRICT
-from ..exceptions import SerializationError
-from ..keyring import DEFAULT_KEY_VERSION, ENV_FILE_SUFFIX, ENV_KEY, ENV_KEYS
+from ..exceptions import SerializationError, hide_locals
 from ..repository import LucentSecrets
 from ..rotation import DEFAULT_BATCH_SIZE
 from ..rotation.targets import TargetTable
@@ -149,9 +154,10 @@ def keygen(
         tell("Keep a copy outside of the database: without it nothing sealed under it opens.")
 
 
+@hide_locals
 def _promoting_lines(version: str | None) -> str:
     """Return the shell lines that make a new key the primary of the environment's keyring."""
-    present = [name for name in keyring_module.ENV_VARIABLES if name in os.environ]
+    present = [name for name in ENV_VARIABLES if name in os.environ]
     key = lucent.generate_master_key()
     if not present:
         keyring = lucent.Keyring({version or DEFAULT_KEY_VERSION: key})

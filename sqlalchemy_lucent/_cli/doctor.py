@@ -13,6 +13,7 @@ from sqlalchemy import Column, Connection, Engine, Inspector, Table, func, inspe
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine, _Binary
 
+from .._aead import MASTER_KEY_SIZE
 from .._dialects import is_mysql
 from ..exceptions import ConfigurationError
 from ..keyring import Keyring, default_keyring
@@ -46,7 +47,7 @@ def examine(targets: Sequence[Target], url: str | None) -> Iterator[Finding]:
         opens = f"; {', '.join(others)} can be opened" if others else ""
         primary = f"{keyring.primary} ({keyring.fingerprint(keyring.primary)})"
         yield Finding("ok", f"keyring: {primary} seals{opens}")
-        yield from _same_keys(keyring)
+        yield from _constant_keys(keyring)
     else:
         yield Finding("fix", "keyring: none", keyring)
     yield from _alembic()
@@ -73,18 +74,17 @@ def _keyring() -> Keyring | str:
         return str(error)
 
 
-def _same_keys(keyring: Keyring) -> Iterator[Finding]:
-    """Say which versions have one key."""
-    versions: dict[str, list[str]] = {}
+def _constant_keys(keyring: Keyring) -> Iterator[Finding]:
+    """Name the keys that are one byte 32 times: a placeholder that was never replaced."""
+    constants = {
+        Keyring({"v": bytes([byte]) * MASTER_KEY_SIZE}).fingerprint("v") for byte in range(256)
+    }
     for version in keyring.versions:
-        versions.setdefault(keyring.fingerprint(version), []).append(version)
-    for fingerprint, same in versions.items():
-        if len(same) > 1:
+        if keyring.fingerprint(version) in constants:
             yield Finding(
-                "note",
-                f"keyring: {' and '.join(same)} are one key ({fingerprint})",
-                "rotating from one to the other renews nothing: make a key with lucent keygen, "
-                "rotate to it, and take these out once lucent retire-check allows it",
+                "fix",
+                f"keyring: the key of {version} is one byte {MASTER_KEY_SIZE} times",
+                "make a random key with lucent keygen, and rotate to it",
             )
 
 

@@ -81,9 +81,20 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 def write_json(value: Any) -> None:
-    """Write `value` as a JSON document."""
-    as_it_is = sys.stdout.encoding.lower().replace("-", "") == "utf8"
-    write(json.dumps(value, indent=2, ensure_ascii=not as_it_is) + "\n")
+    """Write `value` as a JSON document; on a terminal, with escapes for what is not printable."""
+    text = json.dumps(value, indent=2, ensure_ascii=not _writes_utf8())
+    if sys.stdout.isatty():
+        text = "".join(c if c.isprintable() or c == "\n" else _json_escape(c) for c in text)
+    write(f"{text}\n")
+
+
+def _writes_utf8() -> bool:
+    return sys.stdout.encoding.lower().replace("-", "") == "utf8"
+
+
+def _json_escape(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[n : n + 4]}" for n in range(0, len(units), 4))
 
 
 def write_text(text: str) -> None:

@@ -88,7 +88,7 @@ def aws() -> Iterator[dict[str, str]]:
 def vault() -> Iterator[dict[str, str]]:
     """Vault: ``secret/lucent`` in the engine kv-v2, and transit with a key ``lucent``."""
     secrets: dict[str, dict[str, str]] = {
-        "lucent": {"primary": "v2", "v2": generate_master_key(), "v1": generate_master_key()}
+        "lucent": {"LUCENT_SECRETS_KEYS": f"v2:{generate_master_key()},v1:{generate_master_key()}"}
     }
     transit = _Wrapping()
 

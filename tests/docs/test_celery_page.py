@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sqlalchemy_lucent import generate_master_key
-from sqlalchemy_lucent.keyring import ENV_KEY, ENV_VARIABLES
+from sqlalchemy_lucent._environment import ENV_KEY, ENV_VARIABLES
 
 from .pages import ROOT, blocks
 from .shell import Terminal, reader_environment

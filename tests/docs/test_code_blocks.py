@@ -21,7 +21,7 @@ import pytest
 from sqlalchemy import Engine
 
 from sqlalchemy_lucent import generate_master_key, set_default_keyring
-from sqlalchemy_lucent.keyring import ENV_KEY, ENV_VARIABLES
+from sqlalchemy_lucent._environment import ENV_KEY, ENV_VARIABLES
 
 from .pages import PAGES, blocks, relative
 from .shell import Terminal, commands

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from sqlalchemy_lucent import Keyring, generate_master_key
-from sqlalchemy_lucent.keyring import ENV_VARIABLES
+from sqlalchemy_lucent._environment import ENV_VARIABLES
 
 from .pages import ROOT, blocks
 

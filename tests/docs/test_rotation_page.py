@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Column, Integer, MetaData, Table, create_engine, insert, text
 
 from sqlalchemy_lucent import EncryptedJSON, status
-from sqlalchemy_lucent.keyring import ENV_KEYS, ENV_VARIABLES
+from sqlalchemy_lucent._environment import ENV_KEYS, ENV_VARIABLES
 from tests.conftest import Databases
 from tests.databases import drop_everything
 from tests.integration.workers import keys

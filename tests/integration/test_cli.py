@@ -382,13 +382,21 @@ def test_doctor_finds_a_blob_that_is_too_small_and_a_clock_that_is_off(
     assert re.search(r"fix\tclock: \d{6,} seconds away", done.out)
 
 
-def test_doctor_finds_a_key_that_has_two_versions(lucent: Lucent) -> None:
-    assert "are one key" not in lucent("doctor").out
+def test_one_key_under_two_versions_is_refused(lucent: Lucent) -> None:
     lucent.keys = f"v3:{KEY_2.hex()},v2:{KEY_1.hex()},v1:{KEY_1.hex()}"
+    for command in ("rotate", "verify", "keys"):
+        done = lucent(command)
+        assert done.code == 2
+        assert "'v2' and 'v1' have the same key" in done.err
+    assert "have the same key" in lucent("doctor").out
+
+
+def test_doctor_names_a_key_that_is_a_placeholder(lucent: Lucent) -> None:
+    assert "times" not in lucent("doctor").out
+    lucent.keys = f"v2:{'00' * 32},v1:{KEY_1.hex()}"
     done = lucent("doctor")
-    assert (done.code, done.err) == (0, "")
-    one = Keyring({"v1": KEY_1}).fingerprint("v1")
-    assert f"note\tkeyring: v2 and v1 are one key ({one})\trotating from one to" in done.out
+    assert done.code == 1
+    assert "fix\tkeyring: the key of v2 is one byte 32 times\t" in done.out
 
 
 def test_doctor_finds_what_is_missing_in_the_database(lucent: Lucent) -> None:
@@ -635,6 +643,21 @@ def test_a_value_that_is_typed_is_not_shown(lucent: Lucent) -> None:
     assert shown.code == 0
     assert PLAINTEXT not in shown.raw
     assert json.loads(lucent("get", SECRET_KEY, "--reveal").out) == PLAINTEXT
+
+
+CONTROLS = "\x1b[2J|\x7f|\x9b31m|\u202e|\u2066|\ue000|\U000e0041|é|𝄞"
+
+
+@pytest.mark.parametrize("options", [(), ("--text",)])
+def test_a_value_does_not_steer_the_terminal(lucent: Lucent, options: tuple[str, ...]) -> None:
+    lucent("set", SECRET_KEY, stdin=json.dumps(CONTROLS))
+    shown = lucent.on_terminal("get", SECRET_KEY, "--reveal", *options, "--yes")
+    assert shown.code == 0
+    assert [c for c in shown.raw if not c.isprintable() and c not in "\r\n"] == []
+    assert "|é|𝄞" in shown.text
+    if not options:
+        assert json.loads(shown.text) == CONTROLS
+    assert json.loads(lucent("get", SECRET_KEY, "--reveal").out) == CONTROLS
 
 
 def test_an_empty_line_and_a_text_on_a_terminal_are_refused(lucent: Lucent) -> None:

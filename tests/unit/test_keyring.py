@@ -307,11 +307,21 @@ def test_an_unknown_version_is_refused_with_the_versions_at_hand(
         assert not shows(whole(caught.value), KEY_1)
 
 
-def test_a_version_is_bound_to_its_values_even_where_two_versions_share_a_key() -> None:
-    shared = Keyring({"v1": KEY_1, "v2": URLSAFE_1}, primary="v1")
-    sealed = shared.for_context("c").seal(b"{}")
+def test_a_version_is_bound_to_its_values() -> None:
+    sealed = Keyring({"v1": KEY_1}).for_context("c").seal(b"{}")
     with pytest.raises(TamperedError):
-        shared.for_context("c").open(b"v2" + sealed[2:])
+        Keyring({"v2": KEY_1}).for_context("c").open(b"v2" + sealed[2:])
+
+
+@pytest.mark.parametrize("other", [KEY_1, URLSAFE_1, URLSAFE_1.rstrip("="), KEY_1.hex().upper()])
+def test_one_key_under_two_versions_is_refused_in_any_spelling(other: bytes | str) -> None:
+    with pytest.raises(ConfigurationError, match="'v1' and 'v2' have the same key"):
+        Keyring({"v1": KEY_1, "v2": other}, primary="v2")
+    with pytest.raises(ConfigurationError, match="'v1' and 'v2' have the same key"):
+        Keyring({"v1": KEY_1}).adding("v2", other)
+    if isinstance(other, str):
+        with pytest.raises(ConfigurationError, match=r"LUCENT_SECRETS_KEYS: .* the same key"):
+            Keyring.from_env({"LUCENT_SECRETS_KEYS": f"v2:{other},v1:{URLSAFE_1}"})
 
 
 def test_adding_keeps_the_primary_and_leaves_the_original_alone(keyring: Keyring) -> None:
@@ -596,7 +606,7 @@ BAD_ENVIRONMENTS: list[tuple[dict[str, str], str]] = [
     (environ_of(KEYS="v1:"), "LUCENT_SECRETS_KEYS: the master key has 0 characters"),
     (
         environ_of(KEYS=f"v1:{URLSAFE_1},v1:{URLSAFE_2}"),
-        "LUCENT_SECRETS_KEYS: key 2 of 2: its version stands there twice",
+        "LUCENT_SECRETS_KEYS: key 2 of 2: another key has its version",
     ),
     (environ_of(KEYS=f"{URLSAFE_1}:v1"), "LUCENT_SECRETS_KEYS: the key version"),
     (environ_of(KEYS=f"v2:{URLSAFE_2},v1:short"), "key 2 of 2: the master key has 5 characters"),

@@ -67,7 +67,7 @@ def test_a_refused_entry_of_several() -> None:
     assert sentence(lambda: Keyring({"v 1": KEY_1})) == VERSION
     twice = {"LUCENT_SECRETS_KEYS": f"v1:{KEY_1.hex()},v1:{KEY_2.hex()}"}
     assert sentence(lambda: Keyring.from_env(twice)) == (
-        "LUCENT_SECRETS_KEYS: key 2 of 2: its version stands there twice"
+        "LUCENT_SECRETS_KEYS: key 2 of 2: another key has its version"
     )
 
 
