@@ -22,7 +22,7 @@ from typing import Any, Final, NoReturn, cast
 
 from sqlalchemy import Column, Table, event, inspect
 from sqlalchemy.orm import InstanceState, InstrumentedAttribute, Mapped, Mapper, mapped_column
-from sqlalchemy.orm.attributes import get_attribute, set_attribute
+from sqlalchemy.orm.attributes import flag_modified, get_attribute
 
 from ._row import fault_of_type
 from .exceptions import (
@@ -94,7 +94,7 @@ class _Declaration:
 
     def __set_name__(self, owner: type[Any], name: str) -> None:
         # An error raised here would arrive as a RuntimeError of Python's; see `__get__`.
-        if not _is_pydantic(owner):
+        if not is_pydantic(owner):
             setattr(owner, name, self._column)
 
     # Reached only where Python calls no `__set_name__`: without these, a value that is assigned
@@ -107,7 +107,7 @@ class _Declaration:
 
     @staticmethod
     def _refusal(owner: type[Any]) -> ConfigurationError:
-        if _is_pydantic(owner):
+        if is_pydantic(owner):
             return ConfigurationError(
                 f"row_bound() cannot be a field of {owner.__name__}, which is a pydantic model. In "
                 "SQLModel, give the field a type that names the binding columns: "
@@ -119,7 +119,8 @@ class _Declaration:
         )
 
 
-def _is_pydantic(owner: type[Any]) -> bool:
+def is_pydantic(owner: type[Any]) -> bool:
+    """Say whether a class is a pydantic model, as SQLModel's are."""
     return hasattr(owner, "__pydantic_complete__")
 
 
@@ -210,8 +211,7 @@ def _bind(key: str, state: InstanceState[Any], value: Any, old: object, initiato
         return value  # by merge(), most likely: looked at when the row is written
     if type(value) is Bound:
         value = value.value  # of another object, which merge() copies from
-    # Not the row itself: its columns may be set after this attribute, or only at flush.
-    return Bound(value, partial(_current_row, state, key))
+    return _bound(state, key, value)
 
 
 def _current_row(state: InstanceState[Any], key: str) -> list[RowPart]:
@@ -256,7 +256,8 @@ def _before_insert(keys: list[str], mapper: Mapper[Any], connection: object, tar
             for other, _ in _binding_columns(mapper, key):
                 if getattr(target, other) is None:
                     _apply_default(mapper, other, target)
-            _set(target, key, stored)
+            if type(stored) is not Bound:
+                _set(state, key, stored)
 
 
 def _before_update(keys: list[str], mapper: Mapper[Any], connection: object, target: Any) -> None:
@@ -266,15 +267,17 @@ def _before_update(keys: list[str], mapper: Mapper[Any], connection: object, tar
         if moved and key not in state.dict:
             get_attribute(target, key)  # it may be NULL, and then nothing is sealed
         stored = state.dict.get(key)
-        is_set = state.attrs[key].history.has_changes()
+        is_set = key in state.dict and state.attrs[key].history.has_changes()
         if type(stored) is Sealed:
             if moved:
                 _rehome(state, key, stored, f"{moved} of that row would change beneath it")
             elif is_set:
                 _rehome(state, key, stored, "this value is that of another row")
-        elif is_set or (moved and type(stored) is Bound):
-            # Set, by whatever way; or still as it was set, and the row is another one now.
-            _set(target, key, stored)
+        elif type(stored) is Bound:
+            if moved and not is_set:  # still as it was set, and the row is another one now
+                _set(state, key, stored.value)
+        elif is_set:
+            _set(state, key, stored)
 
 
 def _after_update(keys: list[str], mapper: Mapper[Any], connection: object, target: Any) -> None:
@@ -293,17 +296,24 @@ def _moved(state: InstanceState[Any], key: str) -> str:
     return ", ".join(other for other in others if state.attrs[other].history.has_changes())
 
 
-def _set(target: Any, key: str, value: Any) -> None:
-    # Not setattr(), which a class may have overridden: SQLModel puts the value past the attribute.
-    set_attribute(target, key, value if type(value) is Bound else Bound(value, ()))
+def _set(state: InstanceState[Any], key: str, value: Any) -> None:
+    # Not as the application sets it: it was validated then, and SQLModel puts a value past the
+    # attribute.
+    state.dict[key] = _bound(state, key, value)
+    flag_modified(state.obj(), key)
+
+
+def _bound(state: InstanceState[Any], key: str, value: Any) -> Bound:
+    # Not the row itself: its columns may be set after this attribute, or only at flush.
+    return Bound(value, partial(_current_row, state, key))
 
 
 def _rehome(state: InstanceState[Any], key: str, stored: Sealed, why: str) -> None:
     """Have a value that was loaded sealed for the row that the object has now."""
     if stored._is_open():
-        _set(state.obj(), key, stored._opened)
+        _set(state, key, stored._opened)
     elif _opens_here(state, key, stored):
-        _set(state.obj(), key, stored)
+        _set(state, key, stored)
     else:
         raise _refusal(state.mapper, key, why)
 

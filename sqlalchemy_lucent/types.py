@@ -105,6 +105,9 @@ class ColumnCodec:
                 return value if wrapper is None else wrapper(value)
         return self._open_through_the_layers(data, row, keyring)
 
+    def __deepcopy__(self, memo: object) -> ColumnCodec:
+        return self
+
     def _open_through_the_layers(self, data: Any, row: bytes, keyring: Keyring | None) -> Any:
         document = open_in_contexts(self.contexts, data, row, keyring)
         if self.schema is None:
