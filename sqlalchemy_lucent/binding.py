@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from functools import partial
 from typing import Any, Final, NoReturn, cast
 
-from sqlalchemy import Column, Table, event, inspect
+from sqlalchemy import Column, Table, event, inspect, null
 from sqlalchemy.orm import InstanceState, InstrumentedAttribute, Mapped, Mapper, mapped_column
 from sqlalchemy.orm.attributes import flag_modified, get_attribute
 
@@ -138,6 +138,9 @@ class _RowBound(InstrumentedAttribute[Any]):
         if type(value) is Sealed:
             return value._opened if value._is_open() else _open(instance, self.key, value)
         return value
+
+    def __delete__(self, instance: object) -> None:
+        self.__set__(instance, null())
 
     # SQLAlchemy 2.1 calls what this gives for each dict of a bulk statement; 2.0 does not.
     def _bulk_dml_setter(self, key: str) -> Callable[..., Any] | None:
