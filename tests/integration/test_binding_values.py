@@ -16,6 +16,7 @@ from sqlalchemy import (
     Engine,
     Enum,
     Integer,
+    LargeBinary,
     MetaData,
     SmallInteger,
     String,
@@ -79,6 +80,30 @@ class Guid(TypeDecorator[uuid.UUID]):
 
     def process_result_value(self, value: str | None, dialect: Any) -> uuid.UUID | None:
         return None if value is None else uuid.UUID(value)
+
+
+class GuidInBytes(TypeDecorator[uuid.UUID]):
+    impl = LargeBinary(16)
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Any) -> bytes | None:
+        return None if value is None else uuid.UUID(str(value)).bytes
+
+    def process_result_value(self, value: bytes | None, dialect: Any) -> uuid.UUID | None:
+        return None if value is None else uuid.UUID(bytes=bytes(value))
+
+
+class GuidOfTheDatabase(TypeDecorator[uuid.UUID]):
+    """On PostgreSQL takes text and gives what the driver gives, as advanced-alchemy's type does."""
+
+    impl = Uuid(as_uuid=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Any) -> Any:
+        return str(value) if dialect.name == "postgresql" else value
+
+    def process_result_value(self, value: Any, dialect: Any) -> uuid.UUID | None:
+        return uuid.UUID(int=value.int) if value is not None else None
 
 
 class Short(TypeDecorator[str]):
@@ -218,6 +243,9 @@ CASES: dict[str, tuple[Any, Any, str | None]] = {
     "kept by its type": (Lower(), "abc", "opens"),
     "stored otherwise": (Prefixed(), "abc", "opens"),
     "guid": (Guid(), uuid.UUID(ID), "opens"),
+    "guid in bytes": (GuidInBytes(), uuid.UUID(ID), "opens"),
+    "guid of the database": (GuidOfTheDatabase(), uuid.UUID(ID), "opens"),
+    "text in capitals for a guid in bytes": (GuidInBytes(), ID.upper(), None),
     "text for a guid": (Guid(), ID, "opens"),
     "text in capitals for a guid": (Guid(), ID.upper(), REFUSED),
 }  # fmt: skip
