@@ -8,13 +8,15 @@ databases raise an error for a substring of negative length.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
 
-from sqlalchemy import BinaryExpression, String
+from sqlalchemy import BinaryExpression, CompoundSelect, Select, String
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql import elements
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.selectable import ScalarSelect, SelectStatementGrouping
 
 from ._envelope import FORMAT_AES_256_GCM, KEY_ID_SIZE, MAX_VERSION_LENGTH
 from .exceptions import UnsupportedOperationError
@@ -127,3 +129,59 @@ def _compile_key_version(element: key_version, compiler: SQLCompiler, **kw: Any)
 @compiles(key_id)
 def _compile_key_id(element: key_id, compiler: SQLCompiler, **kw: Any) -> str:
     return _render("key_id", element, compiler, **kw)
+
+
+# -- where a value comes from ----------------------------------------------------------------------
+
+_WRAPPERS: Final = {
+    elements.Grouping: "element",
+    elements.Label: "element",
+    elements.Over: "element",
+    elements.FunctionFilter: "func",
+}
+"""Expressions that have the value and the type of an expression inside, and where they keep it."""
+
+
+def sources(expression: Any) -> Iterator[Any]:
+    """Give the expressions that the value of `expression` may be taken from: columns of tables,
+    parameters, and whatever else passes on no value of the same type.
+
+    The conditions of a CASE are left out. A function passes on its arguments if it has the type
+    of one of them, as ``coalesce`` does.
+    """
+    inner: Any = ()
+    for kind, attribute in _WRAPPERS.items():
+        if isinstance(expression, kind):
+            inner = [getattr(expression, attribute)]
+    if isinstance(expression, elements.Case):
+        inner = [value for _, value in expression.whens]
+        inner += [] if expression.else_ is None else [expression.else_]
+    elif isinstance(expression, FunctionElement):
+        arguments = list(expression.clauses)
+        inner = arguments if any(a.type is expression.type for a in arguments) else []
+    elif isinstance(expression, ScalarSelect):
+        yield from selected(expression.element, 0)
+        return
+    elif isinstance(expression, elements.ColumnClause):
+        inner = [base for base in expression.base_columns if base is not expression]
+    if not inner:
+        yield expression
+    for element in inner:
+        yield from sources(element)
+
+
+def selected(query: Any, position: int) -> Iterator[Any]:
+    """Give the sources of a query's column at `position`, in every member of a UNION."""
+    for columns in columns_of_members(query):
+        yield from sources(columns[position]) if position < len(columns) else [query]
+
+
+def columns_of_members(query: Any) -> Iterator[list[Any]]:
+    """Give the columns of a query, or those of each member of a UNION."""
+    if isinstance(query, SelectStatementGrouping):
+        query = query.element
+    if isinstance(query, CompoundSelect):
+        for member in query.selects:
+            yield from columns_of_members(member)
+    else:
+        yield list(query.inner_columns if isinstance(query, Select) else query.selected_columns)

@@ -19,21 +19,44 @@ it. The ORM's own writes, and parameters passed to ``execute()``, are in none of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Final, NoReturn
 
-from sqlalchemy import JSON, Column, DefaultClause, LargeBinary, Table, event
+from sqlalchemy import (
+    JSON,
+    BindParameter,
+    Column,
+    CompoundSelect,
+    LargeBinary,
+    Table,
+    event,
+    inspect,
+    type_coerce,
+)
 from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.exc import StatementError
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.base import SchemaEventTarget
-from sqlalchemy.sql.elements import ColumnClause, ColumnElement, Null
-from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlalchemy.sql.dml import Insert, Update
+from sqlalchemy.sql.elements import (
+    Cast,
+    ClauseElement,
+    ColumnClause,
+    ColumnElement,
+    Null,
+    TextClause,
+    TypeCoerce,
+)
+from sqlalchemy.sql.sqltypes import _Binary
+from sqlalchemy.types import NullType, TypeDecorator, TypeEngine
 
 from . import _sql
 from ._dialects import is_mysql
 from ._envelope import Envelope, parse
-from ._json import STRICT, Codec, EngineCodec, decode
+from ._json import STRICT, Codec, EngineCodec, decode, same_document
 from ._redacted import REDACTED, redact
 from ._row import RowPart as RowPart
 from ._row import encode_row as encode_row
@@ -281,7 +304,6 @@ class EncryptedComparator(TypeDecorator.Comparator[Any]):
     - ``func.max(col)``: one of the values
     - ``cast(col, T)``: the bytes as another type, or an error of the database
     - ``other == col``, ``other.in_(select(col))``: never true
-    - ``insert().from_select()`` and ``update()`` that copy *another* column: bytes that do not open
     """
 
     __slots__ = ()
@@ -385,11 +407,19 @@ class EncryptedJSON(TypeDecorator[Any]):
         See :mod:`sqlalchemy_lucent.mutable`. The parameters are those of the class.
 
         :raises ConfigurationError: `lazy` or `bound_to` is among them: such values are opened each
-            time, so set the attribute instead.
+            time, so set the attribute instead. Or `schema` has values that may be edited and are
+            neither a dict nor a list.
         """
         type_ = cls(none_as_null, **options)
         if type_.lazy or type_.bound_to:
             raise ConfigurationError("a lazy or row-bound EncryptedJSON does not track changes")
+        untracked = None if type_.schema is None else Schema(type_.schema).untracked_part()
+        if untracked is not None:
+            raise ConfigurationError(
+                f"EncryptedJSON.mutable(schema=) sees edits of dicts and lists (also of a "
+                f"TypedDict), not those of {untracked}; use EncryptedJSON(schema=) and set the "
+                "attribute to a new value"
+            )
         type_.tracks_changes = True
         from sqlalchemy.orm import Mapper  # with the ORM only
 
@@ -432,6 +462,12 @@ class EncryptedJSON(TypeDecorator[Any]):
         is_given = self.context is not None and not self._context_is_derived
         if (is_given or self.context == context) and not self.bound_to:
             return self
+        if not is_given and context.count(".") > 1:
+            raise ConfigurationError(
+                f"{context!r} may be the context of another column too, because a name in it has "
+                "a dot: give the column a context of its own, EncryptedJSON(context=...). If it "
+                f"has sealed values already, context={context!r} opens them"
+            )
         attached = self.copy()
         if not is_given:
             attached.context = context
@@ -500,8 +536,13 @@ class EncryptedJSON(TypeDecorator[Any]):
             if kind in usual:
                 try:
                     return context_keys(context).primary.seal(dumps(value))
+                except SerializationError as error:
+                    fault = str(error)
                 except LucentError:
-                    pass  # raised again below, where more is said, and with nothing behind it
+                    fault = ""  # raised again below, where more is said, and with nothing behind it
+                if fault:
+                    del value  # a tracker of errors would send it
+                    raise SerializationError(f"{context}: {fault}")
             if kind is Bound:
                 row = _row_of(value, column, checks)
                 value = value.value
@@ -554,12 +595,39 @@ class EncryptedJSON(TypeDecorator[Any]):
             )
         return super().with_variant(variant, *dialect_names)
 
+    def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
+        """Open each value of a result column that takes them from several columns (a subquery of
+        UNION, concrete inheritance, ``coalesce``, CASE) in the context of its own.
+
+        :raises UnsupportedOperationError: the columns differ in more than their context.
+        """
+        if isinstance(getattr(column, "table", None), Table) or self.context is None:
+            return column
+        contexts = dict.fromkeys(self.contexts)
+        for source in _sql.sources(column):
+            type_ = getattr(source, "type", None)
+            if isinstance(type_, EncryptedJSON) and type_.context is not None:
+                contexts.update(dict.fromkeys(type_.contexts))
+                if any(getattr(type_, name) != getattr(self, name) for name in _READING_OPTIONS):
+                    raise UnsupportedOperationError(
+                        f"one result column has values of {self.context} and of {type_.context}, "
+                        f"whose types differ in one of {', '.join(_READING_OPTIONS)}: select "
+                        "them as two columns"
+                    )
+        if len(contexts) == len(self.contexts):
+            return column
+        merged = self.copy()
+        merged.accept_contexts = tuple(contexts)[1:]
+        return type_coerce(column, merged)
+
     # -- the database's side ---------------------------------------------------------------------
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """LONGBLOB on MySQL and MariaDB, where BLOB ends at 64 KiB; LargeBinary elsewhere."""
         # Every statement that has a value of this type comes here before it is executed.
         event.listen(dialect, "handle_error", _hide_unsealed_parameters)
+        for execution in ("do_execute", "do_executemany", "do_execute_no_params"):
+            event.listen(dialect, execution, _refuse_statement)
         if is_mysql(dialect):
             from sqlalchemy.dialects.mysql import LONGBLOB  # with that database only
 
@@ -567,8 +635,15 @@ class EncryptedJSON(TypeDecorator[Any]):
         return dialect.type_descriptor(LargeBinary())
 
     def compare_values(self, x: Any, y: Any) -> bool:
-        """Compare two values as Python does."""
-        return bool(x == y)
+        """Say whether `x`, set in the place of `y`, need not be written.
+
+        Plain JSON is compared as it would be written: ``1``, ``1.0`` and ``True`` differ, and so
+        do ``0.0`` and ``-0.0`` and two orders of names. Whatever else is set is written, and so is
+        a value that has a dict or list of the old one in it, which may have been edited in place.
+        """
+        if isinstance(x, Sealed) or isinstance(y, Sealed):
+            return bool(x == y)
+        return (x is y and self.tracks_changes) or same_document(x, y)
 
     def __repr__(self) -> str:
         arguments = [
@@ -582,6 +657,8 @@ class EncryptedJSON(TypeDecorator[Any]):
 
 _USUAL_KINDS: Final = frozenset({dict, list, str, int, float, bool})
 """Types of values that are a document, and none of the forms that mean something else."""
+
+_READING_OPTIONS: Final = ("lazy", "redact", "bound_to", "schema")
 
 _DEFAULTS: Final[dict[str, object]] = {
     "none_as_null": False,
@@ -618,12 +695,7 @@ def _derive_context(column: Column[Any], table: Any) -> None:
     type_ = column.type
     if isinstance(type_, EncryptedJSON):
         column.type = type_ = type_._attached(context, table)
-        default = column.server_default
-        if isinstance(default, DefaultClause) and isinstance(default.arg, str):
-            raise UnsupportedOperationError(
-                f"server_default= of {context} would store plaintext: the database has no key to "
-                "seal it with. Use default="
-            )
+        _refuse_unsealed_defaults(column, type_)
     variants = {
         dialect: variant._attached(context, table)
         for dialect, variant in type_._variant_mapping.items()
@@ -632,6 +704,192 @@ def _derive_context(column: Column[Any], table: Any) -> None:
     if variants:
         column.type = type_.copy()
         column.type._variant_mapping = type_._variant_mapping.union(variants)
+
+
+@compiles(EncryptedJSON)
+def _compile_type(type_: EncryptedJSON, compiler: Any, **kw: Any) -> str:
+    # A default may be given to a column after it joined its table.
+    column = kw.get("type_expression")
+    if isinstance(column, Column):
+        _refuse_unsealed_defaults(column, type_)
+    return str(compiler.visit_type_decorator(type_, **kw))
+
+
+def _refuse_unsealed_defaults(column: Column[Any], type_: EncryptedJSON) -> None:
+    """Refuse what the database would make a value of: it has no key to seal it with."""
+    for name in ("server_default", "server_onupdate"):
+        refuse_server_default(str(column), name, getattr(column, name))
+    for name in ("default", "onupdate"):
+        default = getattr(column, name)
+        if default is None or default.is_scalar or default.is_callable:
+            continue
+        fault = "a Sequence" if default.is_sequence else _fault_of(default.arg, type_)
+        if fault is not None:
+            raise UnsupportedOperationError(
+                f"{name}= of {column} would store a value that is not sealed ({fault}): give it a "
+                "value or a function of Python"
+            )
+
+
+def refuse_server_default(column: str, name: str, default: Any) -> None:
+    """Refuse a server default of a sealed column that is not NULL. Internal."""
+    expression = getattr(default, "arg", default)
+    if expression is None:
+        return
+    # FetchedValue, Computed and Identity are no expressions.
+    if isinstance(expression, ClauseElement) and all(map(_is_null, _sql.sources(expression))):
+        return
+    raise UnsupportedOperationError(
+        f"{name}= of {column} would store a value that is not sealed, because the database has no "
+        "key: only NULL is a server default of a sealed column. Use default= or onupdate= with a "
+        "value or a function of Python"
+    )
+
+
+_NULL: Final = re.compile(r"\s*\(*\s*NULL\s*(::[\w\s]+)?\)*\s*", re.IGNORECASE)
+
+
+def _is_null(source: Any) -> bool:
+    if isinstance(source, (Cast, TypeCoerce)):
+        return all(map(_is_null, _sql.sources(source.clause)))
+    if isinstance(source, TextClause) or getattr(source, "is_literal", False):
+        return _NULL.fullmatch(str(source)) is not None
+    return isinstance(source, Null)
+
+
+def _fault_of(value: Any, type_: object) -> str | None:
+    """Return what in `value` is not sealed for a column of `type_`; ``None`` if nothing is."""
+    if hasattr(value, "__clause_element__"):
+        value = value.__clause_element__()
+    if not (isinstance(type_, EncryptedJSON) and isinstance(value, ClauseElement)):
+        return None  # another column, or a value of Python, which the type binds
+    for source in _sql.sources(value):
+        fault = _fault_of_source(source, type_)
+        if fault is not None:
+            return fault
+    return None
+
+
+def _fault_of_source(source: Any, type_: EncryptedJSON) -> str | None:
+    if _is_null(source):
+        return None
+    if isinstance(source, (Cast, TypeCoerce)):
+        return _fault_of(source.clause, type_)
+    if isinstance(source, TextClause) or getattr(source, "is_literal", False):
+        return "SQL text"
+    if isinstance(source, (ColumnClause, BindParameter)):
+        given = source.type
+        if isinstance(given, EncryptedJSON):
+            if given.context in type_.contexts and given.bound_to == type_.bound_to:
+                return None
+            return f"values of {given.context}"
+        if isinstance(given, _Binary):
+            return None  # stored bytes, which the CHECK constraint judges
+        kind = "the column" if isinstance(source, ColumnClause) else "a parameter"
+        return f"{kind} of type {type(given).__name__}"
+    return f"the expression {type(source).__name__}"
+
+
+def _refuse_statement(*arguments: Any) -> None:
+    """Refuse a statement that gives a sealed column a value that is not bound by its type, or
+    whose UNION mixes values of several columns.
+
+    SQLAlchemy asks a column's type about parameters only, not about SQL expressions, and about
+    the first member of a UNION only. So this listens to each dialect that has met a sealed
+    column, and sees a statement before it is executed. The arguments are those of ``do_execute``
+    and its kind; the last is the context.
+    """
+    fault = _fault_of_statement(arguments[-1])
+    del arguments  # there may be plaintext among the parameters
+    if fault is not None:
+        raise UnsupportedOperationError(fault)
+
+
+def _fault_of_statement(context: Any) -> str | None:
+    compiled = context.compiled
+    if compiled is None:
+        return None
+    statement = compiled.statement
+    statement = getattr(statement, "element", statement)  # what from_statement() was given
+    if isinstance(statement, CompoundSelect):
+        return _fault_of_union(statement)
+    assigned = []
+    if context.isinsert or context.isupdate:
+        state = compiled.compile_state
+        values = state._dict_parameters
+        if values or state.statement._post_values_clause is not None:
+            assigned.append((state.statement, state._multi_parameters or [values or {}]))
+    inside = [cte.element for cte in getattr(compiled, "ctes", None) or ()]
+    assigned += [(dml, _rows_of(dml)) for dml in inside if isinstance(dml, (Insert, Update))]
+    for statement, rows in assigned:
+        for key, value, takes_type in _values_of(statement, rows):
+            if takes_type and isinstance(value, BindParameter) and isinstance(value.type, NullType):
+                continue
+            column = statement.table.c.get(key) if isinstance(key, str) else key
+            type_ = getattr(column, "type", None)
+            if isinstance(type_, TypeEngine):
+                type_ = type_._variant_mapping.get(context.dialect.name, type_)
+            fault = _fault_of(value, type_)
+            if fault is not None:
+                return (
+                    f"{column} was given a value that its type does not seal ({fault}): pass a "
+                    "value of Python, or a parameter that has no type or the column's. NULL, the "
+                    "column itself and columns of the same context are taken too"
+                )
+    return None
+
+
+def _fault_of_union(statement: CompoundSelect[Any]) -> str | None:
+    for first, *others in zip(*_sql.columns_of_members(statement), strict=False):
+        type_ = getattr(first, "type", None)
+        if not isinstance(type_, EncryptedJSON):
+            continue
+        for source in chain.from_iterable(map(_sql.sources, others)):
+            given = getattr(source, "type", None)
+            if isinstance(given, EncryptedJSON) and not set(given.contexts) <= set(type_.contexts):
+                return (
+                    f"a UNION has values of {given.context} in the column of {type_.context}, and "
+                    "SQLAlchemy opens all of them as the first: select from it as a subquery, "
+                    "select(union.subquery()), or give both columns one context="
+                )
+    return None
+
+
+def _rows_of(statement: Insert | Update) -> Sequence[Mapping[Any, Any]]:
+    """Return the VALUES of a statement inside another, which has no state of its own."""
+    names = statement.table.c.keys()
+    several = [
+        row if isinstance(row, Mapping) else dict(zip(names, row, strict=False))
+        for rows in statement._multi_values
+        for row in rows
+    ]
+    ordered = getattr(statement, "_ordered_values", None)  # SQLAlchemy 2.0
+    rows = several or [dict(ordered or statement._values or {})]
+    entity = statement.entity_description.get("entity")
+    if entity is None:
+        return rows
+    columns = inspect(entity).mapper.columns  # by the names of the attributes
+    return [{columns.get(key, key): value for key, value in row.items()} for row in rows]
+
+
+def _values_of(
+    statement: Insert | Update, rows: Sequence[Mapping[Any, Any]]
+) -> Iterator[tuple[Any, Any, bool]]:
+    """Give each value with the column it is for, and whether a parameter that has no type is
+    given the column's.
+    """
+    for number, row in enumerate(rows):
+        for key, value in row.items():
+            yield key, value, number == 0
+    if isinstance(statement, Insert):
+        for position, key in enumerate(statement._select_names or ()):
+            for source in _sql.selected(statement.select, position):
+                yield key, source, False
+        clause = statement._post_values_clause
+        for part in getattr(clause, "clauses", [clause]):
+            updates = getattr(part, "update_values_to_set", None) or getattr(part, "update", {})
+            for key, value in dict(updates).items():
+                yield key, value, True
 
 
 def _hide_unsealed_parameters(context: ExceptionContext) -> None:
@@ -669,9 +927,10 @@ def _row_of(
 
 def _reuse(value: Sealed, column: ColumnCodec, row: bytes | None) -> bytes:
     """Return the bytes of a value that is sealed already, if they open where they go."""
-    if value._codec.contexts[0] not in column.contexts:
+    given = value._codec
+    if not set(given.contexts) <= set(column.contexts) or given.bound_to != column.bound_to:
         raise SerializationError(
-            f"a Sealed value of {value._codec.contexts[0]} was given to {column.contexts[0]}, "
+            f"a Sealed value of {given.contexts[0]} was given to {column.contexts[0]}, "
             "where it would not open; open() it and pass what it holds"
         )
     if column.bound_to and value._sealed_for is None:

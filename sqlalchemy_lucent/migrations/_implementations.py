@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect as python_inspect
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from alembic.operations import Operations
+from alembic.operations import Operations, ops, toimpl
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import (
     Column,
@@ -23,7 +24,7 @@ from sqlalchemy import (
 from sqlalchemy import column as column_clause
 from sqlalchemy import table as table_clause
 from sqlalchemy.exc import PendingRollbackError
-from sqlalchemy.types import NullType, TypeEngine, _Binary
+from sqlalchemy.types import NullType, TypeEngine, _Binary, to_instance
 
 from .. import _sql
 from ..exceptions import RotationError
@@ -33,7 +34,7 @@ from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate
 from ..rotation._visible import refuse_hidden_rows
 from ..rotation.convert import RebindWorker
 from ..rotation.engine import run_workers
-from ..types import EncryptedJSON
+from ..types import EncryptedJSON, refuse_server_default
 from ._conversion import convert_column, log_failures
 from ._operations import (
     ColumnOp,
@@ -285,3 +286,18 @@ def _reflect(
         schema=operation.schema,
     )
     return table.c[operation.column_name]
+
+
+def _alter_column(operations: Operations, operation: ops.AlterColumnOp) -> None:
+    """Carry out Alembic's own operation, unless it gives a sealed column a server default."""
+    type_ = to_instance(operation.modify_type or operation.existing_type)
+    default = operation.modify_server_default
+    if isinstance(type_, EncryptedJSON) and default is not False:
+        column = f"{operation.table_name}.{operation.column_name}"
+        refuse_server_default(column, "server_default", default)
+    toimpl.alter_column(operations, operation)
+
+
+# From Alembic 1.17.2 on; before, only the column's CHECK constraint refuses such a default.
+if "replace" in python_inspect.signature(Operations.implementation_for).parameters:
+    Operations.implementation_for(ops.AlterColumnOp, replace=True)(_alter_column)

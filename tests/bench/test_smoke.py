@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     from tests.bench.page import BENCHES, PLOTS, Result, write_page
 
 FIGURES = {
-    "codec": 2 * 3 * 4 + 3 * 2 * 3 + 2 * 2 * 5,
+    "codec": 2 * 3 * 4 + 3 * 2 * 3 + 3 * 4 + 2 * 2 * 5,
     "core": 2 * 2,
     "orm": 2 * 3,
     "databases": 2 * 5 * (3 * 2 + 2),

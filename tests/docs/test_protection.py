@@ -18,12 +18,19 @@ import pytest
 from alembic.autogenerate import produce_migrations, render_python_code
 from alembic.migration import MigrationContext
 from sqlalchemy import (
+    JSON,
+    Column,
     Dialect,
     Engine,
+    MetaData,
     String,
+    Table,
+    bindparam,
     create_engine,
     delete,
+    func,
     insert,
+    literal,
     select,
     text,
     update,
@@ -320,6 +327,12 @@ def test_no_error_shows_a_value(session: Session) -> None:
         lambda: LucentSecrets(session).set(KEY, {"a": [MARKER, object()]}),
         lambda: LucentSecrets(session).set(KEY, {MARKER + "\ud800": 1}),
         lambda: session.execute(insert(Account), {"first": {"a": MARKER, "b": float("nan")}}),
+        lambda: session.execute(insert(Account), {"first": [{"a": {MARKER: float("nan")}}]}),
+        lambda: session.execute(
+            insert(Account), [{"first": {MARKER: 1}}, {"first": {MARKER: {1}}}]
+        ),
+        lambda: LucentSecrets(session).set_many({KEY: {MARKER: {MARKER: ()}}}),
+        lambda: LucentSecrets(session).set(KEY, {MARKER: 10**5000}),
         lambda: column == VALUE,
     ]
     for refusal in refused:
@@ -399,6 +412,25 @@ def test_a_value_is_not_rendered_into_sql(session: Session) -> None:
     with pytest.raises(UnsupportedOperationError) as caught:
         statement.compile(session.get_bind(), compile_kwargs={"literal_binds": True})
     assert MARKER not in shown(caught.value)
+
+
+def test_a_value_that_goes_around_the_type_is_refused(session: Session) -> None:
+    for value in (
+        bindparam("p", VALUE, type_=JSON),
+        literal(MARKER),
+        text(f"'{MARKER}'"),
+        func.lower(MARKER),
+        Integration.second,
+    ):
+        with pytest.raises(UnsupportedOperationError) as caught:
+            session.execute(update(Integration).values(first=value))
+        assert MARKER not in shown(caught.value)
+        session.rollback()
+
+
+def test_a_server_default_that_is_not_null_is_refused() -> None:
+    with pytest.raises(UnsupportedOperationError):
+        Table("t", MetaData(), Column("c", EncryptedJSON, server_default=text("'{}'")))
 
 
 def test_the_parameters_of_a_compiled_statement_show_the_value() -> None:

@@ -21,6 +21,7 @@ from sqlalchemy import (
     func,
     insert,
     inspect,
+    literal,
     select,
     text,
     type_coerce,
@@ -223,7 +224,7 @@ def test_a_changed_byte_does_not_open(connection: Connection) -> None:
     data = connection.scalar(select(stored))
     assert data is not None
     changed = data[:-1] + bytes([data[-1] ^ 1])
-    connection.execute(update(documents).values({"data": text(":raw")}), {"raw": changed})
+    connection.execute(update(documents).values(data=literal(changed)))
     with pytest.raises(TamperedError):
         get(connection)
 
