@@ -128,6 +128,10 @@ class ColumnCodec:
                 return value if wrapper is None else wrapper(value)
         return self._open_through_the_layers(data, row, keyring)
 
+    def __reduce__(self) -> tuple[type[ColumnCodec], tuple[object, ...]]:
+        redacts = bool(self._redacted)
+        return type(self), (self.contexts, self.codec, self.bound_to, redacts, self.schema)
+
     def __deepcopy__(self, memo: object) -> ColumnCodec:
         return self
 
