@@ -12,7 +12,17 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Column, bindparam, literal_column
+from sqlalchemy import (
+    CHAR,
+    NCHAR,
+    Column,
+    Enum,
+    Integer,
+    String,
+    Uuid,
+    bindparam,
+    literal_column,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
@@ -96,6 +106,27 @@ def _python_type(type_: TypeEngine[Any]) -> type[Any] | None:
         return type_.python_type
     except NotImplementedError:
         return None
+
+
+def tells_its_values(type_: TypeEngine[Any]) -> bool:
+    """Say whether a type, as the database describes it, gives the values that the model has.
+
+    A CHAR may hold a UUID, without its hyphens, and an ENUM the names of members.
+    """
+    return isinstance(type_, (Integer, String, Uuid)) and not isinstance(type_, (CHAR, NCHAR, Enum))
+
+
+def type_as_bound(
+    name: str, given: TypeEngine[Any] | None, reflected: TypeEngine[Any]
+) -> TypeEngine[Any]:
+    """Return the type to read binding column `name` by: the one given, or the database's."""
+    if given is not None or tells_its_values(reflected):
+        return given or reflected
+    raise ConfigurationError(
+        f"binding column {name} is of type {reflected!r} in the database, which does not tell how "
+        "the model sees its values, and a value sealed for another form would never open. Give "
+        f"its type as the model has it: bound_to={{{name!r}: Uuid()}}"
+    )
 
 
 # -- values ----------------------------------------------------------------------------------------

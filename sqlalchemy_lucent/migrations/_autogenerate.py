@@ -25,10 +25,10 @@ from sqlalchemy import (
     JSON,
     Column,
     Connection,
-    Integer,
     LargeBinary,
     String,
     Table,
+    Uuid,
     literal,
     select,
 )
@@ -36,6 +36,7 @@ from sqlalchemy import table as table_clause
 from sqlalchemy.types import _Binary
 
 from .. import _sql
+from .._row import tells_its_values
 from ..keyring import default_keyring
 from ..rotation import needs_rotation
 from ..rotation.convert import RebindWorker
@@ -295,7 +296,8 @@ def _bound_to_with_types(column: Column[Any]) -> BoundTo:
     bound = [column.table.c[key] for key in type_.bound_to]
     if all(
         type(c.type).__mro__[0].__module__.startswith("sqlalchemy.")
-        and isinstance(c.type, (Integer, String))
+        and tells_its_values(c.type)
+        and not isinstance(c.type, Uuid)
         for c in bound
     ):
         return [c.name for c in bound]

@@ -50,6 +50,7 @@ from sqlalchemy.types import TypeEngine, _Binary
 
 from .. import _sql
 from .._dialects import is_mysql
+from .._row import type_as_bound
 from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..rotation import RotationProgress
@@ -218,7 +219,9 @@ class _Conversion:
             *(
                 Column(
                     name,
-                    plan.bound_types.get(name) or self._columns[name]["type"],
+                    type_as_bound(name, plan.bound_types[name], self._columns[name]["type"])
+                    if name in plan.bound_types
+                    else self._columns[name]["type"],
                     primary_key=name in keys,
                 )
                 for name in names

@@ -27,6 +27,7 @@ from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.types import NullType, TypeEngine, _Binary, to_instance
 
 from .. import _sql
+from .._row import type_as_bound
 from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
@@ -272,7 +273,8 @@ def _reflect(
             f"{name} is a column of the type {type(type_).__name__}, and not an encrypted one; "
             "op.encrypt_column() makes it one"
         )
-    types.update({n: t for n, t in bound_types(operation.bound_to).items() if t is not None})
+    for bound, given in bound_types(operation.bound_to).items():
+        types[bound] = type_as_bound(bound, given, types[bound])
     types[operation.column_name] = EncryptedJSON(
         context=operation.own_context,
         accept_contexts=accept_contexts,
