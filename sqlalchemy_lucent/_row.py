@@ -151,6 +151,8 @@ def value_check(column: Column[Any], dialect: Dialect) -> Callable[[Any], str | 
     fault_when_stored = _fault_when_stored(type_, dialect)
 
     def check(value: Any) -> str | None:
+        if type(value) is expected and bind is None and result is None:
+            return fault_when_stored(value)  # as most are
         if value is None:
             return None  # `encode_row` says it
         kind, text = type(value), _text_of(value)
@@ -200,6 +202,7 @@ def _fault_when_stored(type_: TypeEngine[Any], dialect: Dialect) -> Callable[[An
     size = int(ddl["size"]) if ddl["size"] else 1 if pads else None
     if on_mysql:
         size = _MYSQL_CHARACTERS.get(word, size)
+    is_number_there = _SQLITE_TEXT.search(word) is None
     bits = _MYSQL_BITS.get(word, 64)
     is_unsigned = "UNSIGNED" in rest or "ZEROFILL" in rest
 
@@ -210,7 +213,7 @@ def _fault_when_stored(type_: TypeEngine[Any], dialect: Dialect) -> Callable[[An
         elif not isinstance(value, str):
             return None
         elif on_sqlite:
-            if not _SQLITE_TEXT.search(word) and _is_number(value):
+            if is_number_there and _is_number(value):
                 return f"is of the type {word}, and SQLite would make a number of the text"
         elif word == "UUID":
             if value != _canonical(value):

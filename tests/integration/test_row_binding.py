@@ -1024,6 +1024,8 @@ def test_async_session(
             await session.commit()
             await session.refresh(found)
             assert found.credentials == {"n": 1}
+            await session.refresh(found, attribute_names=["credentials"])
+            assert found.credentials == {"n": 1}
             await session.execute(insert(Left), bound_rows(Left, ROWS))
             sealed = (await session.scalars(select(Left.secret).where(Left.number == 3))).one()
             assert sealed.open(row=("a", 3)) == {"n": 3}
