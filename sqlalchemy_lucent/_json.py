@@ -26,6 +26,7 @@ import msgspec
 import orjson
 import ormsgpack
 
+from ._redacted import PRINT_FAULT, PRINT_MARKS, holds_print
 from .exceptions import SerializationError
 
 MAX_DEPTH: Final = 254
@@ -61,6 +62,10 @@ _PLAIN_ONLY: Final = (
 _FLOAT: Final = 0xCB
 _may_be_infinite_or_nan = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]").search
 
+_LESS, _AMPERSAND, _PERCENT, _BACKSLASH = PRINT_MARKS
+
+# Names of their own, because an attribute of a module is looked up for each value.
+_pack, _write = ormsgpack.packb, orjson.dumps
 decode = msgspec.json.Decoder().decode
 
 
@@ -82,15 +87,27 @@ class StrictCodec:
     def dumps(self, value: JSONValue) -> bytes:
         """Return `value` as compact JSON; refuse what JSON would not give back equal."""
         try:
-            packed = ormsgpack.packb(value, None, _PLAIN_ONLY)
+            packed = _pack(value, None, _PLAIN_ONLY)
             if _FLOAT not in packed or not _may_be_infinite_or_nan(packed):
-                return orjson.dumps(value)
+                data = _write(value)
+                # Single bytes, because looking for a word takes ten times as long. The backslashes
+                # of JSON's own escapes, as in a PEM key, are not among those of the value.
+                if (
+                    _LESS in data
+                    or _PERCENT in data
+                    or _AMPERSAND in data
+                    or (_BACKSLASH in packed and _BACKSLASH in data)
+                ) and holds_print(data):
+                    raise SerializationError  # below, where nothing is in the frame
+                return data
         except Exception:  # noqa: BLE001, S110  (a value's own methods may raise anything)
-            pass  # a type that is not JSON's own, or an integer past 64 bits
+            pass  # a type that is not JSON's own, an integer past 64 bits, or a print
         written = _write_unusual(value)
         if isinstance(written, bytes):
-            return written
-        del value  # a tracker of errors would send it
+            if not holds_print(written):
+                return written
+            written = PRINT_FAULT
+        value = packed = data = b""  # a tracker of errors would send them
         raise SerializationError(written)
 
     def loads(self, data: bytes) -> JSONValue:
@@ -135,17 +152,19 @@ class EngineCodec:
             STRICT.dumps(value) if self._serializer is None else _serialize(self._serializer, value)
         )
         restored = self.loads(data)
+        fault = (
+            f"$: a value of type {type(value).__name__} does not come back equal through the "
+            "engine's json_serializer and json_deserializer"
+        )
         try:
-            if same_value(restored, value):
+            if holds_print(data):
+                fault = PRINT_FAULT
+            elif same_value(restored, value):
                 return data
         except Exception:  # noqa: BLE001, S110  (a value's own methods may raise anything)
             pass
-        kind = type(value).__name__
         del value, data, restored  # a tracker of errors would send them
-        raise SerializationError(
-            f"$: a value of type {kind} does not come back equal through the engine's "
-            "json_serializer and json_deserializer"
-        )
+        raise SerializationError(fault)
 
     def loads(self, data: bytes) -> JSONValue:
         """Return what the engine's deserializer makes of `data`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
 
-from sqlalchemy import BinaryExpression, CompoundSelect, Select, String
+from sqlalchemy import BinaryExpression, Boolean, CompoundSelect, Select, String
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import elements
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -35,6 +35,18 @@ class key_id(FunctionElement[str]):  # noqa: N801
 
     name = "lucent_key_id"
     type = String(2 * KEY_ID_SIZE)
+    inherit_cache = True
+
+
+class is_sealed(FunctionElement[bool]):  # noqa: N801
+    """Whether a value is sealed, for CHECK constraints; not true and not false for NULL.
+
+    It says what ``key_version IS NOT NULL`` says in less SQL. PostgreSQL reads a constraint anew
+    for each statement, so its length counts there; SQLite calls each function for each row.
+    """
+
+    name = "lucent_is_sealed"
+    type = Boolean()
     inherit_cache = True
 
 
@@ -106,17 +118,48 @@ _FORMS: Final[dict[str, dict[str, str]]] = {
 }
 _FORMS["mariadb"] = _FORMS["mysql"]
 
+# The version has no colon, so the first colon before a format byte is its end.
+_END: Final = f"3A{_FORMAT}"
+_SEALED: Final[dict[str, str]] = {
+    "sqlite": (
+        # Fast path: v0 to v9, with one function. A blob is greater than an empty one, and nothing
+        # else is.
+        f"({{value}} >= x'7630' AND {{value}} < x'763A' AND substr({{value}}, 3, 2) = x'{_END}'"
+        " OR {value} > x''"
+        f" AND instr({{value}}, x'{_END}') BETWEEN 2 AND {MAX_VERSION_LENGTH + 1}"
+        f" AND CAST(substr({{value}}, 1, instr({{value}}, x'{_END}') - 1) AS TEXT)"
+        " NOT GLOB '*[^A-Za-z0-9._-]*'"
+        f" AND instr({{value}}, x'00') NOT BETWEEN 1 AND instr({{value}}, x'{_END}'))"
+    ),
+    "postgresql": (
+        f"(encode(substring({{value}} from 1 for {MAX_VERSION_LENGTH + 2}), 'escape')"
+        rf" ~ '^[A-Za-z0-9._-]{{{{1,{MAX_VERSION_LENGTH}}}}}:\u00{_FORMAT}')"
+    ),
+    "mysql": (
+        f"(LOCATE(x'{_END}', {{value}}) BETWEEN 2 AND {MAX_VERSION_LENGTH + 1}"
+        f" AND CONVERT(SUBSTRING({{value}}, 1, LOCATE(x'{_END}', {{value}}) - 1) USING ascii)"
+        " COLLATE ascii_bin NOT REGEXP '[^A-Za-z0-9._-]')"
+    ),
+}
+_SEALED["mariadb"] = _SEALED["mysql"]
 
-def _render(result: str, element: FunctionElement[str], compiler: SQLCompiler, **kw: Any) -> str:
-    form = _FORMS.get(compiler.dialect.name)
-    if form is None:
+
+def has_form(dialect_name: str) -> bool:
+    """Say whether these functions have a SQL form for a dialect."""
+    return dialect_name in _FORMS
+
+
+def _render(result: str, element: FunctionElement[Any], compiler: SQLCompiler, **kw: Any) -> str:
+    if not has_form(compiler.dialect.name):
         raise UnsupportedOperationError(
             f"{result} has no SQL form for the dialect {compiler.dialect.name!r}; "
             f"there is one for {', '.join(_FORMS)}"
         )
     (argument,) = element.clauses
     parts = {"value": compiler.process(argument, **kw)}
-    for name, template in form.items():
+    if result == "is_sealed":
+        return _SEALED[compiler.dialect.name].format(**parts)
+    for name, template in _FORMS[compiler.dialect.name].items():
         parts[name] = template.format(**parts)
     return _GUARDED.format(result=parts[result], **parts)
 
@@ -129,6 +172,11 @@ def _compile_key_version(element: key_version, compiler: SQLCompiler, **kw: Any)
 @compiles(key_id)
 def _compile_key_id(element: key_id, compiler: SQLCompiler, **kw: Any) -> str:
     return _render("key_id", element, compiler, **kw)
+
+
+@compiles(is_sealed)
+def _compile_is_sealed(element: is_sealed, compiler: SQLCompiler, **kw: Any) -> str:
+    return _render("is_sealed", element, compiler, **kw)
 
 
 # -- where a value comes from ----------------------------------------------------------------------

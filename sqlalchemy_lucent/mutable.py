@@ -161,7 +161,7 @@ class TrackedDict(dict[str, Any]):
     def __repr__(self) -> str:
         return "<redacted dict>" if self._owner.redacts else super().__repr__()
 
-    __str__ = __repr__
+    __sentry_repr__ = __repr__
 
 
 class TrackedList(list[Any]):
@@ -248,7 +248,7 @@ class TrackedList(list[Any]):
     def __repr__(self) -> str:
         return "<redacted list>" if self._owner.redacts else super().__repr__()
 
-    __str__ = __repr__
+    __sentry_repr__ = __repr__
 
 
 _TRACKED: Final = (TrackedDict, TrackedList)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, Final, NoReturn
 
@@ -54,7 +55,9 @@ from sqlalchemy.sql.sqltypes import _Binary
 from sqlalchemy.types import NullType, TypeDecorator, TypeEngine
 
 from . import _sql
+from ._check import attach_check
 from ._dialects import is_mysql
+from ._driver_errors import HIDDEN, hide_row
 from ._envelope import Envelope, parse
 from ._json import STRICT, Codec, EngineCodec, decode, same_document
 from ._redacted import REDACTED, redact
@@ -351,6 +354,8 @@ class EncryptedJSON(TypeDecorator[Any]):
         pydantic model, or an annotation made of them) rather than plain JSON. A stored document
         that does not fit raises :exc:`SchemaMismatchError`. How such a value prints itself is its
         type's affair, whatever `redact` says.
+    :param create_constraint: have the table's DDL refuse what is not sealed, whoever writes it, by
+        a CHECK constraint that is named as the MetaData's naming convention says.
 
     In a subclass, set ``cache_ok = True``, and let an ``__init__`` take and pass on ``**options``:
     SQLAlchemy makes the statement cache's key of the parameters that it finds there.
@@ -372,6 +377,7 @@ class EncryptedJSON(TypeDecorator[Any]):
     redact: bool
     bound_to: tuple[str, ...]
     schema: Any
+    create_constraint: bool
 
     tracks_changes = False
     _owner: Table | None = None
@@ -389,6 +395,7 @@ class EncryptedJSON(TypeDecorator[Any]):
         redact: bool = True,
         bound_to: Iterable[str] = (),
         schema: Any = None,
+        create_constraint: bool = True,
     ) -> None:
         super().__init__()
         self.none_as_null = none_as_null
@@ -398,6 +405,7 @@ class EncryptedJSON(TypeDecorator[Any]):
         self.redact = redact
         self.bound_to = _names("bound_to", bound_to)
         self.schema = schema
+        self.create_constraint = create_constraint
         self._context_is_derived = False
         if schema is not None:
             Schema(schema)  # refuses here what it cannot convert
@@ -632,6 +640,7 @@ class EncryptedJSON(TypeDecorator[Any]):
         event.listen(dialect, "handle_error", _hide_unsealed_parameters)
         for execution in ("do_execute", "do_executemany", "do_execute_no_params"):
             event.listen(dialect, execution, _refuse_statement)
+        event.listen(dialect, "handle_error", hide_row)
         if is_mysql(dialect):
             from sqlalchemy.dialects.mysql import LONGBLOB  # with that database only
 
@@ -671,6 +680,7 @@ _DEFAULTS: Final[dict[str, object]] = {
     "lazy": False,
     "redact": True,
     "bound_to": (),
+    "create_constraint": True,
 }
 """What ``repr`` shows, which migrations hold: no schema, because it is a name of the user's."""
 
@@ -708,6 +718,15 @@ def _derive_context(column: Column[Any], table: Any) -> None:
     if variants:
         column.type = type_.copy()
         column.type._variant_mapping = type_._variant_mapping.union(variants)
+    sealed = [t for t in (column.type, *variants.values()) if isinstance(t, EncryptedJSON)]
+    if any(type_.create_constraint for type_ in sealed):
+        attach_check(column, table, partial(has_check, column))
+
+
+def has_check(column: Column[Any], dialect: Dialect) -> bool:
+    """Say whether the DDL of a column's table has its CHECK constraint on `dialect`."""
+    type_ = column.type._variant_mapping.get(dialect.name, column.type)
+    return isinstance(type_, EncryptedJSON) and type_.create_constraint
 
 
 @compiles(EncryptedJSON)
@@ -906,7 +925,7 @@ def _hide_unsealed_parameters(context: ExceptionContext) -> None:
     error = context.sqlalchemy_exception
     if context.execution_context is None and isinstance(error, StatementError) and error.params:
         error.params = None
-        error.add_detail("parameters hidden: an EncryptedJSON value may be among them, unsealed")
+        error.add_detail(HIDDEN)
 
 
 def _row_of(

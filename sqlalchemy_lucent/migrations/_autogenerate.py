@@ -40,13 +40,16 @@ from .._row import tells_its_values
 from ..keyring import default_keyring
 from ..rotation import needs_rotation
 from ..rotation.convert import RebindWorker
-from ..types import EncryptedJSON
+from ..types import EncryptedJSON, has_check
+from ._checks import find_check
 from ._implementations import is_empty
 from ._operations import (
     BoundTo,
     ColumnOp,
     ConvertColumnOp,
+    CreateSealedCheckOp,
     DecryptColumnOp,
+    DropSealedCheckOp,
     EncryptColumnOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
@@ -89,6 +92,7 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
             "This revision changes the schema and converts values. It converts first; if it is "
             "killed later on, it may have to be finished by hand. Two revisions are safer"
         )
+    _free_columns_of_checks(autogen_context, upgrade_ops)
     # First, so that a run that was killed while it converted can begin at the beginning again.
     upgrade_ops.ops[:0] = [*drops, *conversions]
     columns = [
@@ -101,10 +105,51 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
         if columns:
             logger.info("the schema differs; run autogenerate again afterwards for rotations")
         return PriorityDispatchResult.CONTINUE
+    upgrade_ops.ops.extend(_missing_checks(connection, columns))
     for column in columns:
         if not is_empty(connection, column):
             upgrade_ops.ops.extend(_work_on_values(connection, column))
     return PriorityDispatchResult.CONTINUE
+
+
+def _free_columns_of_checks(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
+    """Have a CHECK dropped before its column is, on a copy of a SQLite table.
+
+    Batch mode reflects the constraint as text, and would write it into a table without the column.
+    """
+    connection = autogen_context.connection
+    assert connection is not None
+    if connection.dialect.name != "sqlite" or not autogen_context.opts.get("render_as_batch"):
+        return
+    for table_ops in list(upgrade_ops.ops):
+        for operation in table_ops.ops if isinstance(table_ops, ModifyTableOps) else ():
+            place = (operation.table_name, operation.schema)
+            if isinstance(operation, DropColumnOp):
+                name = operation.column_name
+                if find_check(connection, place[0], name, place[1]):
+                    check = DropSealedCheckOp(place[0], name, schema=place[1])
+                    upgrade_ops.ops.insert(0, check)
+            elif isinstance(operation, AddColumnOp):
+                column = operation.column
+                if has_check(column, connection.dialect):
+                    # It comes with the column; the reverse drops it first.
+                    upgrade_ops.ops.append(
+                        CreateSealedCheckOp(place[0], column.name, schema=place[1])
+                    )
+
+
+def _missing_checks(
+    connection: Connection, columns: Iterable[Column[Any]]
+) -> Iterator[CreateSealedCheckOp]:
+    """Offer the CHECK constraint where the table was made before there was one."""
+    for column in columns:
+        table = column.table
+        assert isinstance(table, Table)
+        if has_check(column, connection.dialect) and not find_check(
+            connection, table.name, column.name, table.schema
+        ):
+            logger.info("Detected that %s takes values that are not sealed", column)
+            yield CreateSealedCheckOp(table.name, column.name, schema=table.schema)
 
 
 def _warn_of_renames(upgrade_ops: UpgradeOps) -> None:
@@ -235,6 +280,7 @@ def _conversion_for(connection: Connection, operation: AlterColumnOp) -> Convert
             schema=schema,
             context=new.explicit_context,
             bound_to=new.bound_to,
+            create_constraint=new.create_constraint,
         )
     if isinstance(new, (JSON, String)) and isinstance(old, _Binary):
         owner = table_clause(operation.table_name, Column(name, LargeBinary), schema=schema)

@@ -14,9 +14,7 @@ Nothing is noted down between the steps: which of them are done is read off the 
 from __future__ import annotations
 
 import logging
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from typing import Any, Final, Literal
 from alembic.operations import Operations
 from sqlalchemy import (
     BigInteger,
+    CheckConstraint,
     Column,
     ColumnElement,
     Connection,
@@ -44,8 +43,9 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy import table as table_clause
+from sqlalchemy.engine.interfaces import ReflectedCheckConstraint
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.schema import CreateTable
+from sqlalchemy.schema import AddConstraint, CreateTable
 from sqlalchemy.types import TypeEngine, _Binary
 
 from .. import _sql
@@ -62,6 +62,15 @@ from ..rotation.convert import BackfillWorker, PlainColumn, Reader, Writer
 from ..rotation.engine import run_workers
 from ..rotation.report import FailedRow, Failures
 from ..types import EncryptedJSON
+from ._checks import (
+    condition_of,
+    create_check,
+    declared_check,
+    drop_check,
+    find_check,
+    schema_on_sqlite,
+    without_foreign_keys,
+)
 
 logger = logging.getLogger("alembic.runtime.migration.lucent")
 
@@ -111,7 +120,7 @@ def convert_column(operations: Operations, plan: Plan) -> None:
 
 # What `pg_depend` has beside constraints and indexes that reflection shows: those of expressions,
 # conditions and INCLUDE, checks, views, policies, triggers. Not the column's own default, nor
-# PostgreSQL 18's NOT NULL.
+# PostgreSQL 18's NOT NULL, nor the CHECK of a sealed column, which is dropped before it.
 _DEPENDS_ON_COLUMN: Final = text(
     "SELECT pg_describe_object(d.classid, d.objid, d.objsubid) FROM pg_depend AS d"
     " JOIN pg_attribute AS a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid"
@@ -120,7 +129,8 @@ _DEPENDS_ON_COLUMN: Final = text(
     " WHERE d.refclassid = 'pg_class'::regclass"
     " AND d.refobjid = to_regclass(coalesce(quote_ident(CAST(:schema AS text)) || '.', '')"
     " || quote_ident(CAST(:name AS text))) AND a.attname = CAST(:column AS name)"
-    " AND f.adnum IS DISTINCT FROM a.attnum AND c.contype IS DISTINCT FROM 'n' LIMIT 1"
+    " AND f.adnum IS DISTINCT FROM a.attnum AND c.contype IS DISTINCT FROM 'n'"
+    " AND c.conname IS DISTINCT FROM CAST(:check AS name) LIMIT 1"
 )
 
 
@@ -155,6 +165,7 @@ class _Conversion:
                 return
         elif content == wanted:
             logger.info("%s is %s already; nothing to do", plan.full_name, wanted)
+            self._finish_check()
             return
         self._refuse_what_would_be_lost()
         if not has_through:
@@ -280,7 +291,13 @@ class _Conversion:
                     "it would say nothing about them. Drop it in a revision before this one"
                 )
         if self._dialect.name == "postgresql":
-            names = {"name": plan.table_name, "schema": plan.schema, "column": plan.column_name}
+            check = self._check(plan.column_name)
+            names = {
+                "name": plan.table_name,
+                "schema": plan.schema,
+                "column": plan.column_name,
+                "check": check and check["name"],
+            }
             found = self._connection.scalar(_DEPENDS_ON_COLUMN, names)
             if found is not None:
                 raise RotationError(
@@ -288,13 +305,37 @@ class _Conversion:
                     "revision before this one, and make one that sealed values can have after it"
                 )
 
+    @property
+    def _final(self) -> tuple[str, str, str | None]:
+        return self._plan.table_name, self._plan.column_name, self._plan.schema
+
+    def _check(self, column_name: str) -> ReflectedCheckConstraint | None:
+        plan = self._plan
+        return find_check(self._connection, plan.table_name, column_name, plan.schema)
+
+    @property
+    def _wants_check(self) -> bool:
+        return self._plan.to_sealed and self._plan.sealed_type.create_constraint
+
+    def _finish_check(self) -> None:
+        """Have the column's constraint, and on PostgreSQL have it proved for the rows there are."""
+        if self._wants_check:
+            create_check(self._operations, *self._final)
+
     # -- filling -----------------------------------------------------------------------------------
 
     def _add(self) -> None:
         plan = self._plan
-        type_ = plan.sealed_type if plan.to_sealed else plan.existing_type
+        type_: TypeEngine[Any] = plan.existing_type
+        checks = []
+        if plan.to_sealed:
+            type_ = plan.sealed_type.copy()
+            type_.create_constraint = False  # one that is named after this column
+            if plan.sealed_type.create_constraint and self._dialect.name == "sqlite":
+                name = declared_check(self._operations, *self._final).name
+                checks.append(CheckConstraint(condition_of(plan.through, self._dialect), name=name))
         comment = self._columns[plan.column_name].get("comment")
-        added: Column[Any] = Column(plan.through, type_, nullable=True, comment=comment)
+        added: Column[Any] = Column(plan.through, type_, *checks, nullable=True, comment=comment)
         self._operations.add_column(plan.table_name, added, schema=plan.schema)
         self._look()
 
@@ -416,6 +457,8 @@ class _Conversion:
         try:
             with Link(self._connection) as link, self._locked(link):
                 self._stop_if_failed(self._reconcile(written_since))
+                if not plan.to_sealed and self._dialect.name != "sqlite":
+                    drop_check(self._operations, *self._final)
                 if self._dialect.name == "sqlite":
                     self._rename_on_sqlite()
                 elif self._dialect.name == "postgresql":
@@ -432,6 +475,7 @@ class _Conversion:
                 _contents(plan)[0],
                 "dropped" if plan.drop else f"kept in {plan.through}",
             )
+            self._finish_check()
             return
         raise RotationError(
             f"the database refused to swap {plan.full_name} and {plan.through}: {fault}. The "
@@ -454,29 +498,10 @@ class _Conversion:
                 if not connection.invalidated:
                     connection.exec_driver_sql("UNLOCK TABLES")
             return
-        with self._without_foreign_keys(connection), link.transaction():
+        with without_foreign_keys(connection), link.transaction():
             if self._dialect.name == "postgresql":
                 connection.exec_driver_sql(f"LOCK TABLE {self._table} IN ACCESS EXCLUSIVE MODE")
             yield
-
-    @contextmanager
-    def _without_foreign_keys(self, connection: Connection) -> Iterator[None]:
-        """Keep SQLite from deleting rows of other tables that refer to this one.
-
-        When the copy of the table takes its place and foreign keys are on, DROP TABLE deletes the
-        rows first.
-        """
-        enforced = (
-            self._dialect.name == "sqlite"
-            and connection.exec_driver_sql("PRAGMA foreign_keys").scalar()
-        )
-        if enforced:
-            connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
-        try:
-            yield
-        finally:
-            if enforced:
-                connection.exec_driver_sql("PRAGMA foreign_keys = ON")
 
     def _reconcile(self, written_since: ColumnElement[bool] | None) -> Failures:
         """Fill again what no longer agrees with its source: all rows, or those `written_since`."""
@@ -505,13 +530,24 @@ class _Conversion:
     def _exchange_names(self) -> None:
         plan = self._plan
         if plan.drop:
-            self._alter(f"DROP COLUMN {self._quote(plan.column_name)}")
+            self._drop_column(plan.column_name)
             self._rename(plan.through, plan.column_name)
         else:
             aside = f"{plan.column_name}__aside"
             self._rename(plan.column_name, aside)
             self._rename(plan.through, plan.column_name)
             self._rename(aside, plan.through)
+
+    def _drop_column(self, name: str) -> None:
+        plan = self._plan
+        try:
+            self._alter(f"DROP COLUMN {self._quote(name)}")
+        except DBAPIError:
+            # SQLite: a constraint of the table, as batch mode makes it, keeps the column.
+            if self._dialect.name != "sqlite" or self._check(name) is None:
+                raise
+            drop_check(self._operations, plan.table_name, name, plan.schema)
+            self._alter(f"DROP COLUMN {self._quote(name)}")
 
     @property
     def _is_nullable(self) -> bool:
@@ -520,6 +556,10 @@ class _Conversion:
     def _rename_on_postgresql(self) -> None:
         plan = self._plan
         self._exchange_names()
+        if self._wants_check and self._check(plan.column_name) is None:
+            check = declared_check(self._operations, *self._final)
+            check.dialect_options["postgresql"]["not_valid"] = True
+            self._operations.impl.add_constraint(check)
         if self._is_nullable:
             return
         self._alter(f"ALTER COLUMN {self._quote(plan.column_name)} SET NOT NULL")
@@ -535,7 +575,25 @@ class _Conversion:
             changes.insert(0, f"DROP COLUMN {self._quote(plan.column_name)}")
         else:
             changes.append(self._change(plan.column_name, plan.through, old, nullable=True))
-        self._alter(", ".join(changes))
+        if self._wants_check:
+            check = declared_check(self._operations, *self._final)
+            compiled: Any = AddConstraint(check).compile(dialect=self._dialect)
+            changes.append(f"ADD {compiled.process(check)}")
+        with self._unchecked():
+            self._alter(", ".join(changes))
+
+    @contextmanager
+    def _unchecked(self) -> Iterator[None]:
+        """Keep MariaDB from copying the table for a constraint that every row was seen to meet."""
+        if not getattr(self._dialect, "is_mariadb", False):
+            yield
+            return
+        self._connection.exec_driver_sql("SET SESSION check_constraint_checks = 0")
+        try:
+            yield
+        finally:
+            if not self._connection.invalidated:
+                self._connection.exec_driver_sql("SET SESSION check_constraint_checks = 1")
 
     def _change(self, name: str, new_name: str, reflected: Any, *, nullable: bool) -> str:
         column: Column[Any] = Column(
@@ -550,14 +608,14 @@ class _Conversion:
         self._exchange_names()
         if self._is_nullable:
             return
-        before = self._schema_on_sqlite()
+        before = schema_on_sqlite(self._connection, plan.table_name, plan.schema)
         with self._operations.batch_alter_table(
             plan.table_name, schema=plan.schema, recreate="always"
         ) as batch:
             batch.alter_column(plan.column_name, existing_type=LargeBinary(), nullable=False)
             if not plan.drop:
                 batch.alter_column(plan.through, nullable=True)
-        lost = before - self._schema_on_sqlite()
+        lost = before - schema_on_sqlite(self._connection, plan.table_name, plan.schema)
         if lost:
             raise RotationError(
                 f"{plan.full_name} is NOT NULL, which SQLite can set only on a copy of the table, "
@@ -566,35 +624,15 @@ class _Conversion:
                 "one after it"
             )
 
-    def _schema_on_sqlite(self) -> Counter[str]:
-        """What the table has, for comparing it with its copy: objects by name, clauses by word."""
-        plan = self._plan
-        master = f"{self._quote(plan.schema)}.sqlite_master" if plan.schema else "sqlite_master"
-        statement = text(f"SELECT type, name, sql FROM {master} WHERE tbl_name = :name")  # noqa: S608
-        found: Counter[str] = Counter()
-        for type_, name, sql in self._connection.execute(statement, {"name": plan.table_name}):
-            if type_ == "table":
-                found.update(" ".join(word.upper().split()) for word in _CLAUSES.findall(sql))
-            elif sql is not None:
-                found[f"{type_} {name}"] += 1
-        return found
-
     def _drop_what_is_left(self) -> None:
         """The swap is done: drop the other column, unless it is to be kept."""
         plan = self._plan
         if plan.swap and plan.drop:
-            self._alter(f"DROP COLUMN {self._quote(plan.through)}")
+            self._drop_column(plan.through)
             logger.info("dropped %s, which %s had replaced", plan.through, plan.full_name)
         else:
             logger.info("%s is %s already; nothing to do", plan.full_name, _contents(plan)[0])
-
-
-_CLAUSES: Final = re.compile(
-    r"\b(?:CHECK|AUTOINCREMENT|COLLATE\s+\w+|ON\s+CONFLICT|STRICT|WITHOUT\s+ROWID|DEFAULT|UNIQUE"
-    r"|GENERATED|REFERENCES|DEFERRABLE)\b",
-    re.IGNORECASE,
-)
-"""The clauses of a CREATE TABLE that a copy made from what was reflected may lack."""
+        self._finish_check()
 
 
 def log_failures(name: str, what: str, failed: Sequence[FailedRow], count: int) -> None:

@@ -36,16 +36,20 @@ from ..rotation._visible import refuse_hidden_rows
 from ..rotation.convert import RebindWorker
 from ..rotation.engine import run_workers
 from ..types import EncryptedJSON, refuse_server_default
+from ._checks import create_check, declared_check, drop_check
 from ._conversion import convert_column, log_failures
 from ._operations import (
     ColumnOp,
     ConvertColumnOp,
     CreateLucentSecretsOp,
+    CreateSealedCheckOp,
     DecryptColumnOp,
     DropLucentSecretsOp,
+    DropSealedCheckOp,
     EncryptColumnOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
+    SealedCheckOp,
     bound_types,
 )
 
@@ -123,6 +127,40 @@ def _convert(operations: Operations, operation: ConvertColumnOp, what: str) -> N
     _refuse_where_batches_cannot_commit(context, what)
     with _autocommit_block(context):
         convert_column(operations, operation.plan())
+
+
+@Operations.implementation_for(CreateSealedCheckOp)
+def _create_sealed_check(operations: Operations, operation: CreateSealedCheckOp) -> None:
+    where = _place_of_check(operations, operation)
+    if operations.migration_context.as_sql:
+        operations.impl.add_constraint(declared_check(operations, *where))
+        return
+    with _autocommit_block(operations.migration_context):
+        create_check(operations, *where)
+
+
+@Operations.implementation_for(DropSealedCheckOp)
+def _drop_sealed_check(operations: Operations, operation: DropSealedCheckOp) -> None:
+    where = _place_of_check(operations, operation)
+    if operations.migration_context.as_sql:
+        check = declared_check(operations, *where)
+        operations.drop_constraint(
+            str(check.name), operation.table_name, type_="check", schema=operation.schema
+        )
+        return
+    with _autocommit_block(operations.migration_context):
+        drop_check(operations, *where)
+
+
+def _place_of_check(
+    operations: Operations, operation: SealedCheckOp
+) -> tuple[str, str, str | None]:
+    context = operations.migration_context
+    if not context.as_sql or context.dialect.name == "sqlite":
+        _refuse_where_batches_cannot_commit(
+            context, f"{operation.name} of {operation.table_name}.{operation.column_name}"
+        )
+    return operation.table_name, operation.column_name, operation.schema
 
 
 @Operations.implementation_for(RebindEncryptedColumnOp)

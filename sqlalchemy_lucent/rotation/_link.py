@@ -78,7 +78,7 @@ class Link:
         bind = self._connection
         if _is_autocommit(bind):
             # A transaction that a listener began for SQLAlchemy is ended below.
-            if _is_in_transaction(bind) and not bind.dispatch.begin:
+            if is_in_transaction(bind) and not bind.dispatch.begin:
                 raise _inside_a_transaction()
         else:
             if bind.in_transaction():
@@ -127,7 +127,7 @@ class Link:
             self._connection.close()
             self._connection = None
         connection = self._engine.connect()
-        if _is_in_transaction(connection):
+        if is_in_transaction(connection):
             connection.close()
             raise RotationError(
                 "the engine gives a connection that is inside a transaction already, as that of a "
@@ -148,7 +148,7 @@ class Link:
         if not connection.in_transaction():
             connection.begin()
             self._began = True
-        if _is_in_transaction(connection):
+        if is_in_transaction(connection):
             connection.exec_driver_sql("COMMIT")
 
     def _set_session(self, connection: Connection) -> None:
@@ -190,7 +190,7 @@ class Link:
 def _roll_back(connection: Connection) -> None:
     if connection.invalidated:
         return
-    if connection.dialect.name == "sqlite" and not _is_in_transaction(connection):
+    if connection.dialect.name == "sqlite" and not is_in_transaction(connection):
         return  # SQLite takes that for an error
     try:
         connection.exec_driver_sql("ROLLBACK")
@@ -217,7 +217,7 @@ def _is_autocommit(connection: Connection) -> bool:
     return isinstance(level, str) and level.upper().replace("_", " ") == "AUTOCOMMIT"
 
 
-def _is_in_transaction(connection: Connection) -> bool:
+def is_in_transaction(connection: Connection) -> bool:
     """Say whether the driver's connection is in a transaction, whatever SQLAlchemy knows of it."""
     driver: Any = connection.connection.driver_connection
     name = connection.dialect.name

@@ -50,6 +50,7 @@ from sqlalchemy_lucent import (
     NotSealedError,
     PicklingRefusedError,
     Sealed,
+    SerializationError,
     TamperedError,
     UnknownKeyVersionError,
     UnsupportedOperationError,
@@ -65,6 +66,8 @@ from sqlalchemy_lucent import (
 )
 
 from .pages import ROOT
+from .printers import PRINTERS
+from .printers import VALUES as PRINTED
 
 MARKER = "PLAINTEXT-MARKER"
 VALUE = {"token": MARKER}
@@ -381,6 +384,36 @@ def test_an_opened_value_does_not_print_itself(session: Session) -> None:
     value = session.get_one(Integration, 1).first
     assert value == VALUE
     assert MARKER not in f"{value} {value!r} {[value]}"
+
+
+@pytest.mark.parametrize("kind", list(PRINTED))
+def test_the_table_says_what_hides(kind: str) -> None:
+    page = (ROOT / "docs/protection.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| (hidden|shown) \| (hidden|shown) \|$", page, re.MULTILINE)
+    assert [where for where, *_ in rows] == list(PRINTERS)
+    engine = create_engine("sqlite://")
+    table = Base.metadata.tables["accounts"]
+    table.create(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(table), {"id": 1, "first": PRINTED[kind]})
+        value = connection.scalar(select(table.c.first))
+    engine.dispose()
+    for where, of_documents, of_texts in rows:
+        for printer in PRINTERS[where]:
+            shows = f"MARK-{kind}" in printer(value)
+            assert shows is ((of_texts if kind == "str" else of_documents) == "shown"), where
+
+
+def test_what_a_value_prints_is_not_stored(session: Session) -> None:
+    secrets = LucentSecrets(session)
+    with pytest.raises(SerializationError):
+        secrets.set(KEY, str(secrets.get(KEY)))
+    account = session.get_one(Account, 1)
+    account.first = {"a": [str(account.first)]}
+    with pytest.raises(SerializationError):
+        session.flush()
+    session.rollback()
+    assert secrets.get(KEY) == VALUE
 
 
 def test_a_part_of_an_opened_value_prints_itself(session: Session) -> None:

@@ -40,6 +40,7 @@ from sqlalchemy_lucent import (
     set_default_keyring,
 )
 from tests.conftest import KEY_2
+from tests.strategies import TEXT
 
 SIZES = (2, 100, 4_096, 65_535, 65_536, 1_000_000, 5_000_000)
 
@@ -120,11 +121,8 @@ json_values = st.recursive(
     | st.integers()
     | st.integers(min_value=-(10**40), max_value=10**40)
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_categories=["Cs"])),
-    lambda children: (
-        st.lists(children, max_size=5)
-        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), children, max_size=5)
-    ),
+    | TEXT,
+    lambda children: st.lists(children, max_size=5) | st.dictionaries(TEXT, children, max_size=5),
     max_leaves=20,
 )
 
