@@ -132,8 +132,9 @@ _SEALED: Final[dict[str, str]] = {
         f" AND instr({{value}}, x'00') NOT BETWEEN 1 AND instr({{value}}, x'{_END}'))"
     ),
     "postgresql": (
-        f"(encode(substring({{value}} from 1 for {MAX_VERSION_LENGTH + 2}), 'escape')"
-        rf" ~ '^[A-Za-z0-9._-]{{{{1,{MAX_VERSION_LENGTH}}}}}:\u00{_FORMAT}')"
+        # encode() leaves nothing but ASCII, so \w is what it is in C.
+        f"(encode(substr({{value}}, 1, {MAX_VERSION_LENGTH + 2}), 'escape')"
+        rf" ~ '^[\w.-]{{{{1,{MAX_VERSION_LENGTH}}}}}:\u00{_FORMAT}')"
     ),
     "mysql": (
         f"(LOCATE(x'{_END}', {{value}}) BETWEEN 2 AND {MAX_VERSION_LENGTH + 1}"

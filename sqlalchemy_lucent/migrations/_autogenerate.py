@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ from sqlalchemy import (
     Column,
     Connection,
     LargeBinary,
+    MetaData,
     String,
     Table,
     Uuid,
@@ -33,13 +35,16 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy import table as table_clause
+from sqlalchemy.exc import NoSuchTableError, UnreflectableTableError
 from sqlalchemy.types import _Binary
 
 from .. import _sql
 from .._row import tells_its_values
 from ..keyring import default_keyring
 from ..rotation import needs_rotation
+from ..rotation._relations import relation_of
 from ..rotation.convert import RebindWorker
+from ..rotation.targets import resolve_targets
 from ..types import EncryptedJSON, has_check
 from ._checks import find_check
 from ._implementations import is_empty
@@ -95,21 +100,63 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
     _free_columns_of_checks(autogen_context, upgrade_ops)
     # First, so that a run that was killed while it converted can begin at the beginning again.
     upgrade_ops.ops[:0] = [*drops, *conversions]
-    columns = [
-        column
-        for table in autogen_context.sorted_tables
-        for column in table.columns
-        if isinstance(column.type, EncryptedJSON)
-    ]
     if not upgrade_ops.is_empty():
-        if columns:
+        tables = autogen_context.sorted_tables
+        if any(isinstance(column.type, EncryptedJSON) for each in tables for column in each.c):
             logger.info("the schema differs; run autogenerate again afterwards for rotations")
         return PriorityDispatchResult.CONTINUE
-    upgrade_ops.ops.extend(_missing_checks(connection, columns))
-    for column in columns:
+    sealed = [
+        column
+        for column in _included_columns(autogen_context)
+        if isinstance(column.type, EncryptedJSON) and _is_in_a_table(connection, column)
+    ]
+    upgrade_ops.ops.extend(_missing_checks(connection, sealed))
+    for column in sealed:
         if not is_empty(connection, column):
             upgrade_ops.ops.extend(_work_on_values(connection, column))
     return PriorityDispatchResult.CONTINUE
+
+
+def _included_columns(autogen_context: AutogenContext) -> Iterator[Column[Any]]:
+    """Give the columns that the environment's filters let autogenerate look at.
+
+    They are asked as Alembic asks them: with what is in the database beside what is in the models.
+    """
+    assert autogen_context.connection is not None
+    inspector = autogen_context.inspector
+    default_schema = autogen_context.connection.dialect.default_schema_name
+    for table in autogen_context.sorted_tables:
+        schema = None if table.schema == default_schema else table.schema
+        if not (
+            (schema is None or autogen_context.opts.get("include_schemas"))
+            and autogen_context.run_name_filters(schema, "schema", {})
+            and autogen_context.run_name_filters(table.name, "table", {"schema_name": schema})
+        ):
+            continue
+        found = Table(table.name, MetaData(), schema=schema)
+        with suppress(NoSuchTableError, UnreflectableTableError):
+            inspector.reflect_table(found, None, resolve_fks=False)
+        there = found if len(found.columns) else None
+        if not autogen_context.run_object_filters(table, table.name, "table", False, there):
+            continue
+        for column in table.columns:
+            name, beside = column.name, found.columns.get(column.name)
+            if autogen_context.run_name_filters(
+                name, "column", {"table_name": table.name, "schema_name": schema}
+            ) and autogen_context.run_object_filters(column, name, "column", False, beside):
+                yield column
+
+
+def _is_in_a_table(connection: Connection, column: Column[Any]) -> bool:
+    table = column.table
+    assert isinstance(table, Table)
+    (target,) = resolve_targets(column, connection)
+    found = relation_of(connection, target.clause.name, target.clause.schema)
+    if found is not None and found.is_table:
+        return True
+    what = "not in this database" if found is None else f"a {found.kind}"
+    logger.info("left out %s, which is %s", table.fullname, what)
+    return False
 
 
 def _free_columns_of_checks(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
@@ -122,20 +169,19 @@ def _free_columns_of_checks(autogen_context: AutogenContext, upgrade_ops: Upgrad
     if connection.dialect.name != "sqlite" or not autogen_context.opts.get("render_as_batch"):
         return
     for table_ops in list(upgrade_ops.ops):
-        for operation in table_ops.ops if isinstance(table_ops, ModifyTableOps) else ():
-            place = (operation.table_name, operation.schema)
+        if not isinstance(table_ops, ModifyTableOps):
+            continue
+        name, schema = table_ops.table_name, table_ops.schema
+        for operation in table_ops.ops:
             if isinstance(operation, DropColumnOp):
-                name = operation.column_name
-                if find_check(connection, place[0], name, place[1]):
-                    check = DropSealedCheckOp(place[0], name, schema=place[1])
-                    upgrade_ops.ops.insert(0, check)
+                dropped = operation.column_name
+                if find_check(connection, name, dropped, schema):
+                    upgrade_ops.ops.insert(0, DropSealedCheckOp(name, dropped, schema=schema))
             elif isinstance(operation, AddColumnOp):
-                column = operation.column
-                if has_check(column, connection.dialect):
-                    # It comes with the column; the reverse drops it first.
-                    upgrade_ops.ops.append(
-                        CreateSealedCheckOp(place[0], column.name, schema=place[1])
-                    )
+                added = operation.column
+                if has_check(added, connection.dialect):
+                    # It comes with the column, and is there for its reverse.
+                    upgrade_ops.ops.append(CreateSealedCheckOp(name, added.name, schema=schema))
 
 
 def _missing_checks(
@@ -365,17 +411,14 @@ def _setup_lint(plugin: Any) -> None:
 
 def _warn_of_plain_secrets(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> Any:
     """Warn of columns that are named like secrets and hold JSON, text or bytes as they are."""
-    for table in autogen_context.sorted_tables:
-        for column in table.columns:
-            if isinstance(column.type, (JSON, String, _Binary)) and _LOOKS_SECRET.search(
-                column.name
-            ):
-                logger.warning(
-                    "%s looks like a secret and is stored as it is (%s); "
-                    "consider EncryptedJSON and op.encrypt_column()",
-                    column,
-                    type(column.type).__name__,
-                )
+    for column in _included_columns(autogen_context):
+        if isinstance(column.type, (JSON, String, _Binary)) and _LOOKS_SECRET.search(column.name):
+            logger.warning(
+                "%s looks like a secret and is stored as it is (%s); "
+                "consider EncryptedJSON and op.encrypt_column()",
+                column,
+                type(column.type).__name__,
+            )
     return PriorityDispatchResult.CONTINUE
 
 

@@ -130,7 +130,7 @@ _DEPENDS_ON_COLUMN: Final = text(
     " AND d.refobjid = to_regclass(coalesce(quote_ident(CAST(:schema AS text)) || '.', '')"
     " || quote_ident(CAST(:name AS text))) AND a.attname = CAST(:column AS name)"
     " AND f.adnum IS DISTINCT FROM a.attnum AND c.contype IS DISTINCT FROM 'n'"
-    " AND c.conname IS DISTINCT FROM CAST(:check AS name) LIMIT 1"
+    " AND coalesce(c.conname <> CAST(:check AS name), true) LIMIT 1"
 )
 
 
@@ -579,21 +579,11 @@ class _Conversion:
             check = declared_check(self._operations, *self._final)
             compiled: Any = AddConstraint(check).compile(dialect=self._dialect)
             changes.append(f"ADD {compiled.process(check)}")
-        with self._unchecked():
-            self._alter(", ".join(changes))
-
-    @contextmanager
-    def _unchecked(self) -> Iterator[None]:
-        """Keep MariaDB from copying the table for a constraint that every row was seen to meet."""
-        if not getattr(self._dialect, "is_mariadb", False):
-            yield
-            return
-        self._connection.exec_driver_sql("SET SESSION check_constraint_checks = 0")
-        try:
-            yield
-        finally:
-            if not self._connection.invalidated:
-                self._connection.exec_driver_sql("SET SESSION check_constraint_checks = 1")
+        change = f"ALTER TABLE {self._table} {', '.join(changes)}"
+        if getattr(self._dialect, "is_mariadb", False):
+            # Else it would copy the table for a constraint that every row was just seen to meet.
+            change = f"SET STATEMENT check_constraint_checks = 0 FOR {change}"
+        self._connection.exec_driver_sql(change)
 
     def _change(self, name: str, new_name: str, reflected: Any, *, nullable: bool) -> str:
         column: Column[Any] = Column(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from alembic.operations import Operations, ops, toimpl
 from alembic.runtime.migration import MigrationContext
@@ -23,7 +23,6 @@ from sqlalchemy import (
 )
 from sqlalchemy import column as column_clause
 from sqlalchemy import table as table_clause
-from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.types import NullType, TypeEngine, _Binary, to_instance
 
 from .. import _sql
@@ -32,6 +31,7 @@ from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
 from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate
+from ..rotation._faults import Fault, errors_of, fault_of
 from ..rotation._visible import refuse_hidden_rows
 from ..rotation.convert import RebindWorker
 from ..rotation.engine import run_workers
@@ -82,7 +82,42 @@ def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp)
     operations.impl.drop_table(secrets_table(MetaData(), name, schema=operation.schema))
 
 
+_Op = TypeVar("_Op", bound=ColumnOp | SealedCheckOp)
+_Implementation = Callable[[Operations, _Op], None]
+
+
+def _in_our_words(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
+    """Have `implementation` raise an error of ours where the database or its driver ends it."""
+    name = implementation.__name__.removeprefix("_")
+
+    def carry_out(operations: Operations, operation: _Op) -> None:
+        connection = operations.migration_context.connection
+        errors: tuple[type[Exception], ...] = ()
+        if connection is not None:
+            errors = (Fault, *errors_of(connection.dialect))
+        try:
+            return implementation(operations, operation)
+        except errors as error:
+            assert connection is not None
+            fault = (
+                error
+                if isinstance(error, Fault)
+                else fault_of(error, connection.dialect, lost=connection.invalidated)
+            )
+            names = (operation.schema, operation.table_name, operation.column_name)
+            message = (
+                f"the database ended {name} of {'.'.join(filter(None, names))}: {fault.said}. "
+                "Batches that were committed stay, and the revision is not stamped. "
+                f"{fault.again()}"
+            )
+        # Not chained: SQLAlchemy's error has the parameters.
+        raise RotationError(message)
+
+    return carry_out
+
+
 @Operations.implementation_for(RotateEncryptedColumnOp)
+@_in_our_words
 def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedColumnOp) -> None:
     context = operations.migration_context
     name = operation.full_name
@@ -113,11 +148,13 @@ def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedC
 
 
 @Operations.implementation_for(EncryptColumnOp)
+@_in_our_words
 def _encrypt_column(operations: Operations, operation: EncryptColumnOp) -> None:
     _convert(operations, operation, f"encrypt_column of {operation.full_name}")
 
 
 @Operations.implementation_for(DecryptColumnOp)
+@_in_our_words
 def _decrypt_column(operations: Operations, operation: DecryptColumnOp) -> None:
     _convert(operations, operation, f"decrypt_column of {operation.full_name}")
 
@@ -130,6 +167,7 @@ def _convert(operations: Operations, operation: ConvertColumnOp, what: str) -> N
 
 
 @Operations.implementation_for(CreateSealedCheckOp)
+@_in_our_words
 def _create_sealed_check(operations: Operations, operation: CreateSealedCheckOp) -> None:
     where = _place_of_check(operations, operation)
     if operations.migration_context.as_sql:
@@ -140,6 +178,7 @@ def _create_sealed_check(operations: Operations, operation: CreateSealedCheckOp)
 
 
 @Operations.implementation_for(DropSealedCheckOp)
+@_in_our_words
 def _drop_sealed_check(operations: Operations, operation: DropSealedCheckOp) -> None:
     where = _place_of_check(operations, operation)
     if operations.migration_context.as_sql:
@@ -164,6 +203,7 @@ def _place_of_check(
 
 
 @Operations.implementation_for(RebindEncryptedColumnOp)
+@_in_our_words
 def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedColumnOp) -> None:
     context = operations.migration_context
     name = operation.full_name
@@ -196,6 +236,8 @@ def _autocommit_block(context: MigrationContext) -> Iterator[None]:
     SQLAlchemy gives a connection up that is interrupted (Ctrl-C) or lost; the block fails to end
     on it, and that failure would be all that is said.
     """
+    assert context.connection is not None
+    errors = errors_of(context.connection.dialect)
     cause: BaseException | None = None
     try:
         with context.autocommit_block():
@@ -209,7 +251,7 @@ def _autocommit_block(context: MigrationContext) -> Iterator[None]:
                         "the revision is not stamped. Run it again to go on"
                     )
                 raise
-    except PendingRollbackError:
+    except errors:
         if cause is None:
             raise
     if cause is not None:

@@ -105,7 +105,7 @@ class Sharing:
                         continue
                     goes_on = took(outcome) and goes_on
                     if outcome.fault is not None:
-                        submit(Piece(piece.range, piece.attempts + 1, outcome.fault))
+                        submit(Piece(piece.range, piece.attempts + 1, outcome.fault.said))
                     elif outcome.rest is not None:
                         submit(Piece(outcome.rest))
         finally:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial, reduce
 from operator import add, itemgetter
 from typing import Any, Final, NamedTuple
@@ -26,9 +27,11 @@ from sqlalchemy import (
     not_,
     or_,
     select,
+    text,
 )
 from sqlalchemy.exc import DBAPIError
 
+from .._dialects import is_mysql
 from .._envelope import LONGEST_PREFIX, parse
 from .._keyset import in_the_form_of, is_behind, order_of
 from ..exceptions import ConfigurationError, DecryptionError, RotationError
@@ -36,7 +39,7 @@ from ..keyring import Keyring
 from ..types import as_bytes, encode_row, open_in_contexts
 from ._pace import BATCH_BYTES
 from ._visible import refuse_hidden_rows
-from ._write import Changes, Writer, without_limits, writer_for
+from ._write import Changes, Writer, check_rights, without_limits, writer_for
 from .report import FailedRow
 from .targets import TargetColumn, TargetTable
 
@@ -75,6 +78,15 @@ class Reach(NamedTuple):
     rows: int
     """Rows up to there."""
 
+
+class Within(NamedTuple):
+    """Some rows of a table: conditions, and the parameters in them."""
+
+    conditions: Sequence[ColumnElement[bool]]
+    parameters: Mapping[str, Any]
+
+
+EVERYWHERE: Final = Within((), {})
 
 MAX_STRETCH: Final = 50
 """Times its own rows that a batch looks at, where few of them are stale: what it has locked stays
@@ -142,6 +154,21 @@ class SealedColumn:
         return encode_row([row[position] for position in self._positions], self.bound_to)
 
 
+_CONNECTION_SETS: Final = text(
+    "SELECT @@character_set_client, @@character_set_connection, @@character_set_results"
+)
+_CHARACTER_SETS: Final = text(
+    "SELECT column_name AS name, character_set_name AS set_ FROM information_schema.columns"
+    " WHERE table_name = :name AND table_schema = coalesce(:schema, database())"
+    " AND character_set_name IS NOT NULL"
+)
+
+
+def _holds(connection_set: str, column_set: str) -> bool:
+    """Say whether the one character set has every character of the other."""
+    return connection_set == "utf8mb4" or column_set in (connection_set, "ascii")
+
+
 class TableWorker:
     """Reads, opens and re-seals the rows of one table. The caller has the transaction."""
 
@@ -149,7 +176,7 @@ class TableWorker:
     """The primary key up to which :meth:`batch` and :meth:`rehearse` go; to the end if ``None``.
     Not for SQLite's worker, which gets no ranges."""
 
-    def __init__(self, target: TargetTable, keyring: Keyring, dialect: Dialect) -> None:
+    def __init__(self, target: TargetTable, keyring: Keyring | None, dialect: Dialect) -> None:
         self.target = target
         self.name = target.name
         self.primary_key = target.primary_key
@@ -165,7 +192,10 @@ class TableWorker:
             values = [cast(value, LargeBinary) for value in values]
         self.selected: list[ColumnElement[Any]] = [*plain_first, *values]
         names = [*(c.name for c in plain_first), *(found.name for found in target.columns)]
-        self.columns = [SealedColumn(found, keyring, names) for found in target.columns]
+        # Without a keyring, the rows can be found and counted, but not opened.
+        self.columns = (
+            [SealedColumn(found, keyring, names) for found in target.columns] if keyring else []
+        )
         self._order: Sequence[ColumnElement[Any]] = target.primary_key
         self._bound_types = [without_limits(part.type, dialect) for part in target.primary_key]
         self._stretch = 1
@@ -179,6 +209,7 @@ class TableWorker:
 
     def prepare(self, connection: Connection, *, lock: bool = True) -> None:
         """Fail now if the table or a column is missing or not ours to lock; write nothing."""
+        check_rights(connection, self.target)
         self._writer = writer_for(connection, self.target)
         self.check_keys(connection)
         statement = self._reading(None, None, 0, stale_only=True, lock=lock)
@@ -190,6 +221,19 @@ class TableWorker:
             self._in_binary = known and not hasattr(result.cursor, "mogrify")
         result.close()
 
+    def look(self, connection: Connection) -> None:
+        """Learn what the order of the rows needs.
+
+        :raises RotationError: some rows are not seen, because of row-level security.
+        """
+        refuse_hidden_rows(connection, self.target.clause.name, self.target.clause.schema)
+        self._order = order_of(connection, self.target.clause, self.primary_key)
+
+    @property
+    def lost(self) -> ColumnElement[bool]:
+        """The condition that a row cannot be found by its primary key."""
+        return or_(*(part.is_(None) for part in self.primary_key))
+
     def check_keys(self, connection: Connection) -> None:
         """Refuse a table with rows that are not seen, or that no primary key leads to.
 
@@ -198,14 +242,36 @@ class TableWorker:
 
         :raises RotationError: there is, or may be, such a row.
         """
-        refuse_hidden_rows(connection, self.target.clause.name, self.target.clause.schema)
-        self._order = order_of(connection, self.target.clause, self.primary_key)
-        lost = or_(*(part.is_(None) for part in self.primary_key))
-        statement = select(literal(1)).select_from(self.target.clause).where(lost).limit(1)
+        self.look(connection)
+        self._check_character_sets(connection)
+        statement = select(literal(1)).select_from(self.target.clause).where(self.lost).limit(1)
         if connection.execute(statement).first() is not None:
             raise RotationError(
                 f"table {self.target.name} has a row with NULL in its primary key; give such rows "
                 "a primary key, so that they can be read in order and named"
+            )
+
+    def _check_character_sets(self, connection: Connection) -> None:
+        """Refuse keys that the connection cannot have without loss.
+
+        MySQL and MariaDB put a question mark for what the connection's character set has not, so
+        that no row would be found by its key, nor a value open that is bound to it.
+        """
+        if not is_mysql(self._dialect):
+            return
+        clause = self.target.clause
+        names = {"name": str(clause.name), "schema": clause.schema}
+        has, *sets = connection.execute(_CONNECTION_SETS).one()
+        lossy = [
+            f"{name} ({set_})"
+            for name, set_ in connection.execute(_CHARACTER_SETS, names)
+            if name in clause.c
+            and any(known is not None and not _holds(known, set_) for known in (has, *sets))
+        ]
+        if lossy:
+            raise RotationError(
+                f"the connection speaks {has}, which cannot tell all texts of {self.name}."
+                f"{', '.join(lossy)} apart, by which rows are found. Connect with charset=utf8mb4"
             )
 
     def is_stale(self, sealed: SealedColumn) -> ColumnElement[bool]:
@@ -223,13 +289,11 @@ class TableWorker:
         """The condition that a row has a value which is not under the primary key."""
         return or_(*map(self.is_stale, self.columns))
 
-    def count_stale(self, connection: Connection) -> int:
+    def count_stale(self, connection: Connection, within: Within = EVERYWHERE) -> int:
         """Count the values that are not under the primary key."""
+        counted = select(func.count()).select_from(self.target.clause).where(*within.conditions)
         return sum(
-            connection.scalar(
-                select(func.count()).select_from(self.target.clause).where(self.is_stale(sealed))
-            )
-            or 0
+            connection.scalar(counted.where(self.is_stale(sealed)), within.parameters) or 0
             for sealed in self.columns
         )
 
@@ -265,10 +329,20 @@ class TableWorker:
             "the type"
         )
 
-    def reach(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Reach | None:
+    def within(self, after: PrimaryKey | None, upto: PrimaryKey | None) -> Within:
+        """Return the rows behind `after`, and not behind `upto`."""
+        return Within(self.key_range(after, upto), self.parameters(after, upto))
+
+    def reach(
+        self,
+        connection: Connection,
+        after: PrimaryKey | None,
+        limit: int,
+        most_bytes: int | None = BATCH_BYTES,
+    ) -> Reach | None:
         """Return how far a batch behind `after` goes that is to have `limit` rows at most.
 
-        It has `BATCH_BYTES` at most too, unless one row has more. Nothing is locked, nor a value
+        It has `most_bytes` at most too, unless one row has more. Nothing is locked, nor a value
         looked at but for its length. Without this bound, a batch would look for stale rows through
         the whole table while it holds those found first.
         """
@@ -279,16 +353,18 @@ class TableWorker:
             *last, count, size = tuple(found[0]) if found else (0, 0)
             if not count:
                 return None
-            if size <= BATCH_BYTES or count == 1:
+            if most_bytes is None or size <= most_bytes or count == 1:
                 return Reach(tuple(last), count == rows, count)
-            rows = max(1, count * BATCH_BYTES // int(size))
+            rows = max(1, count * most_bytes // int(size))
 
     def _reaching(self, after: PrimaryKey | None) -> Select[Any]:
         kind = ("reach", after is None, self.upto is None)
         if kind not in self._statements:
             clause = self.target.clause
             # The length of bytes is known without reading them, also where they are out of the row.
-            sizes = (func.coalesce(func.length(clause.c[found.name]), 0) for found in self.columns)
+            sizes = (
+                func.coalesce(func.length(clause.c[found.name]), 0) for found in self.target.columns
+            )
             order = [each.label(f"lucent_order_{n}") for n, each in enumerate(self._order)]
             batch = (
                 select(
@@ -520,12 +596,17 @@ class TableWorker:
         return self._batch(rows, reach, limit, written, failed, size)
 
     def refused(
-        self, connection: Connection, after: PrimaryKey | None, reach: Reach, error: DBAPIError
+        self,
+        connection: Connection,
+        after: PrimaryKey | None,
+        reach: Reach,
+        error: DBAPIError,
+        reason: str,
     ) -> Batch:
         """Return what became of the next stale row, which the database does not let change."""
         rows = self.read(connection, after, 1, upto=reach.last, stale_only=True)
         failed = [
-            self._failure(row, sealed, error)
+            replace(self._failure(row, sealed, error), reason=reason)
             for row in rows
             for sealed in self.columns
             if row[sealed.position] is not None

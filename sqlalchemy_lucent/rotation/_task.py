@@ -24,6 +24,7 @@ from .._dialects import is_mysql
 from ..exceptions import LucentError, RotationError
 from ..keyring import Keyring, default_keyring
 from ..types import EncryptedJSON
+from ._faults import Fault
 from ._ranges import KeyRange
 from .report import Failures
 from .targets import TargetColumn, TargetTable
@@ -38,10 +39,8 @@ class Outcome:
     failures: Failures
     rest: KeyRange | None = None
     """What is left of the range; ``None`` when it is done."""
-    fault: str | None = None
+    fault: Fault | None = None
     """Why the database ended the work, if it did. The range is to be done again."""
-    is_passing: bool = False
-    """Whether that may go better next time."""
 
 
 Place = tuple[str | None, ...]

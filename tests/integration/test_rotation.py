@@ -433,8 +433,7 @@ def test_several_columns_are_written_by_one_update(engine: Engine, promoted: Key
 
     report = rotate(engine, table, keyring=promoted)
     assert (report.ok, report.rotated) == (True, 6 + 5 + 3)
-    # PostgreSQL and MariaDB need one for each set of columns that are stale together.
-    assert len(updates) == (1 if engine.dialect.name == "sqlite" else 3)
+    assert len(updates) == 3  # one for each set of columns that are stale together
     set_default_keyring(promoted.without("v1"))
     with engine.connect() as connection:
         assert [row.other for row in connection.execute(select(table).order_by(table.c.id))] == [
@@ -664,8 +663,7 @@ def test_large_values_are_rotated_in_small_batches(engine: Engine, promoted: Key
         on_progress=lambda progress: rotated.append(progress.rotated),
     )
     assert (report.ok, report.rotated) == (True, 12)
-    # 16 MiB hold five of them; SQLite hands them to the functions one by one.
-    assert rotated == ([6, 11, 12] if engine.dialect.name == "sqlite" else [5, 10, 12])
+    assert rotated == [5, 10, 12]  # 16 MiB hold five of them
 
 
 # -- Targets ---------------------------------------------------------------------------------------
@@ -955,6 +953,7 @@ def test_a_report_is_json_ready_whatever_the_primary_key(engine: Engine, promote
                 "error": "NotSealedError",
                 "key_version": None,
                 "fingerprint": None,
+                "reason": None,
             }
         ],
         "failed_count": 1,
@@ -962,6 +961,7 @@ def test_a_report_is_json_ready_whatever_the_primary_key(engine: Engine, promote
         "stopped": False,
         "dry_run": False,
         "taken_over": [],
+        "left_out": [],
         "ok": False,
     }
 

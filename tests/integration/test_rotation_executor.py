@@ -1062,8 +1062,9 @@ def test_workers_whose_connections_are_cut_get_their_ranges_again(
         connect=sharing.connect_by_name,
         on_progress=cut_connections,
     )
-    assert (report.ok, report.rotated, report.taken_over) == (True, 2 * ROWS, ())
-    assert cut
+    assert (report.ok, report.taken_over) == (True, ())
+    # A batch whose COMMIT was not answered is done, and counted by nobody.
+    assert 0 <= 2 * ROWS - report.rotated <= 10 * cut
     assert len(executor.calls) > 6
     assert contents(server_engine, sharing.promoted().without("v1")) == UNTOUCHED
 
@@ -1094,7 +1095,7 @@ def test_what_the_database_refuses_a_worker_ends_the_run(
     server_engine: Engine, threads: Executor
 ) -> None:
     fill(server_engine, 40)
-    with pytest.raises(RotationError, match="the database ended the rotation: "):
+    with pytest.raises(RotationError, match=r"read-only \("):
         rotate(
             server_engine,
             ledger,

@@ -45,7 +45,7 @@ def users(type_: Any = None, metadata: MetaData | None = None, *, nullable: bool
     )
 
 
-def checks(engine: Engine, name: str = "users", schema: str | None = None) -> list[str | None]:
+def checks(engine: Engine, name: str = "users", schema: str | None = None) -> list[str]:
     """The names of a table's CHECK constraints."""
     return sorted(
         str(found["name"])
