@@ -30,6 +30,7 @@ from .exceptions import (
     DecryptionError,
     TamperedError,
     UnsupportedOperationError,
+    hide_locals,
 )
 from .types import Bound, EncryptedJSON, RowPart, Sealed, encode_row
 
@@ -66,6 +67,7 @@ def row_bound(
     return cast("Mapped[Any]", _Declaration(column))
 
 
+@hide_locals
 def bound_rows(model: type[Any], rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Prepare dicts with plain values of row-bound attributes for ORM bulk statements.
 
@@ -135,9 +137,13 @@ class _RowBound(InstrumentedAttribute[Any]):
         value = super().__get__(instance, owner)
         if type(value) is Bound:
             value = value.value
-        if type(value) is Sealed:
-            return value._opened if value._is_open() else _open(instance, self.key, value)
-        return value
+        if type(value) is not Sealed:
+            return value
+        if value._is_open():
+            return value._opened
+        given = [instance, value]
+        del instance, value  # an error passes through this frame
+        return _open(self.key, given)
 
     def __delete__(self, instance: object) -> None:
         self.__set__(instance, null())
@@ -234,18 +240,24 @@ def _stored_row(state: InstanceState[Any], key: str) -> list[RowPart]:
     return row
 
 
-def _open(target: Any, key: str, sealed: Sealed) -> Any:
+@hide_locals
+def _open(key: str, given: list[Any]) -> Any:
+    """Open the value of an object; both are taken out of `given`."""
+    sealed, target = given.pop(), given.pop()
     state = cast("InstanceState[Any]", inspect(target))
     try:
         return sealed._open_once(_stored_row(state, key))
     except DecryptionError as error:
         refusal = error
+    if state.identity is None:
+        raise refusal
     raise type(refusal)(f"{refusal}. It is in the row with the primary key {state.identity}")
 
 
 # -- at flush --------------------------------------------------------------------------------------
 
 
+@hide_locals
 def _before_insert(keys: list[str], mapper: Mapper[Any], connection: object, target: Any) -> None:
     state = cast("InstanceState[Any]", inspect(target))
     for key in keys:
@@ -263,6 +275,7 @@ def _before_insert(keys: list[str], mapper: Mapper[Any], connection: object, tar
                 _set(state, key, stored)
 
 
+@hide_locals
 def _before_update(keys: list[str], mapper: Mapper[Any], connection: object, target: Any) -> None:
     state = cast("InstanceState[Any]", inspect(target))
     for key in keys:
@@ -283,6 +296,7 @@ def _before_update(keys: list[str], mapper: Mapper[Any], connection: object, tar
             _set(state, key, stored)
 
 
+@hide_locals
 def _after_update(keys: list[str], mapper: Mapper[Any], connection: object, target: Any) -> None:
     """Refuse, too, what a listener of the model's own changed after :func:`_before_update`."""
     state = cast("InstanceState[Any]", inspect(target))
@@ -337,6 +351,7 @@ def _refusal(mapper: Mapper[Any], key: str, why: str) -> UnsupportedOperationErr
     )
 
 
+@hide_locals
 def _bind_row(mapper: Mapper[Any], key: str, row: MutableMapping[str, Any]) -> None:
     """Bind the value in the dict of a bulk statement to the dict's own columns."""
     if not isinstance(row[key], Bound):

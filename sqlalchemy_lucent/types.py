@@ -72,6 +72,7 @@ from .exceptions import (
     SerializationError,
     TamperedError,
     UnsupportedOperationError,
+    hide_locals,
 )
 from .keyring import Keyring, context_keys
 
@@ -540,21 +541,10 @@ class EncryptedJSON(TypeDecorator[Any]):
         usual = _USUAL_KINDS if column.is_plain and not bound_to else frozenset()
         checks = self._row_checks(dialect)
 
-        def process(value: Any) -> bytes | None:
+        @hide_locals
+        def unusual(value: Any) -> bytes | None:
             row = b""
             kind = type(value)
-            # What is usual is sealed without the layers between this column and its key; whatever
-            # else there is, and whatever is wrong, goes through them.
-            if kind in usual:
-                try:
-                    return context_keys(context).primary.seal(dumps(value))
-                except SerializationError as error:
-                    fault = str(error)
-                except LucentError:
-                    fault = ""  # raised again below, where more is said, and with nothing behind it
-                if fault:
-                    del value  # a tracker of errors would send it
-                    raise SerializationError(f"{context}: {fault}")
             if kind is Bound:
                 row = _row_of(value, column, checks)
                 value = value.value
@@ -576,7 +566,23 @@ class EncryptedJSON(TypeDecorator[Any]):
                 return None
             return seal(value, row)
 
-        return process
+        def process(value: Any) -> bytes | None:
+            # What is usual is sealed without the layers between this column and its key; whatever
+            # else there is, and whatever is wrong, goes through them.
+            if type(value) in usual:
+                try:
+                    return context_keys(context).primary.seal(dumps(value))
+                except SerializationError as error:
+                    fault = str(error)
+                except LucentError:
+                    fault = ""  # raised again below, where more is said, and with nothing behind it
+                if fault:
+                    del value  # a tracker of errors would send it
+                    raise SerializationError(f"{context}: {fault}")
+            given, value = [value], None  # nor hold it here while it is refused there
+            return unusual(given.pop())
+
+        return process if usual else unusual
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:
         """Return the function that opens results."""
