@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy import Column, Connection, TextClause, inspect, text
 from sqlalchemy.types import NullType, TypeEngine
 
+from .._row import type_as_bound
 from ..exceptions import RotationError
 
 
@@ -58,12 +59,11 @@ class ReflectedTable(NamedTuple):
         name: str,
         bound_types: Mapping[str, TypeEngine[Any] | None],
     ) -> TypeEngine[Any]:
-        type_ = bound_types.get(name) or self.columns[name]["type"]
+        type_: TypeEngine[Any] = self.columns[name]["type"]
+        if name in bound_types:
+            return type_as_bound(name, bound_types[name], type_)
         # SQLite keeps values of any type in any column: a key is what it is there.
-        if connection.dialect.name == "sqlite" and name not in bound_types:
-            return NullType()
-        found: TypeEngine[Any] = type_
-        return found
+        return NullType() if connection.dialect.name == "sqlite" else type_
 
 
 def reflect_columns(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 import json
 import logging
@@ -47,6 +48,7 @@ from sqlalchemy_lucent import (
     ConfigurationError,
     EncryptedJSON,
     Keyring,
+    LucentError,
     RotationError,
     generate_master_key,
     set_default_keyring,
@@ -411,6 +413,57 @@ def test_row_bound_values_open_for_the_types_that_the_application_has(engine: En
     assert found.open(row=(identifier,)) == {"a": 1}
     decrypt(engine, sa.JSON(), bound_to={"id": sa.Uuid()})
     assert read(engine, plain) == {identifier: {"a": 1}}
+
+
+class Colour(str, enum.Enum):  # noqa: UP042  (a StrEnum prints its value)
+    RED = "red"
+
+
+@pytest.mark.parametrize(
+    "type_, value, stored",
+    [
+        (sa.Uuid(native_uuid=False), uuid.UUID(int=7), True),
+        (sa.CHAR(4), "abcd", True),
+        (sa.Enum(Colour, name="colour"), Colour.RED, True),
+        (sa.String(9), "a", False),
+        (sa.Integer(), 7, False),
+    ],
+)
+def test_binding_column_needs_its_type_where_the_database_does_not_tell_its_values(
+    engine: Engine, type_: Any, value: Any, stored: bool
+) -> None:
+    metadata = MetaData()
+    plain = Table(
+        "users",
+        metadata,
+        Column("id", sa.Integer(), primary_key=True),
+        Column("owner", type_),
+        Column("credentials", sa.JSON()),
+    )
+    sealed = Table(
+        "users",
+        MetaData(),
+        Column("id", sa.Integer(), primary_key=True),
+        Column("owner", type_),
+        Column("credentials", EncryptedJSON(bound_to=["owner"])),
+    )
+    metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(plain.insert().values(id=1, owner=value, credentials={"a": 1}))
+    # SQLite tells of an Enum that it is a VARCHAR, as of any other text.
+    if stored and not (engine.dialect.name == "sqlite" and isinstance(type_, sa.Enum)):
+        with pytest.raises(LucentError, match="as the model has it"):
+            encrypt(engine, sa.JSON(), bound_to=["owner"])
+        with engine.connect() as connection:
+            assert connection.scalars(sa.select(plain.c.credentials)).one() == {"a": 1}
+        encrypt(engine, sa.JSON(), bound_to={"owner": type_})
+    elif stored:
+        encrypt(engine, sa.JSON(), bound_to={"owner": type_})
+    else:
+        encrypt(engine, sa.JSON(), bound_to=["owner"])
+    with engine.connect() as connection:
+        found = connection.execute(sa.select(sealed.c.owner, sealed.c.credentials)).one()
+    assert found.credentials.open(row=(found.owner,)) == {"a": 1}
 
 
 def test_the_engines_json_functions_are_honoured(engine: Engine) -> None:
