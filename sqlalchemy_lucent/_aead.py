@@ -86,7 +86,8 @@ class Subkey:
         """
         nonce = os.urandom(NONCE_SIZE)
         try:
-            ciphertext = self._aead.encrypt(nonce, plaintext, self.associated_data + row)
+            associated_data = self.associated_data + row if row else self.associated_data
+            ciphertext = self._aead.encrypt(nonce, plaintext, associated_data)
         except OverflowError:
             pass
         else:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Final, Generic, TypeVar, get_args
 
 import msgspec
+from msgspec import inspect
 
-from ._json import STRICT, member_path
+from ._json import STRICT, path_of
 from .exceptions import ConfigurationError, SchemaMismatchError, SerializationError
 
 T = TypeVar("T")
@@ -24,7 +25,30 @@ T = TypeVar("T")
 _SPEAKABLE_FAULT: Final = re.compile(
     r"(Expected `[a-z0-9_ |-]+`, got `[a-z]+`|Object missing required field `\w+`)(?= - at |$)"
 )
-_PATH: Final = re.compile(r" - at (?:`(?P<part>key|value)` in )?`(?P<path>\$[^`]*)`$")
+_PATH: Final = re.compile(r" - at (?:`(?P<part>key|value)` in )?`\$(?P<path>[^`]*)`$")
+_STEP: Final = re.compile(r"\.(?P<name>[^.\[]+)|\[(?P<index>\d+)\]|\[\.\.\.\]")
+
+_IMMUTABLE: Final = (
+    inspect.NoneType,
+    inspect.BoolType,
+    inspect.IntType,
+    inspect.FloatType,
+    inspect.StrType,
+    inspect.BytesType,
+    inspect.DateTimeType,
+    inspect.DateType,
+    inspect.TimeType,
+    inspect.TimeDeltaType,
+    inspect.UUIDType,
+    inspect.DecimalType,
+    inspect.EnumType,
+    inspect.LiteralType,
+    # What is in these, or is annotated, is looked at by itself.
+    inspect.UnionType,
+    inspect.Metadata,
+)
+_COLLECTIONS: Final = (inspect.DictType, inspect.ListType, inspect.TypedDictType, inspect.AnyType)
+_TUPLES: Final = (inspect.TupleType, inspect.VarTupleType, inspect.FrozenSetType)
 
 
 class Schema(Generic[T]):
@@ -36,16 +60,18 @@ class Schema(Generic[T]):
     The type must define equality, as dataclasses, Structs and models do by default.
     """
 
-    __slots__ = ("_decode", "_encode", "type")
+    __slots__ = ("_decode", "_describe", "_encode", "type")
 
     def __init__(self, type_: type[T]) -> None:
         self.type = type_
         self._decode: Callable[[bytes], T]
         self._encode: Callable[[T], Any]
+        self._describe: Callable[[], Any] = partial(inspect.type_info, type_)
         if _is_pydantic(type_):
             from pydantic import TypeAdapter
 
             adapter = TypeAdapter(type_)
+            self._describe = lambda: adapter.core_schema
             self._decode = partial(adapter.validate_json, strict=True)
             self._encode = partial(
                 adapter.dump_python, mode="json", by_alias=True, round_trip=True, warnings="error"
@@ -70,7 +96,8 @@ class Schema(Generic[T]):
         try:
             return self._decode(data)
         except Exception as error:  # noqa: BLE001  (the type's own code may raise anything)
-            fault = _explain(error)
+            fault = self._explain(error)
+        del document, data  # a tracker of errors would send them
         raise SchemaMismatchError(f"a document does not fit {_name(self.type)}: {fault}")
 
     def dump(self, value: T) -> Any:
@@ -78,6 +105,7 @@ class Schema(Generic[T]):
 
         :raises SerializationError: it is not of the type, or would not come back equal.
         """
+        document = None
         try:
             document = self._encode(value)
         except Exception as error:  # noqa: BLE001
@@ -89,7 +117,56 @@ class Schema(Generic[T]):
                 fault = f"it is of type {_name(type(value))}, and would not come back equal"
             except SchemaMismatchError as error:
                 fault = str(error)
+        del value, document  # a tracker of errors would send them
         raise SerializationError(f"$: a value is not one of {_name(self.type)}: {fault}")
+
+    def untracked_part(self) -> str | None:
+        """Return the name of a type in this one whose values may be edited without our seeing it;
+        ``None`` if all that can be edited is a dict or a list.
+        """
+        root = self._describe()
+        if not isinstance(root, msgspec.Struct):
+            return _name(self.type)  # pydantic's
+        for node in _walk(root):
+            if isinstance(node, _TUPLES):
+                # A dict or a list in a tuple is not seen either.
+                if not all(isinstance(n, (*_TUPLES, *_IMMUTABLE)) for n in _types_in(node)):
+                    return type(node).__name__.removesuffix("Type").lower()
+            elif isinstance(node, inspect.Type) and not isinstance(
+                node, (*_COLLECTIONS, *_IMMUTABLE)
+            ):
+                class_ = getattr(node, "cls", None)
+                return _name(class_) if class_ else type(node).__name__.removesuffix("Type").lower()
+        return None
+
+    def _explain(self, error: Exception) -> str:
+        """Return the path and the kind of a fault, and nothing of the document."""
+        if isinstance(error, msgspec.MsgspecError):
+            message = str(error)
+            found = _PATH.search(message)
+            steps = _STEP.finditer(found["path"]) if found else ()
+            path = self._path(int(s["index"]) if s["index"] else s["name"] for s in steps)
+            if found and found["part"]:
+                path = f"a {found['part']} in {path}"
+            fault = _SPEAKABLE_FAULT.match(message)
+            return f"{path}: {fault[1] if fault else 'the value breaks a rule of its type'}"
+        pydantic = sys.modules.get("pydantic")
+        if pydantic is not None and isinstance(error, pydantic.ValidationError):
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            return f"{self._path(first['loc'])}: {first['type']}"
+        return f"$: {type(error).__name__}"
+
+    def _path(self, parts: Iterable[int | str | None]) -> str:
+        """Return a path with the names that the type has; others are the document's own."""
+        names: set[str] = set()
+        steps = []
+        for part in parts:
+            if isinstance(part, int):
+                steps.append(f"[{part}]")
+                continue
+            names = names or set(_field_names(self._describe()))
+            steps.append(f".{part}" if part in names else "[...]")
+        return path_of(steps)
 
     def __reduce__(self) -> tuple[type[Schema[T]], tuple[type[T]]]:
         # The converters are not pickled; they are made anew.
@@ -107,21 +184,33 @@ def _name(type_: Any) -> str:
     return type_.__name__ if isinstance(type_, type) else str(type_)
 
 
-def _explain(error: Exception) -> str:
-    """Return the path and the kind of a fault, and nothing of the document."""
-    if isinstance(error, msgspec.MsgspecError):
-        message = str(error)
-        found = _PATH.search(message)
-        path = found["path"] if found else "$"
-        if found and found["part"]:
-            path = f"a {found['part']} in {path}"
-        fault = _SPEAKABLE_FAULT.match(message)
-        return f"{path}: {fault[1] if fault else 'the value breaks a rule of its type'}"
-    pydantic = sys.modules.get("pydantic")
-    if pydantic is not None and isinstance(error, pydantic.ValidationError):
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        path = "$"
-        for part in first["loc"]:
-            path = f"{path}[{part}]" if isinstance(part, int) else member_path(path, part)
-        return f"{path}: {first['type']}"
-    return f"$: {type(error).__name__}"
+def _walk(root: object) -> Iterator[object]:
+    """Go through the description of a type, as msgspec or pydantic give it."""
+    seen, waiting = set(), [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        if isinstance(node, msgspec.Struct):
+            waiting.extend(getattr(node, name) for name in node.__struct_fields__)
+        elif isinstance(node, dict):
+            waiting.extend(node.values())
+        elif isinstance(node, (list, tuple)):
+            waiting.extend(node)
+
+
+def _types_in(node: object) -> Iterator[object]:
+    return (part for part in _walk(node) if isinstance(part, inspect.Type))
+
+
+def _field_names(root: object) -> Iterator[str]:
+    for node in _walk(root):
+        if isinstance(node, inspect.Field):
+            yield node.encode_name
+        elif isinstance(node, dict):
+            fields, aliases = node.get("fields"), node.get("validation_alias")
+            yield from fields if isinstance(fields, dict) else ()
+            # Beside an alias, the name is only accepted where the model says so.
+            yield from (part for part in _walk([aliases, node.get("name")]) if type(part) is str)

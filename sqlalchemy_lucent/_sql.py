@@ -8,13 +8,15 @@ databases raise an error for a substring of negative length.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
 
-from sqlalchemy import BinaryExpression, String
+from sqlalchemy import BinaryExpression, Boolean, CompoundSelect, Select, String
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql import elements
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.selectable import ScalarSelect, SelectStatementGrouping
 
 from ._envelope import FORMAT_AES_256_GCM, KEY_ID_SIZE, MAX_VERSION_LENGTH
 from .exceptions import UnsupportedOperationError
@@ -33,6 +35,18 @@ class key_id(FunctionElement[str]):  # noqa: N801
 
     name = "lucent_key_id"
     type = String(2 * KEY_ID_SIZE)
+    inherit_cache = True
+
+
+class is_sealed(FunctionElement[bool]):  # noqa: N801
+    """Whether a value is sealed, for CHECK constraints; not true and not false for NULL.
+
+    It says what ``key_version IS NOT NULL`` says in less SQL. PostgreSQL reads a constraint anew
+    for each statement, so its length counts there; SQLite calls each function for each row.
+    """
+
+    name = "lucent_is_sealed"
+    type = Boolean()
     inherit_cache = True
 
 
@@ -104,17 +118,49 @@ _FORMS: Final[dict[str, dict[str, str]]] = {
 }
 _FORMS["mariadb"] = _FORMS["mysql"]
 
+# The version has no colon, so the first colon before a format byte is its end.
+_END: Final = f"3A{_FORMAT}"
+_SEALED: Final[dict[str, str]] = {
+    "sqlite": (
+        # Fast path: v0 to v9, with one function. A blob is greater than an empty one, and nothing
+        # else is.
+        f"({{value}} >= x'7630' AND {{value}} < x'763A' AND substr({{value}}, 3, 2) = x'{_END}'"
+        " OR {value} > x''"
+        f" AND instr({{value}}, x'{_END}') BETWEEN 2 AND {MAX_VERSION_LENGTH + 1}"
+        f" AND CAST(substr({{value}}, 1, instr({{value}}, x'{_END}') - 1) AS TEXT)"
+        " NOT GLOB '*[^A-Za-z0-9._-]*'"
+        f" AND instr({{value}}, x'00') NOT BETWEEN 1 AND instr({{value}}, x'{_END}'))"
+    ),
+    "postgresql": (
+        # encode() leaves nothing but ASCII, so \w is what it is in C.
+        f"(encode(substr({{value}}, 1, {MAX_VERSION_LENGTH + 2}), 'escape')"
+        rf" ~ '^[\w.-]{{{{1,{MAX_VERSION_LENGTH}}}}}:\u00{_FORMAT}')"
+    ),
+    "mysql": (
+        f"(LOCATE(x'{_END}', {{value}}) BETWEEN 2 AND {MAX_VERSION_LENGTH + 1}"
+        f" AND CONVERT(SUBSTRING({{value}}, 1, LOCATE(x'{_END}', {{value}}) - 1) USING ascii)"
+        " COLLATE ascii_bin NOT REGEXP '[^A-Za-z0-9._-]')"
+    ),
+}
+_SEALED["mariadb"] = _SEALED["mysql"]
 
-def _render(result: str, element: FunctionElement[str], compiler: SQLCompiler, **kw: Any) -> str:
-    form = _FORMS.get(compiler.dialect.name)
-    if form is None:
+
+def has_form(dialect_name: str) -> bool:
+    """Say whether these functions have a SQL form for a dialect."""
+    return dialect_name in _FORMS
+
+
+def _render(result: str, element: FunctionElement[Any], compiler: SQLCompiler, **kw: Any) -> str:
+    if not has_form(compiler.dialect.name):
         raise UnsupportedOperationError(
             f"{result} has no SQL form for the dialect {compiler.dialect.name!r}; "
             f"there is one for {', '.join(_FORMS)}"
         )
     (argument,) = element.clauses
     parts = {"value": compiler.process(argument, **kw)}
-    for name, template in form.items():
+    if result == "is_sealed":
+        return _SEALED[compiler.dialect.name].format(**parts)
+    for name, template in _FORMS[compiler.dialect.name].items():
         parts[name] = template.format(**parts)
     return _GUARDED.format(result=parts[result], **parts)
 
@@ -127,3 +173,64 @@ def _compile_key_version(element: key_version, compiler: SQLCompiler, **kw: Any)
 @compiles(key_id)
 def _compile_key_id(element: key_id, compiler: SQLCompiler, **kw: Any) -> str:
     return _render("key_id", element, compiler, **kw)
+
+
+@compiles(is_sealed)
+def _compile_is_sealed(element: is_sealed, compiler: SQLCompiler, **kw: Any) -> str:
+    return _render("is_sealed", element, compiler, **kw)
+
+
+# -- where a value comes from ----------------------------------------------------------------------
+
+_WRAPPERS: Final = {
+    elements.Grouping: "element",
+    elements.Label: "element",
+    elements.Over: "element",
+    elements.FunctionFilter: "func",
+}
+"""Expressions that have the value and the type of an expression inside, and where they keep it."""
+
+
+def sources(expression: Any) -> Iterator[Any]:
+    """Give the expressions that the value of `expression` may be taken from: columns of tables,
+    parameters, and whatever else passes on no value of the same type.
+
+    The conditions of a CASE are left out. A function passes on its arguments if it has the type
+    of one of them, as ``coalesce`` does.
+    """
+    inner: Any = ()
+    for kind, attribute in _WRAPPERS.items():
+        if isinstance(expression, kind):
+            inner = [getattr(expression, attribute)]
+    if isinstance(expression, elements.Case):
+        inner = [value for _, value in expression.whens]
+        inner += [] if expression.else_ is None else [expression.else_]
+    elif isinstance(expression, FunctionElement):
+        arguments = list(expression.clauses)
+        inner = arguments if any(a.type is expression.type for a in arguments) else []
+    elif isinstance(expression, ScalarSelect):
+        yield from selected(expression.element, 0)
+        return
+    elif isinstance(expression, elements.ColumnClause):
+        inner = [base for base in expression.base_columns if base is not expression]
+    if not inner:
+        yield expression
+    for element in inner:
+        yield from sources(element)
+
+
+def selected(query: Any, position: int) -> Iterator[Any]:
+    """Give the sources of a query's column at `position`, in every member of a UNION."""
+    for columns in columns_of_members(query):
+        yield from sources(columns[position]) if position < len(columns) else [query]
+
+
+def columns_of_members(query: Any) -> Iterator[list[Any]]:
+    """Give the columns of a query, or those of each member of a UNION."""
+    if isinstance(query, SelectStatementGrouping):
+        query = query.element
+    if isinstance(query, CompoundSelect):
+        for member in query.selects:
+            yield from columns_of_members(member)
+    else:
+        yield list(query.inner_columns if isinstance(query, Select) else query.selected_columns)

@@ -58,8 +58,8 @@ class InvalidKeyError(LucentError, ValueError):
 class SerializationError(LucentError, TypeError, ValueError):
     """A value that JSON would not give back equal.
 
-    The message gives the path of the fault (``$.tokens[2].expiry``) and the type found there,
-    never the value.
+    The message gives the path of the fault and the type found there, never the value. A name is
+    data, so a path has the place of a member: ``$.{1st}[2].{3rd}``.
     """
 
 

@@ -128,9 +128,11 @@ class ContextKeys:
         plaintext = subkey.open(sealed, row)
         if plaintext is None:
             raise TamperedError(
-                f"a value in {self._context} does not open, though the keyring has its key: "
-                "the bytes were changed, or were sealed for another row, column or table. "
-                "If the table or column was renamed, pass the old name as EncryptedJSON(context=)"
+                f"a value in {self._context} does not open, though the keyring has its key: it "
+                "was sealed for another column, table or row, or its bytes were changed. If one "
+                "result column takes values from several columns (UNION, concrete inheritance, "
+                "coalesce), select from a subquery or give them one context. If the table or "
+                "column was renamed, pass the old name as EncryptedJSON(context=). " + _VERIFY
             )
         return plaintext
 
@@ -141,20 +143,24 @@ class ContextKeys:
             return NotSealedError(
                 f"{where} is {len(sealed)} bytes that EncryptedJSON did not write "
                 f"({_shape(sealed)}); if the column held data before it was encrypted, "
-                "seal that data first with a migration that encrypts the column"
+                "seal that data first with a migration that encrypts the column. " + _VERIFY
             )
         keyring, version = self._keyring, envelope.version
         master = keyring._master_keys.get(version)
         if master is None:
             return UnknownKeyVersionError(
                 f"{where} is sealed under key version {version!r}; the keyring has "
-                f"{', '.join(map(repr, keyring.versions))}. Add the key of {version!r} to it"
+                f"{', '.join(map(repr, keyring.versions))}. Add the key of {version!r} to it. "
+                + _VERIFY
             )
         return WrongKeyError(
             f"{where} was sealed under another key of the name {version!r}: the value has "
             f"fingerprint {envelope.key_id.hex()}, the keyring's key has {master.key_id.hex()}. "
-            "A new key needs a new version"
+            "A new key needs a new version. " + _VERIFY
         )
+
+
+_VERIFY: Final = "verify() lists the rows that do not open"
 
 
 def _shape(data: bytes) -> str:

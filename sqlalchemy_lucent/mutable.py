@@ -14,6 +14,9 @@ the document's *owner*, the attribute that holds it, of each edit. A document ha
 set on an attribute, or put into another document, is copied. So is a container that goes into
 the document from outside; edit the copy, ``account.credentials["new"]``.
 
+SQLModel puts what is set into the object itself, past the event that tracks it; such a value is
+tracked once it was flushed.
+
 Tracked values are a real ``dict`` and ``list``. ``copy.deepcopy()`` gives a value that is not
 tracked; a pickle of the model keeps the tracking, a pickle of the value alone has no owner.
 """
@@ -158,7 +161,7 @@ class TrackedDict(dict[str, Any]):
     def __repr__(self) -> str:
         return "<redacted dict>" if self._owner.redacts else super().__repr__()
 
-    __str__ = __repr__
+    __sentry_repr__ = __repr__
 
 
 class TrackedList(list[Any]):
@@ -245,7 +248,7 @@ class TrackedList(list[Any]):
     def __repr__(self) -> str:
         return "<redacted list>" if self._owner.redacts else super().__repr__()
 
-    __str__ = __repr__
+    __sentry_repr__ = __repr__
 
 
 _TRACKED: Final = (TrackedDict, TrackedList)
@@ -307,6 +310,10 @@ def _listen(attribute: QueryableAttribute[Any], redacts: bool) -> None:
         if not names or key in names:
             load(state)
 
+    def written(_: Any, __: Any, state: InstanceState[Any]) -> None:
+        # SQLModel puts what is set into the object's dict itself, past the event "set".
+        load(state)
+
     def replace(state: InstanceState[Any], value: Any, old: Any, _: Any) -> Any:
         if value is old:
             return value
@@ -330,6 +337,8 @@ def _listen(attribute: QueryableAttribute[Any], redacts: bool) -> None:
         ("load", load),
         ("refresh", refresh),
         ("refresh_flush", refresh),
+        ("after_insert", written),
+        ("after_update", written),
         ("_sa_event_merge_wo_load", load),  # merge(load=False), as sqlalchemy.ext.mutable does
         ("pickle", pickle),
         ("unpickle", unpickle),

@@ -13,10 +13,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
-from sqlalchemy import URL, Engine, MetaData, create_engine, make_url, text
+from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
+
+from sqlalchemy_lucent import EncryptedJSON
 
 POSTGRESQL_VARIABLE = "LUCENT_TEST_POSTGRESQL_URL"
 MYSQL_VARIABLE = "LUCENT_TEST_MYSQL_URL"
@@ -52,7 +55,8 @@ def _reachable(url: URL) -> str | None:
         engine.dispose()
 
 
-def _unavailable(what: str) -> None:
+def unavailable(what: str) -> NoReturn:
+    """Skip the test, saying what it lacks; with CI=true, fail it."""
     if in_ci():
         pytest.fail(f"CI=true, and {what}", pytrace=False)
     pytest.skip(what)
@@ -68,9 +72,9 @@ def server(kind: str, directory: Path) -> Iterator[URL]:
         if fault is None:
             yield url
         elif named:
-            _unavailable(f"{POSTGRESQL_VARIABLE} names a server that cannot be reached: {fault}")
+            unavailable(f"{POSTGRESQL_VARIABLE} names a server that cannot be reached: {fault}")
         elif in_ci():
-            _unavailable(f"there is no PostgreSQL at 127.0.0.1:5432: {fault}")
+            unavailable(f"there is no PostgreSQL at 127.0.0.1:5432: {fault}")
         else:
             with warnings.catch_warnings():
                 # It warns when there is no XDG_RUNTIME_DIR, and does without.
@@ -87,7 +91,7 @@ def server(kind: str, directory: Path) -> Iterator[URL]:
         url = make_url(named or LOCAL_MYSQL)
         fault = _reachable(url)
         if fault is not None:
-            _unavailable(
+            unavailable(
                 f"no MariaDB or MySQL at {MYSQL_VARIABLE} or 127.0.0.1:3306, so its tests "
                 f"do not run: {fault}"
             )
@@ -114,6 +118,26 @@ def own_database(kind: str, directory: Path, prefix: str = "lucent_test") -> Ite
             with admin.connect() as connection:
                 connection.execute(text(f"DROP DATABASE {name}{force}"))
             admin.dispose()
+
+
+def create_unguarded(metadata: MetaData, bind: Engine | Connection) -> None:
+    """Create the tables without the CHECK constraints that refuse what is not sealed.
+
+    For tests of what is there all the same: from before there were constraints, or without them.
+    """
+    types = [
+        column.type
+        for table in metadata.tables.values()
+        for column in table.columns
+        if isinstance(column.type, EncryptedJSON) and column.type.create_constraint
+    ]
+    for type_ in types:
+        type_.create_constraint = False
+    try:
+        metadata.create_all(bind)
+    finally:
+        for type_ in types:
+            type_.create_constraint = True
 
 
 def drop_everything(engine: Engine) -> None:

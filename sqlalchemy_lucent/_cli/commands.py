@@ -42,7 +42,7 @@ from .database import (
     secrets_model,
 )
 from .doctor import examine
-from .rotate import run_rotation, write_failures
+from .rotate import run_rotation, tell_left_out, write_failures
 from .terminal import (
     CommandError,
     Exit,
@@ -217,7 +217,7 @@ def status(
     column: ColumnOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Count values per column and key. Needs no key."""
+    """Count values per column and key. Needs no key, and the primary server."""
     targets = Selection(metadata, table, column).targets()
     with connected(url) as engine:
         present_tables(engine, targets)
@@ -239,6 +239,7 @@ def status(
     )
     if not report.rows:
         tell("no values")
+    tell_left_out(report)
 
 
 @app.command()
@@ -264,6 +265,7 @@ def verify(
     else:
         write(wrapped(f"{counted(report.opened, 'value')} opened in {_names(tables)}") + "\n")
         write_failures(report.failed, report.failed_count)
+        tell_left_out(report)
     raise typer.Exit(Exit.DONE if report.ok else Exit.LEFT)
 
 
@@ -336,34 +338,36 @@ def retire_check(
             help="Count twice, so far apart: longer than your longest transaction.",
         ),
     ] = 0.0,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="VIEW",
+            help="A view or foreign table of your models that shows no value under VERSION; may be "
+            "repeated.",
+        ),
+    ] = None,
 ) -> None:
-    """Say whether any value still needs a key version. Needs no key.
+    """Say whether any value still needs a key version. Opens nothing.
 
-    Name every model that the key was used for: other tables are not looked at.
+    Name every model that the key was used for: other tables are not looked at. The keyring has the
+    version, unless a value does: one that nobody knows is misspelt.
     """
     if not VERSION_PATTERN.fullmatch(version):
         raise CommandError("retire-check takes a key version, such as v1")
     targets = load_targets(metadata)
     with connected(url) as engine:
         tables = present_tables(engine, targets)
-        counts = {(table.name, column.name): 0 for table in tables for column in table.columns}
-        found = lucent.status(engine, targets).rows
-        for row in found:
-            counts[row.table, row.column] += row.count
-        known = {row.key_version for row in found}
-        with contextlib.suppress(lucent.LucentError):  # a keyring is not needed
-            known.update(lucent.default_keyring().versions)
-            if version not in known:
-                raise CommandError(
-                    f"neither the keyring nor any value in {_names(tables)} has a key version "
-                    f"{version!r}: is it misspelt?"
-                )
-        lucent.retire_check(engine, version, targets, settle=settle)
+        lucent.retire_check(engine, version, targets, settle=settle, exclude=exclude or ())
+        report = lucent.status(engine, targets)
+    counts = {(table.name, column.name): 0 for table in tables for column in table.columns}
+    for row in report.rows:
+        counts[row.table, row.column] += row.count
     write_rows(
         ("column", "values"),
         [(f"{table}.{column}", count) for (table, column), count in counts.items()],
     )
     write(wrapped(f"no value in these tables needs key version {version}") + "\n")
+    tell_left_out(report)
     if not settle:
         tell(
             "counted once, which does not see what open transactions are about to commit: "

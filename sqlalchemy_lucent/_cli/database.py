@@ -17,14 +17,25 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import JSON, URL, Column, Engine, String, create_engine, inspect, make_url
+from sqlalchemy import (
+    JSON,
+    URL,
+    Column,
+    Engine,
+    MetaData,
+    String,
+    create_engine,
+    inspect,
+    make_url,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Mapper, registry
 from sqlalchemy.pool import NullPool
 from sqlalchemy.types import TypeEngine
 
 from ..models import LucentBase, LucentSecretMixin
-from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets
+from ..rotation._relations import relation_of
+from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets, tables_in
 from .terminal import CommandError
 
 if TYPE_CHECKING:
@@ -352,21 +363,26 @@ def _column_names(column: Column[Any]) -> set[str]:
 
 
 def present_tables(engine: Engine, targets: Sequence[Target]) -> list[TargetTable]:
-    """Return the tables of `targets`.
+    """Return the tables of `targets`, without what is a view or foreign table there.
 
     :raises CommandError: one is not in the database, or one of the columns that are needed is not,
         or is not encrypted there.
     :raises RotationError: there is no encrypted column among them.
     """
-    tables = resolve_targets(targets, engine)
+    tables = []
     inspector = inspect(engine)
-    for table in tables:
+    for table in resolve_targets(targets, engine):
         name, schema = table.clause.name, table.clause.schema
-        if not inspector.has_table(name, schema=schema):
+        with engine.connect() as connection:
+            found = relation_of(connection, name, schema)
+        if found is None:
             raise CommandError(
                 f"table {table.name} is not in the database ({where(engine.url)}): run your "
                 "migrations, or name another database"
             )
+        if not found.is_table:
+            continue
+        tables.append(table)
         # SQLite and MySQL take a column by its name in any case.
         columns = inspector.get_columns(name, schema=schema)
         types = {c["name"].lower(): c["type"] for c in columns}
@@ -419,10 +435,10 @@ def _secrets_models(target: Any) -> Iterator[type[LucentSecretMixin]]:
         for member in target:
             yield from _secrets_models(member)
         return
-    if isinstance(target, (type, registry)) and not _is_mapped(target):
-        target = getattr(target, "metadata", target)  # a base is all of its tables
+    is_whole = isinstance(target, (MetaData, registry, type)) and not _is_mapped(target)
+    named = tables_in(target) if is_whole else [target]
     for model in _mapped_below(LucentSecretMixin):
-        if any(target is it for it in (model, model.__table__, model.__table__.metadata)):
+        if any(it is model or it is model.__table__ for it in named):
             yield model
 
 

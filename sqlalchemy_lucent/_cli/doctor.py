@@ -1,4 +1,7 @@
-"""``lucent doctor``: look at keys, tables, values, migrations and clock; say what to do."""
+"""``lucent doctor``: look at keys, tables, values, migrations and clock; say what to do.
+
+It opens no value.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,15 @@ from sqlalchemy.types import TypeEngine, _Binary
 
 from .._aead import MASTER_KEY_SIZE
 from .._dialects import is_mysql
-from ..exceptions import ConfigurationError
+from ..exceptions import ConfigurationError, RotationError
 from ..keyring import Keyring, default_keyring
 from ..rotation import StatusRow, status
+from ..rotation._relations import relation_of
+from ..rotation._visible import require_primary
 from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets
 from .database import alembic_config, connected, holds_text, where
 from .terminal import counted
+from .unnamed import unnamed_values
 
 _CLOCK_TOLERANCE: Final = timedelta(seconds=5)
 """A clock kept by NTP is off by milliseconds; a request takes less than this."""
@@ -56,14 +62,30 @@ def examine(targets: Sequence[Target], url: str | None) -> Iterator[Finding]:
         yield from _clock(engine)
         inspector = inspect(engine)
         metadata_tables = {column.table.fullname: column.table for column in columns_in(targets)}
-        for table in resolve_targets(targets, engine):
+        tables = resolve_targets(targets, engine)
+        fault = _why_no_witness(engine)
+        if fault is not None:
+            yield Finding("fix", f"database: {fault}")
+        for table in tables:
             yield from _table(
                 engine,
                 inspector,
                 table,
                 metadata_tables[table.name],
                 keyring if isinstance(keyring, Keyring) else None,
+                counts=fault is None,
             )
+        yield from _unnamed(engine, tables)
+
+
+def _why_no_witness(engine: Engine) -> str | None:
+    """Return why values are not counted here; ``None`` if they are."""
+    with engine.connect() as connection:
+        try:
+            require_primary(connection)
+        except RotationError as error:
+            return str(error)
+    return None
 
 
 def _keyring() -> Keyring | str:
@@ -193,9 +215,20 @@ def _table(
     target: TargetTable,
     table: Table,
     keyring: Keyring | None,
+    *,
+    counts: bool,
 ) -> Iterator[Finding]:
     name, schema = target.clause.name, target.clause.schema
-    if not inspector.has_table(name, schema=schema):
+    with engine.connect() as connection:
+        found = relation_of(connection, name, schema)
+    if found is not None and not found.is_table:
+        yield Finding(
+            "note",
+            f"{target.name}: a {found.kind}, which is left out",
+            "name the tables behind it; retire-check asks for them",
+        )
+        return
+    if found is None:
         yield Finding(
             "fix",
             f"table {target.name}: not in the database",
@@ -216,7 +249,7 @@ def _table(
     yield from _index(inspector, target, table, types)
     sealed = {column.name for column in present if not holds_text(types[column.name])}
     countable = [column for column in columns_in(table) if column.name in sealed]
-    if countable:
+    if countable and counts:
         with engine.connect() as connection:
             yield from _values(connection, table, countable, keyring)
 
@@ -275,6 +308,33 @@ def _values(
         yield Finding("ok", f"table {table.fullname}: no values")
     for row in rows:
         yield _values_under_one_key(row, keyring)
+
+
+def _unnamed(engine: Engine, tables: list[TargetTable]) -> Iterator[Finding]:
+    """Say where sealed values are that no model names."""
+    level: Level = "ok"
+    for found in unnamed_values(engine, tables):
+        if found.unread is not None:
+            level = "note"
+            yield Finding(
+                "note",
+                f"{found.name}: was not looked through for sealed values ({found.unread})",
+                "run doctor as a user who may read it whole",
+            )
+            continue
+        level = "fix"
+        under = ", ".join(f"{number} under {v}" for v, number in found.versions.items())
+        yield Finding(
+            "fix",
+            f"{found.name}: sealed values that no model names: {under}",
+            "name its model with --metadata, so that they are rotated and counted; or delete them "
+            "before the key is retired",
+        )
+    if level == "ok":
+        yield Finding("ok", "other columns of the database: no sealed values")
+    yield Finding(
+        "note", "values: counted by the keys that they name, none was opened", "lucent verify opens"
+    )
 
 
 def _values_under_one_key(row: StatusRow, keyring: Keyring | None) -> Finding:

@@ -21,13 +21,21 @@ from rich.progress import BarColumn, Progress, TextColumn
 from sqlalchemy import Engine
 
 from ..exceptions import LucentError, RotationError
-from ..rotation import FailedRow, RotationProgress, RotationReport, rotate
+from ..rotation import (
+    FailedRow,
+    RotationProgress,
+    RotationReport,
+    StatusReport,
+    VerifyReport,
+    rotate,
+)
 from .database import URL_VARIABLE, Selection, connected
 from .terminal import (
     CommandError,
     Exit,
     console,
     counted,
+    printable,
     tell,
     wrapped,
     write,
@@ -114,6 +122,13 @@ def _write_report(report: RotationReport) -> None:
         if not report.stopped:
             left += ": a process still seals under it, or holds rows locked; run it again"
         write(wrapped(left) + "\n")
+    tell_left_out(report)
+
+
+def tell_left_out(report: RotationReport | StatusReport | VerifyReport) -> None:
+    """Say what was not looked at."""
+    if report.left_out:
+        tell(f"left out, as they are no tables: {', '.join(map(printable, report.left_out))}")
 
 
 def write_failures(failed: Sequence[FailedRow], count: int) -> None:

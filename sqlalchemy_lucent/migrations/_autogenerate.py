@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from typing import Any, Final
 
@@ -25,27 +26,35 @@ from sqlalchemy import (
     JSON,
     Column,
     Connection,
-    Integer,
     LargeBinary,
+    MetaData,
     String,
     Table,
+    Uuid,
     literal,
     select,
 )
 from sqlalchemy import table as table_clause
+from sqlalchemy.exc import NoSuchTableError, UnreflectableTableError
 from sqlalchemy.types import _Binary
 
 from .. import _sql
+from .._row import tells_its_values
 from ..keyring import default_keyring
 from ..rotation import needs_rotation
+from ..rotation._relations import relation_of
 from ..rotation.convert import RebindWorker
-from ..types import EncryptedJSON
+from ..rotation.targets import resolve_targets
+from ..types import EncryptedJSON, has_check
+from ._checks import find_check
 from ._implementations import is_empty
 from ._operations import (
     BoundTo,
     ColumnOp,
     ConvertColumnOp,
+    CreateSealedCheckOp,
     DecryptColumnOp,
+    DropSealedCheckOp,
     EncryptColumnOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
@@ -88,22 +97,105 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
             "This revision changes the schema and converts values. It converts first; if it is "
             "killed later on, it may have to be finished by hand. Two revisions are safer"
         )
+    _free_columns_of_checks(autogen_context, upgrade_ops)
     # First, so that a run that was killed while it converted can begin at the beginning again.
     upgrade_ops.ops[:0] = [*drops, *conversions]
-    columns = [
-        column
-        for table in autogen_context.sorted_tables
-        for column in table.columns
-        if isinstance(column.type, EncryptedJSON)
-    ]
     if not upgrade_ops.is_empty():
-        if columns:
+        tables = autogen_context.sorted_tables
+        if any(isinstance(column.type, EncryptedJSON) for each in tables for column in each.c):
             logger.info("the schema differs; run autogenerate again afterwards for rotations")
         return PriorityDispatchResult.CONTINUE
-    for column in columns:
+    sealed = [
+        column
+        for column in _included_columns(autogen_context)
+        if isinstance(column.type, EncryptedJSON) and _is_in_a_table(connection, column)
+    ]
+    upgrade_ops.ops.extend(_missing_checks(connection, sealed))
+    for column in sealed:
         if not is_empty(connection, column):
             upgrade_ops.ops.extend(_work_on_values(connection, column))
     return PriorityDispatchResult.CONTINUE
+
+
+def _included_columns(autogen_context: AutogenContext) -> Iterator[Column[Any]]:
+    """Give the columns that the environment's filters let autogenerate look at.
+
+    They are asked as Alembic asks them: with what is in the database beside what is in the models.
+    """
+    assert autogen_context.connection is not None
+    inspector = autogen_context.inspector
+    default_schema = autogen_context.connection.dialect.default_schema_name
+    for table in autogen_context.sorted_tables:
+        schema = None if table.schema == default_schema else table.schema
+        if not (
+            (schema is None or autogen_context.opts.get("include_schemas"))
+            and autogen_context.run_name_filters(schema, "schema", {})
+            and autogen_context.run_name_filters(table.name, "table", {"schema_name": schema})
+        ):
+            continue
+        found = Table(table.name, MetaData(), schema=schema)
+        with suppress(NoSuchTableError, UnreflectableTableError):
+            inspector.reflect_table(found, None, resolve_fks=False)
+        there = found if len(found.columns) else None
+        if not autogen_context.run_object_filters(table, table.name, "table", False, there):
+            continue
+        for column in table.columns:
+            name, beside = column.name, found.columns.get(column.name)
+            if autogen_context.run_name_filters(
+                name, "column", {"table_name": table.name, "schema_name": schema}
+            ) and autogen_context.run_object_filters(column, name, "column", False, beside):
+                yield column
+
+
+def _is_in_a_table(connection: Connection, column: Column[Any]) -> bool:
+    table = column.table
+    assert isinstance(table, Table)
+    (target,) = resolve_targets(column, connection)
+    found = relation_of(connection, target.clause.name, target.clause.schema)
+    if found is not None and found.is_table:
+        return True
+    what = "not in this database" if found is None else f"a {found.kind}"
+    logger.info("left out %s, which is %s", table.fullname, what)
+    return False
+
+
+def _free_columns_of_checks(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
+    """Have a CHECK dropped before its column is, on a copy of a SQLite table.
+
+    Batch mode reflects the constraint as text, and would write it into a table without the column.
+    """
+    connection = autogen_context.connection
+    assert connection is not None
+    if connection.dialect.name != "sqlite" or not autogen_context.opts.get("render_as_batch"):
+        return
+    for table_ops in list(upgrade_ops.ops):
+        if not isinstance(table_ops, ModifyTableOps):
+            continue
+        name, schema = table_ops.table_name, table_ops.schema
+        for operation in table_ops.ops:
+            if isinstance(operation, DropColumnOp):
+                dropped = operation.column_name
+                if find_check(connection, name, dropped, schema):
+                    upgrade_ops.ops.insert(0, DropSealedCheckOp(name, dropped, schema=schema))
+            elif isinstance(operation, AddColumnOp):
+                added = operation.column
+                if has_check(added, connection.dialect):
+                    # It comes with the column, and is there for its reverse.
+                    upgrade_ops.ops.append(CreateSealedCheckOp(name, added.name, schema=schema))
+
+
+def _missing_checks(
+    connection: Connection, columns: Iterable[Column[Any]]
+) -> Iterator[CreateSealedCheckOp]:
+    """Offer the CHECK constraint where the table was made before there was one."""
+    for column in columns:
+        table = column.table
+        assert isinstance(table, Table)
+        if has_check(column, connection.dialect) and not find_check(
+            connection, table.name, column.name, table.schema
+        ):
+            logger.info("Detected that %s takes values that are not sealed", column)
+            yield CreateSealedCheckOp(table.name, column.name, schema=table.schema)
 
 
 def _warn_of_renames(upgrade_ops: UpgradeOps) -> None:
@@ -234,6 +326,7 @@ def _conversion_for(connection: Connection, operation: AlterColumnOp) -> Convert
             schema=schema,
             context=new.explicit_context,
             bound_to=new.bound_to,
+            create_constraint=new.create_constraint,
         )
     if isinstance(new, (JSON, String)) and isinstance(old, _Binary):
         owner = table_clause(operation.table_name, Column(name, LargeBinary), schema=schema)
@@ -295,7 +388,8 @@ def _bound_to_with_types(column: Column[Any]) -> BoundTo:
     bound = [column.table.c[key] for key in type_.bound_to]
     if all(
         type(c.type).__mro__[0].__module__.startswith("sqlalchemy.")
-        and isinstance(c.type, (Integer, String))
+        and tells_its_values(c.type)
+        and not isinstance(c.type, Uuid)
         for c in bound
     ):
         return [c.name for c in bound]
@@ -317,17 +411,14 @@ def _setup_lint(plugin: Any) -> None:
 
 def _warn_of_plain_secrets(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> Any:
     """Warn of columns that are named like secrets and hold JSON, text or bytes as they are."""
-    for table in autogen_context.sorted_tables:
-        for column in table.columns:
-            if isinstance(column.type, (JSON, String, _Binary)) and _LOOKS_SECRET.search(
-                column.name
-            ):
-                logger.warning(
-                    "%s looks like a secret and is stored as it is (%s); "
-                    "consider EncryptedJSON and op.encrypt_column()",
-                    column,
-                    type(column.type).__name__,
-                )
+    for column in _included_columns(autogen_context):
+        if isinstance(column.type, (JSON, String, _Binary)) and _LOOKS_SECRET.search(column.name):
+            logger.warning(
+                "%s looks like a secret and is stored as it is (%s); "
+                "consider EncryptedJSON and op.encrypt_column()",
+                column,
+                type(column.type).__name__,
+            )
     return PriorityDispatchResult.CONTINUE
 
 

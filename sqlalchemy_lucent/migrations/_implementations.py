@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect as python_inspect
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from alembic.operations import Operations
+from alembic.operations import Operations, ops, toimpl
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import (
     Column,
@@ -16,36 +18,40 @@ from sqlalchemy import (
     MetaData,
     Table,
     func,
-    inspect,
     literal,
     select,
 )
 from sqlalchemy import column as column_clause
 from sqlalchemy import table as table_clause
-from sqlalchemy.exc import PendingRollbackError
-from sqlalchemy.types import NullType, TypeEngine, _Binary
+from sqlalchemy.types import NullType, TypeEngine, _Binary, to_instance
 
 from .. import _sql
 from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
 from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate
+from ..rotation._faults import Fault, errors_of, fault_of
 from ..rotation._visible import refuse_hidden_rows
 from ..rotation.convert import RebindWorker
 from ..rotation.engine import run_workers
-from ..types import EncryptedJSON
+from ..types import EncryptedJSON, refuse_server_default
+from ._checks import create_check, declared_check, drop_check
 from ._conversion import convert_column, log_failures
 from ._operations import (
     ColumnOp,
     ConvertColumnOp,
     CreateLucentSecretsOp,
+    CreateSealedCheckOp,
     DecryptColumnOp,
     DropLucentSecretsOp,
+    DropSealedCheckOp,
     EncryptColumnOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
+    SealedCheckOp,
     bound_types,
 )
+from ._reflect import reflect_table, translated
 
 logger = logging.getLogger("alembic.runtime.migration.lucent")
 
@@ -65,9 +71,11 @@ def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp)
                 f"offline, nothing can tell whether {name} holds secrets; "
                 "to drop it whatever it holds, pass force=True"
             )
-        refuse_hidden_rows(operations.get_bind(), name, operation.schema)
-        counted = select(func.count()).select_from(table_clause(name, schema=operation.schema))
-        count = operations.get_bind().scalar(counted)
+        connection = operations.get_bind()
+        schema = translated(connection, operation.schema)
+        refuse_hidden_rows(connection, name, schema)
+        counted = select(func.count()).select_from(table_clause(name, schema=schema))
+        count = connection.scalar(counted)
         if count:
             raise RotationError(
                 f"{name} holds {count} secrets, which nothing could bring back; "
@@ -76,7 +84,42 @@ def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp)
     operations.impl.drop_table(secrets_table(MetaData(), name, schema=operation.schema))
 
 
+_Op = TypeVar("_Op", bound=ColumnOp | SealedCheckOp)
+_Implementation = Callable[[Operations, _Op], None]
+
+
+def _in_our_words(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
+    """Have `implementation` raise an error of ours where the database or its driver ends it."""
+    name = implementation.__name__.removeprefix("_")
+
+    def carry_out(operations: Operations, operation: _Op) -> None:
+        context = operations.migration_context
+        connection = context.connection
+        if context.as_sql or connection is None:
+            return implementation(operations, operation)
+        errors: tuple[type[Exception], ...] = (Fault, *errors_of(connection.dialect))
+        try:
+            return implementation(operations, operation)
+        except errors as error:
+            fault = (
+                error
+                if isinstance(error, Fault)
+                else fault_of(error, connection.dialect, lost=connection.invalidated)
+            )
+            names = (operation.schema, operation.table_name, operation.column_name)
+            message = (
+                f"the database ended {name} of {'.'.join(filter(None, names))}: {fault.said}. "
+                "Batches that were committed stay, and the revision is not stamped. "
+                f"{fault.again()}"
+            )
+        # Not chained: SQLAlchemy's error has the parameters.
+        raise RotationError(message)
+
+    return carry_out
+
+
 @Operations.implementation_for(RotateEncryptedColumnOp)
+@_in_our_words
 def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedColumnOp) -> None:
     context = operations.migration_context
     name = operation.full_name
@@ -107,11 +150,13 @@ def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedC
 
 
 @Operations.implementation_for(EncryptColumnOp)
+@_in_our_words
 def _encrypt_column(operations: Operations, operation: EncryptColumnOp) -> None:
     _convert(operations, operation, f"encrypt_column of {operation.full_name}")
 
 
 @Operations.implementation_for(DecryptColumnOp)
+@_in_our_words
 def _decrypt_column(operations: Operations, operation: DecryptColumnOp) -> None:
     _convert(operations, operation, f"decrypt_column of {operation.full_name}")
 
@@ -120,10 +165,52 @@ def _convert(operations: Operations, operation: ConvertColumnOp, what: str) -> N
     context = operations.migration_context
     _refuse_where_batches_cannot_commit(context, what)
     with _autocommit_block(context):
-        convert_column(operations, operation.plan())
+        plan = operation.plan()
+        schema = translated(operations.get_bind(), plan.schema)
+        convert_column(operations, replace(plan, schema=schema))
+
+
+@Operations.implementation_for(CreateSealedCheckOp)
+@_in_our_words
+def _create_sealed_check(operations: Operations, operation: CreateSealedCheckOp) -> None:
+    where = _place_of_check(operations, operation)
+    if operations.migration_context.as_sql:
+        operations.impl.add_constraint(declared_check(operations, *where))
+        return
+    with _autocommit_block(operations.migration_context):
+        create_check(operations, *where)
+
+
+@Operations.implementation_for(DropSealedCheckOp)
+@_in_our_words
+def _drop_sealed_check(operations: Operations, operation: DropSealedCheckOp) -> None:
+    where = _place_of_check(operations, operation)
+    if operations.migration_context.as_sql:
+        check = declared_check(operations, *where)
+        operations.drop_constraint(
+            str(check.name), operation.table_name, type_="check", schema=operation.schema
+        )
+        return
+    with _autocommit_block(operations.migration_context):
+        drop_check(operations, *where)
+
+
+def _place_of_check(
+    operations: Operations, operation: SealedCheckOp
+) -> tuple[str, str, str | None]:
+    context = operations.migration_context
+    if not context.as_sql or context.dialect.name == "sqlite":
+        _refuse_where_batches_cannot_commit(
+            context, f"{operation.name} of {operation.table_name}.{operation.column_name}"
+        )
+    schema = operation.schema
+    if not context.as_sql:
+        schema = translated(operations.get_bind(), schema)
+    return operation.table_name, operation.column_name, schema
 
 
 @Operations.implementation_for(RebindEncryptedColumnOp)
+@_in_our_words
 def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedColumnOp) -> None:
     context = operations.migration_context
     name = operation.full_name
@@ -156,6 +243,8 @@ def _autocommit_block(context: MigrationContext) -> Iterator[None]:
     SQLAlchemy gives a connection up that is interrupted (Ctrl-C) or lost; the block fails to end
     on it, and that failure would be all that is said.
     """
+    assert context.connection is not None
+    errors = errors_of(context.connection.dialect)
     cause: BaseException | None = None
     try:
         with context.autocommit_block():
@@ -169,7 +258,7 @@ def _autocommit_block(context: MigrationContext) -> Iterator[None]:
                         "the revision is not stamped. Run it again to go on"
                     )
                 raise
-    except PendingRollbackError:
+    except errors:
         if cause is None:
             raise
     if cause is not None:
@@ -206,7 +295,9 @@ def is_empty(connection: Connection, column: Column[Any]) -> bool:
     return connection.execute(statement).first() is None
 
 
-def _is_plain(connection: Connection, operation: ColumnOp, type_: TypeEngine[Any]) -> bool:
+def _is_plain(
+    connection: Connection, operation: ColumnOp, schema: str | None, type_: TypeEngine[Any]
+) -> bool:
     """Say whether the column never held a sealed value, as far as its type tells."""
     if isinstance(getattr(type_, "data_type", type_), (_Binary, NullType)):  # of a domain
         return False
@@ -214,7 +305,7 @@ def _is_plain(connection: Connection, operation: ColumnOp, type_: TypeEngine[Any
         return True
     # Whatever type is declared there, a value may be of another.
     value: ColumnElement[Any] = column_clause(operation.column_name)
-    owner = table_clause(operation.table_name, schema=operation.schema)
+    owner = table_clause(operation.table_name, schema=schema)
     sealed = _sql.key_version(value).is_not(None)
     statement = select(func.count(), func.count().filter(sealed)).select_from(owner)
     has, has_sealed = connection.execute(statement.where(value.is_not(None))).one()
@@ -247,41 +338,40 @@ def _reflect(
     connection: Connection, operation: ColumnOp, accept_contexts: Iterable[str]
 ) -> Column[Any]:
     """Return the column, in its table as the database has it, with the type of the migration."""
-    inspector = inspect(connection)
-    full_name = ".".join(filter(None, (operation.schema, operation.table_name)))
-    if not inspector.has_table(operation.table_name, schema=operation.schema):
-        raise RotationError(f"there is no table {full_name} in this database")
-    types = {
-        column["name"]: column["type"]
-        for column in inspector.get_columns(operation.table_name, schema=operation.schema)
-    }
-    missing = {operation.column_name, *operation.bound_to} - types.keys()
-    if missing:
-        raise RotationError(f"table {full_name} has no column {', '.join(sorted(missing))}")
-    key = inspector.get_pk_constraint(operation.table_name, schema=operation.schema)
-    keys = key["constrained_columns"]
-    if not keys:
-        raise RotationError(
-            f"table {full_name} has no primary key; a rotation needs one to go through the rows "
-            "in order"
-        )
-    name, type_ = operation.full_name, types[operation.column_name]
-    if _is_plain(connection, operation, type_):
+    schema = translated(connection, operation.schema)
+    needed = (operation.column_name, *operation.bound_to)
+    reflected = reflect_table(connection, operation.table_name, schema, needed)
+    name, type_ = operation.full_name, reflected.columns[operation.column_name]["type"]
+    if _is_plain(connection, operation, schema, type_):
         raise RotationError(
             f"{name} is a column of the type {type(type_).__name__}, and not an encrypted one; "
             "op.encrypt_column() makes it one"
         )
-    types.update({n: t for n, t in bound_types(operation.bound_to).items() if t is not None})
-    types[operation.column_name] = EncryptedJSON(
+    sealed_type = EncryptedJSON(
         context=operation.own_context,
         accept_contexts=accept_contexts,
         bound_to=tuple(operation.bound_to),
     )
-    names = dict.fromkeys([*keys, *operation.bound_to, operation.column_name])
     table = Table(
         operation.table_name,
         MetaData(),
-        *(Column(name, types[name], primary_key=name in keys) for name in names),
-        schema=operation.schema,
+        *reflected.identity(connection, bound_types(operation.bound_to)),
+        Column(operation.column_name, sealed_type),
+        schema=schema,
     )
     return table.c[operation.column_name]
+
+
+def _alter_column(operations: Operations, operation: ops.AlterColumnOp) -> None:
+    """Carry out Alembic's own operation, unless it gives a sealed column a server default."""
+    type_ = to_instance(operation.modify_type or operation.existing_type)
+    default = operation.modify_server_default
+    if isinstance(type_, EncryptedJSON) and default is not False:
+        column = f"{operation.table_name}.{operation.column_name}"
+        refuse_server_default(column, "server_default", default)
+    toimpl.alter_column(operations, operation)
+
+
+# From Alembic 1.17.2 on; before, only the column's CHECK constraint refuses such a default.
+if "replace" in python_inspect.signature(Operations.implementation_for).parameters:
+    Operations.implementation_for(ops.AlterColumnOp, replace=True)(_alter_column)

@@ -121,6 +121,7 @@ def encrypt_column(
     through: str | None = None,
     swap: bool = True,
     drop: bool = True,
+    create_constraint: bool = True,
     batch_size: int = DEFAULT_BATCH_SIZE,
     operations: AbstractOperations | None = None,
 ) -> None:
@@ -139,7 +140,8 @@ def encrypt_column(
     ``NOT NULL`` under a lock of the table, in which every row is compared once more. Killed at any
     instant, it goes on when it is run again; a column that is encrypted already is left alone. A
     value that cannot be read is logged by primary key (the first 20 are), and ends it before
-    anything is swapped.
+    anything is swapped. What uses the column (an index, check, generated column, view, trigger …)
+    is named, and ends it before the first write.
 
     A document in a text column is sealed to the letter; other values as their type reads them.
 
@@ -152,12 +154,13 @@ def encrypt_column(
     :param bound_to: the columns that a row-bound value is bound to, in order; or a dict that has
         the type of each, for columns whose type the database does not tell (``sa.Uuid()``).
     :param reader: turns a value, as `existing_type` gives it, into the JSON value to seal:
-        ``str`` for text that is not JSON.
+        ``str`` for text that is not JSON, and for numbers and dates that JSON does not have.
     :param writer: what the reverse needs to undo `reader`.
     :param through: name of the second column; ``<column>__sealed`` if left out.
     :param swap: ``False`` ends when the second column is filled and agrees with the first one.
     :param drop: ``False`` keeps the plaintext, nullable, in the column `through`. A later call
         drops it.
+    :param create_constraint: ``False`` leaves the CHECK constraint out, as it does for the type.
     :param batch_size: rows per transaction.
     :raises RotationError: something is missing or in the way, the migration runs offline or inside
         somebody else's transaction, or there are values that cannot be read.
@@ -175,6 +178,7 @@ def encrypt_column(
         through=through,
         swap=swap,
         drop=drop,
+        create_constraint=create_constraint,
         batch_size=batch_size,
     )
     _invoke(operation, operations)
@@ -193,6 +197,7 @@ def decrypt_column(
     through: str | None = None,
     swap: bool = True,
     drop: bool = True,
+    create_constraint: bool = True,
     batch_size: int = DEFAULT_BATCH_SIZE,
     operations: AbstractOperations | None = None,
 ) -> None:
@@ -208,6 +213,7 @@ def decrypt_column(
 
     :param existing_type: what the column is to be: what it was before it was encrypted.
     :param writer: turns a JSON value into what `existing_type` takes.
+    :param create_constraint: what the reverse needs.
     :param reader: undoes `writer`: what was written is read again and compared before the sealed
         values are dropped.
     :raises RotationError: as for :func:`encrypt_column`.
@@ -225,9 +231,48 @@ def decrypt_column(
         through=through,
         swap=swap,
         drop=drop,
+        create_constraint=create_constraint,
         batch_size=batch_size,
     )
     _invoke(operation, operations)
+
+
+def create_sealed_check(
+    table_name: str,
+    column_name: str,
+    *,
+    schema: str | None = None,
+    operations: AbstractOperations | None = None,
+) -> None:
+    """Have the database refuse what is not sealed, as ``op.create_sealed_check()``.
+
+    ::
+
+        def upgrade() -> None:
+            op.create_sealed_check("users", "credentials")
+
+    Adds the CHECK constraint that a new table has, under the same name. A column that has it is
+    left alone. PostgreSQL reads the rows while others write; MariaDB, MySQL and SQLite copy the
+    table, and nobody writes to it meanwhile.
+
+    :param table_name: the table.
+    :param column_name: its :class:`EncryptedJSON` column.
+    :param schema: the table's schema.
+    :raises RotationError: there are values that are not sealed, or SQLite's copy of the table
+        would lose something. Nothing was changed.
+    """
+    _invoke(CreateSealedCheckOp(table_name, column_name, schema=schema), operations)
+
+
+def drop_sealed_check(
+    table_name: str,
+    column_name: str,
+    *,
+    schema: str | None = None,
+    operations: AbstractOperations | None = None,
+) -> None:
+    """Drop what :func:`create_sealed_check` adds, as ``op.drop_sealed_check()``."""
+    _invoke(DropSealedCheckOp(table_name, column_name, schema=schema), operations)
 
 
 def rebind_encrypted_column(
@@ -351,6 +396,53 @@ def bound_types(
     return dict(bound_to) if isinstance(bound_to, dict) else dict.fromkeys(bound_to)
 
 
+class SealedCheckOp(MigrateOperation):
+    """What adding and dropping the CHECK constraint of a column share."""
+
+    name: ClassVar[str]
+
+    def __init__(self, table_name: str, column_name: str, *, schema: str | None = None) -> None:
+        self.table_name = table_name
+        self.column_name = column_name
+        self.schema = schema
+
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        """Return what ``alembic check`` shows."""
+        return (self.name, self.schema, self.table_name, self.column_name)
+
+
+@Operations.register_operation("create_sealed_check")
+class CreateSealedCheckOp(SealedCheckOp):
+    """Add the CHECK constraint of a sealed column."""
+
+    name = "create_sealed_check"
+
+    @classmethod
+    def create_sealed_check(cls, operations: Operations, *args: Any, **kw: Any) -> None:
+        """See :func:`create_sealed_check`."""
+        create_sealed_check(*args, **kw, operations=operations)
+
+    def reverse(self) -> DropSealedCheckOp:
+        """Return the operation that drops the constraint."""
+        return DropSealedCheckOp(self.table_name, self.column_name, schema=self.schema)
+
+
+@Operations.register_operation("drop_sealed_check")
+class DropSealedCheckOp(SealedCheckOp):
+    """Drop the CHECK constraint of a sealed column."""
+
+    name = "drop_sealed_check"
+
+    @classmethod
+    def drop_sealed_check(cls, operations: Operations, *args: Any, **kw: Any) -> None:
+        """See :func:`drop_sealed_check`."""
+        drop_sealed_check(*args, **kw, operations=operations)
+
+    def reverse(self) -> CreateSealedCheckOp:
+        """Return the operation that adds the constraint."""
+        return CreateSealedCheckOp(self.table_name, self.column_name, schema=self.schema)
+
+
 class ColumnOp(MigrateOperation):
     """An operation on the values of one column."""
 
@@ -450,6 +542,7 @@ class ConvertColumnOp(ColumnOp):
         "through": None,
         "swap": True,
         "drop": True,
+        "create_constraint": True,
         "batch_size": DEFAULT_BATCH_SIZE,
     }
 
@@ -467,6 +560,7 @@ class ConvertColumnOp(ColumnOp):
         through: str | None = None,
         swap: bool = True,
         drop: bool = True,
+        create_constraint: bool = True,
         batch_size: int = DEFAULT_BATCH_SIZE,
     ) -> None:
         self.table_name = table_name
@@ -480,6 +574,7 @@ class ConvertColumnOp(ColumnOp):
         self.through = through
         self.swap = swap
         self.drop = drop
+        self.create_constraint = create_constraint
         self.batch_size = batch_size
 
     def plan(self) -> Plan:
@@ -490,7 +585,11 @@ class ConvertColumnOp(ColumnOp):
             column_name=self.column_name,
             schema=self.schema,
             existing_type=self.existing_type,
-            sealed_type=EncryptedJSON(context=self.own_context, bound_to=tuple(self.bound_to)),
+            sealed_type=EncryptedJSON(
+                context=self.own_context,
+                bound_to=tuple(self.bound_to),
+                create_constraint=self.create_constraint,
+            ),
             bound_types=bound_types(self.bound_to),
             reader=self.reader,
             writer=self.writer,
@@ -508,7 +607,8 @@ class ConvertColumnOp(ColumnOp):
     def options_of_reverse(self) -> dict[str, Any]:
         """Return the arguments of the reverse: whatever this left, it ends where this began."""
         names = ("existing_type", "schema", "context", "bound_to", "reader", "writer", "through")
-        return {name: getattr(self, name) for name in (*names, "batch_size")}
+        own = ("create_constraint", "batch_size")
+        return {name: getattr(self, name) for name in (*names, *own)}
 
 
 @Operations.register_operation("encrypt_column")

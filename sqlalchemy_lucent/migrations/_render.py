@@ -16,11 +16,14 @@ from ._operations import (
     ColumnOp,
     ConvertColumnOp,
     CreateLucentSecretsOp,
+    CreateSealedCheckOp,
     DecryptColumnOp,
     DropLucentSecretsOp,
+    DropSealedCheckOp,
     EncryptColumnOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
+    SealedCheckOp,
 )
 
 
@@ -59,6 +62,13 @@ def _render_decrypt(autogen_context: AutogenContext, operation: DecryptColumnOp)
 @renderers.dispatch_for(RebindEncryptedColumnOp)
 def _render_rebind(autogen_context: AutogenContext, operation: RebindEncryptedColumnOp) -> str:
     return _rendered_call("rebind_encrypted_column", autogen_context, operation)
+
+
+@renderers.dispatch_for(CreateSealedCheckOp)
+@renderers.dispatch_for(DropSealedCheckOp)
+def _render_sealed_check(autogen_context: AutogenContext, operation: SealedCheckOp) -> str:
+    schema = "" if operation.schema is None else f", schema={operation.schema!r}"
+    return f"op.{operation.name}({operation.table_name!r}, {operation.column_name!r}{schema})"
 
 
 def _rendered_call(name: str, autogen_context: AutogenContext, operation: ColumnOp) -> str:

@@ -7,8 +7,8 @@ without asyncio may not have.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection, Engine
 
@@ -39,6 +39,11 @@ async def run_sync(
 
 def sleep_in_async(seconds: float) -> None:
     """Wait, inside :func:`run_sync`, while the event loop goes on."""
+    wait_for(asyncio.sleep(seconds))
+
+
+def wait_for(awaitable: Awaitable[Any]) -> None:
+    """Wait, inside :func:`run_sync`, for what an async driver does."""
     from sqlalchemy.util import await_only
 
-    await_only(asyncio.sleep(seconds))
+    await_only(awaitable)

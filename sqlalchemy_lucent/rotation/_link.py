@@ -1,17 +1,30 @@
-"""The connection of a run: short explicit transactions, and what may be tried again."""
+"""The connection of a run: short explicit transactions, tried again when they may pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from .._dialects import is_mysql
 from ..exceptions import RotationError
+from ._async import wait_for
+from ._faults import Fault, breaks_off, errors_of, fault_of
+from ._visible import require_primary
+
+DEFAULT_RETRIES: Final = 12
+"""Further attempts at a batch, with half the rows each: about half a minute in all."""
+
+_FIRST_PAUSE: Final = 0.05  # seconds; doubled at each attempt, with jitter
+_LONGEST_PAUSE: Final = 4.0
+
+_T = TypeVar("_T")
 
 # READ COMMITTED whatever the engine's default is: under a stricter level a batch would fail
 # because of a concurrent writer, and MySQL's REPEATABLE READ locks the gaps between rows, so that
@@ -25,70 +38,80 @@ _BEGIN: Final[dict[str, tuple[str, ...]]] = {
 _BEGIN["mariadb"] = _BEGIN["mysql"]
 
 # A cursor of the server's would need a transaction, and every batch is read whole.
-OUTSIDE_OF_TRANSACTIONS: Final[dict[str, Any]] = {
+AUTOCOMMIT_OPTIONS: Final[dict[str, Any]] = {
     "isolation_level": "AUTOCOMMIT",
     "stream_results": False,
     "yield_per": None,
 }
 """Execution options of a connection that an engine gave."""
 
-# PostgreSQL, appendix A: serialization failure, deadlock, lock timeout, statement timeout or
-# cancelled, too many connections.
-_TRANSIENT_SQLSTATES: Final = frozenset({"40001", "40P01", "55P03", "57014", "53300"})
-# Lock wait timeout, deadlock, statement timeout (MariaDB, MySQL), a statement that was cancelled, a
-# row that changed since the snapshot (MariaDB).
-_TRANSIENT_MYSQL_CODES: Final = frozenset({1205, 1213, 1969, 3024, 1317, 1020})
-
 # Without a strict mode, MySQL cuts a value that its column has no room for and says that it was
 # written. And an UPDATE by a join is refused where "safe updates" are on.
-_SESSION: Final = text("SELECT @@SESSION.sql_mode, @@SESSION.sql_safe_updates")
+_SESSION: Final = text(
+    "SELECT @@SESSION.sql_mode, @@SESSION.sql_safe_updates, @@log_bin, @@SESSION.binlog_format"
+)
 _SET_SESSION: Final = text("SET SESSION sql_mode = :sql_mode, SESSION sql_safe_updates = :safe")
 
 
 class Link:
-    """A connection in AUTOCOMMIT mode, on which :meth:`transaction` begins and commits.
+    """How a run talks to the database: a connection that is replaced when it is lost, short
+    explicit transactions, and what may pass tried again. In AUTOCOMMIT mode, as SQLAlchemy's own
+    transaction does not serve: the connection may be Alembic's, inside its autocommit block, where
+    that transaction is a stand-in that commits nothing.
 
-    SQLAlchemy's own transaction does not serve: the connection may be Alembic's, inside its
-    autocommit block, where that transaction is a stand-in that commits nothing.
-
-    :param bind: an engine, whose connection is replaced when it is lost; or a connection that is
-        in no transaction, which is given back as it was.
-    :raises RotationError: `bind` is neither, is in a transaction, or is of another dialect.
+    :param bind: an engine, whose connection is replaced when it is lost; or a connection, which is
+        given back as it was.
+    :param retries: further attempts at what failed for a passing reason.
+    :param sleep: waits so many seconds.
+    :param counting: whether nothing will be written. Then a connection may be in a transaction of
+        the caller's, in which all is read, and nothing tried again.
+    :raises RotationError: `bind` is neither, or is of another dialect.
     """
 
-    def __init__(self, bind: Engine | Connection) -> None:
+    def __init__(
+        self,
+        bind: Engine | Connection,
+        *,
+        retries: int = DEFAULT_RETRIES,
+        sleep: Callable[[float], object] = time.sleep,
+        counting: bool = False,
+    ) -> None:
         if not isinstance(bind, (Engine, Connection)):
             raise not_a_bind(bind)
         self._engine = bind if isinstance(bind, Engine) else None
-        self._connection = bind if isinstance(bind, Connection) else None
+        self._given = bind if isinstance(bind, Connection) else None
+        self._connection: Connection | None = None
+        self._retries = retries
+        self.sleep = sleep
+        self._counting = counting
+        self._is_borrowed = False
+        self._was_connected = False
         self._restored_level: Any = None
         self._restored_session: tuple[str, int] | None = None
         self._began = False
         self.dialect = bind.dialect
+        self._errors = errors_of(bind.dialect)
         if self.dialect.name not in _BEGIN:
             raise RotationError(
                 f"there is no rotation for the dialect {self.dialect.name!r}; "
                 f"there is one for {', '.join(_BEGIN)}"
             )
 
+    def run(self, work: Callable[[], _T], told: Callable[[Fault], str]) -> _T:
+        """Do `work`, with the connection open.
+
+        :param told: makes a message of what the database ended it with.
+        :raises RotationError: the database did.
+        """
+        try:
+            with self:
+                return work()
+        except Fault as fault:
+            message = told(fault)
+        raise RotationError(message)
+
     def __enter__(self) -> Self:
-        if self._connection is None:
-            self.renew()
-            return self
-        bind = self._connection
-        if _is_autocommit(bind):
-            # A transaction that a listener began for SQLAlchemy is ended below.
-            if _is_in_transaction(bind) and not bind.dispatch.begin:
-                raise _inside_a_transaction()
-        else:
-            if bind.in_transaction():
-                raise _inside_a_transaction()
-            level = bind.get_isolation_level()
-            bind.rollback()  # asking began a transaction
-            bind.execution_options(isolation_level="AUTOCOMMIT")
-            self._restored_level = level
-        self._begin_outermost(bind)
-        self._set_session(bind)
+        self.attempt(lambda _: None)
         return self
 
     def __exit__(
@@ -97,50 +120,135 @@ class Link:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        connection = self._connection
-        if connection is None:
-            return
-        self._restore_session(connection)
-        if self._engine is not None:
-            connection.close()
-            return
-        if self._began:
-            connection.rollback()
-        if self._restored_level is not None:
-            # One that was lost connects again for it, which may fail: then so would its next use.
-            with suppress(DBAPIError):
-                connection.execution_options(isolation_level=self._restored_level)
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._give_back(connection)
 
     @property
     def connection(self) -> Connection:
-        """The connection, in AUTOCOMMIT mode."""
+        """The connection, in AUTOCOMMIT mode unless it is in the caller's transaction."""
         assert self._connection is not None
         return self._connection
 
+    def attempt(self, work: Callable[[int], _T], limit: int = 1) -> _T:
+        """Do `work` with the number of rows that it may have, `limit`; again while the fault is a
+        passing one, each time with half the rows.
+
+        :raises Fault: it is none, or did not pass.
+        """
+        attempt = 0
+        while True:
+            try:
+                self.renew()
+                return work(limit)
+            except self._errors as error:
+                fault, is_retried = self._fault(error)
+            if attempt == self._retries or not is_retried:
+                raise fault
+            # A whole batch may never get through under contention; half of it does sooner.
+            limit = max(1, limit // 2)
+            # Who has never been connected may have the wrong address, and would like to know.
+            longest = _LONGEST_PAUSE if self._was_connected else _LONGEST_PAUSE / 8
+            pause = min(_FIRST_PAUSE * 2**attempt, longest)
+            self.sleep(pause * random.uniform(0.5, 1))  # noqa: S311  (jitter)
+            attempt += 1
+
+    def read(self, work: Callable[[Connection], _T]) -> _T:
+        """Do `work`, which reads, in a short transaction; again while the fault is a passing one.
+
+        :raises Fault: it is none, or did not pass.
+        """
+
+        def once(_: int) -> _T:
+            with self.reading() as connection:
+                return work(connection)
+
+        return self.attempt(once)
+
+    def _fault(self, error: Exception) -> tuple[Fault, bool]:
+        """Return `error` as a fault, and whether to try again; give up a lost connection."""
+        connection = self._connection
+        lost = connection is None or connection.invalidated
+        if connection is not None and not lost and not isinstance(error, SQLAlchemyError):
+            # SQLAlchemy does not know of it, and would go on with a connection in any state.
+            connection.invalidate(error)
+            lost = True
+        fault = fault_of(error, self.dialect, lost=lost)
+        is_gone = lost and self._engine is None
+        if is_gone and not fault.advice:
+            fault.advice = "Pass the engine, whose connection is replaced when it is lost"
+        return fault, fault.passes and not self._is_borrowed and not is_gone
+
     def renew(self) -> None:
-        """Replace the connection if it is lost. Only the connections of an engine are."""
-        if self._engine is None:
-            return
+        """Connect, or replace a connection of the engine's that is lost."""
         if self._connection is not None:
-            if not self._connection.invalidated:
+            if self._engine is None or not self._connection.invalidated:
                 return
-            self._connection.close()
+            self._give_back(self._connection)
             self._connection = None
-        connection = self._engine.connect()
-        if _is_in_transaction(connection):
-            connection.close()
-            raise RotationError(
-                "the engine gives a connection that is inside a transaction already, as that of a "
-                "SQLite memory database does within one thread: end that transaction first"
-            )
+        connection = self._given if self._engine is None else self._engine.connect()
+        assert connection is not None
         try:
-            connection.execution_options(**OUTSIDE_OF_TRANSACTIONS)
-            self._begin_outermost(connection)
-            self._set_session(connection)
-        except BaseException:
-            connection.close()
+            self._take(connection)
+            self._connection = connection
+            with self.reading():
+                require_primary(connection)
+        except BaseException as error:
+            self._connection = None
+            if isinstance(error, self._errors) and not isinstance(error, SQLAlchemyError):
+                connection.invalidate(error)
+            self._give_back(connection)
             raise
-        self._connection = connection
+        self._was_connected = True
+
+    def _take(self, connection: Connection) -> None:
+        """Put `connection` in the mode of this run; note what it has to be given back with."""
+        self._restored_level = self._restored_session = None
+        self._began = False
+        is_open = is_in_transaction(connection)
+        if self._engine is not None:
+            if is_open and not self._counting:
+                raise RotationError(
+                    "the engine gives a connection that is inside a transaction already, as that "
+                    "of a SQLite memory database does within one thread: end that transaction first"
+                )
+        else:
+            # A transaction that a listener began for SQLAlchemy is ended below.
+            is_open = is_open and not connection.dispatch.begin
+            is_open = is_open or (connection.in_transaction() and not _is_autocommit(connection))
+            if is_open and not self._counting:
+                raise _inside_a_transaction()
+        self._is_borrowed = is_open
+        if is_open:
+            return
+        # By a statement of SQLAlchemy's first, which finds out that a pooled connection is dead,
+        # and that those which are as old may be. To change the mode is a round trip on MySQL.
+        session = self._session(connection)
+        if self._engine is not None:
+            connection.execution_options(**AUTOCOMMIT_OPTIONS)
+        elif not _is_autocommit(connection):
+            level = connection.get_isolation_level()
+            connection.rollback()  # asking began a transaction
+            connection.execution_options(isolation_level="AUTOCOMMIT")
+            self._restored_level = level
+        self._begin_outermost(connection)
+        if session is not None:
+            self._set_session(connection, *session)
+
+    def _give_back(self, connection: Connection) -> None:
+        # Whatever fails here fails for the next user too, and says nothing about what was done.
+        with suppress(*self._errors):
+            self._restore_session(connection)
+        if self._engine is not None:
+            with suppress(*self._errors):
+                connection.close()
+            return
+        if self._began:
+            with suppress(*self._errors):
+                connection.rollback()
+        if self._restored_level is not None:
+            with suppress(*self._errors):
+                connection.execution_options(isolation_level=self._restored_level)
 
     def _begin_outermost(self, connection: Connection) -> None:
         # SQLAlchemy's documented recipe for SQLite emits BEGIN from a listener each time that
@@ -148,53 +256,81 @@ class Link:
         if not connection.in_transaction():
             connection.begin()
             self._began = True
-        if _is_in_transaction(connection):
+        if is_in_transaction(connection):
             connection.exec_driver_sql("COMMIT")
 
-    def _set_session(self, connection: Connection) -> None:
+    def _session(self, connection: Connection) -> tuple[str, int] | None:
         if not is_mysql(self.dialect):
-            return
-        sql_mode, safe = connection.execute(_SESSION).one()
+            return None
+        was_in_transaction = connection.in_transaction()
+        sql_mode, safe, logs, log_format = connection.execute(_SESSION).one()
+        if not was_in_transaction:
+            connection.rollback()
+        if logs and log_format == "STATEMENT" and not self._counting:
+            raise RotationError(
+                "the server's binlog_format is STATEMENT, with which it refuses every update of a "
+                "rotation, as they read what is committed. Set it to ROW or MIXED"
+            )
+        return sql_mode, safe
+
+    def _set_session(self, connection: Connection, sql_mode: str, safe: int) -> None:
+        # asyncmy escapes by backslashes whatever the mode says.
+        kept = (mode for mode in sql_mode.split(",") if mode != "NO_BACKSLASH_ESCAPES")
+        strict = ",".join(filter(None, (*kept, "STRICT_ALL_TABLES")))
         self._restored_session = (sql_mode, safe)
-        strict = ",".join(filter(None, (sql_mode, "STRICT_ALL_TABLES")))
         connection.execute(_SET_SESSION, {"sql_mode": strict, "safe": 0})
 
     def _restore_session(self, connection: Connection) -> None:
         # A connection that is lost has taken its session with it.
         if self._restored_session is not None and not connection.invalidated:
             sql_mode, safe = self._restored_session
-            with suppress(DBAPIError):
-                connection.execute(_SET_SESSION, {"sql_mode": sql_mode, "safe": safe})
-
-    def recovers_from(self, error: DBAPIError) -> bool:
-        """Say whether the same work may succeed if it is tried again."""
-        if error.connection_invalidated or self._connection is None:
-            return self._engine is not None
-        return _is_transient(error, self.dialect.name)
+            connection.execute(_SET_SESSION, {"sql_mode": sql_mode, "safe": safe})
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
         """One short transaction; rolled back when anything is raised, an interrupt included."""
         connection = self.connection
         try:
-            for statement in _BEGIN[self.dialect.name]:
-                connection.exec_driver_sql(statement)
+            self._begin(connection)
             yield connection
             # A COMMIT may fail and leave the transaction open: on SQLite, while others read.
             connection.exec_driver_sql("COMMIT")
-        except BaseException:
+        except BaseException as error:
+            if breaks_off(error, self.dialect):
+                connection.invalidate(error)
             _roll_back(connection)
             raise
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A short transaction on PostgreSQL, where a pooler may give every transaction, and so
+        every statement outside of one, another server; elsewhere the connection as it is.
+        """
+        if self._is_borrowed or self.dialect.name != "postgresql":
+            yield self.connection
+        else:
+            with self.transaction() as connection:
+                yield connection
+
+    def _begin(self, connection: Connection) -> None:
+        for statement in _BEGIN[self.dialect.name]:
+            if self.dialect.driver == "asyncpg":
+                # asyncpg would prepare it, and run it in a transaction of its own: with a pooler,
+                # on another server.
+                driver: Any = connection.connection.driver_connection
+                wait_for(driver.execute(statement))
+            else:
+                connection.exec_driver_sql(statement)
 
 
 def _roll_back(connection: Connection) -> None:
     if connection.invalidated:
         return
-    if connection.dialect.name == "sqlite" and not _is_in_transaction(connection):
+    if connection.dialect.name == "sqlite" and not is_in_transaction(connection):
         return  # SQLite takes that for an error
     try:
         connection.exec_driver_sql("ROLLBACK")
-    except DBAPIError as error:
+    except errors_of(connection.dialect) as error:
         # Nothing but the end of the connection is sure to end the transaction. What is raised is
         # the error that the caller is about.
         connection.invalidate(error)
@@ -217,7 +353,7 @@ def _is_autocommit(connection: Connection) -> bool:
     return isinstance(level, str) and level.upper().replace("_", " ") == "AUTOCOMMIT"
 
 
-def _is_in_transaction(connection: Connection) -> bool:
+def is_in_transaction(connection: Connection) -> bool:
     """Say whether the driver's connection is in a transaction, whatever SQLAlchemy knows of it."""
     driver: Any = connection.connection.driver_connection
     name = connection.dialect.name
@@ -232,39 +368,6 @@ def _is_in_transaction(connection: Connection) -> bool:
 
 
 _SERVER_STATUS_IN_TRANS: Final = 1  # of MySQL's protocol: Protocol::OK_Packet
-
-
-# PostgreSQL, appendix A: data exception, integrity constraint violation, check option violation,
-# an exception that PL/pgSQL raised.
-_REFUSING_SQLSTATES: Final = ("22", "23", "44", "P0")
-# Column cannot be NULL, duplicate, foreign key (2), out of range, wrong value, too long, SIGNAL,
-# check constraint (MySQL, MariaDB).
-_REFUSING_MYSQL_CODES: Final = frozenset(
-    {1048, 1062, 1451, 1452, 1264, 1366, 1406, 1644, 3819, 4025}
-)
-
-
-def refuses_a_row(error: DBAPIError, dialect_name: str) -> bool:
-    """Say whether the database would let other rows of the batch be changed: a constraint or a
-    trigger is against one of them.
-    """
-    original: Any = error.orig
-    if dialect_name == "sqlite":
-        name = getattr(original, "sqlite_errorname", "")
-        return name.startswith(("SQLITE_CONSTRAINT", "SQLITE_TOOBIG"))
-    if dialect_name == "postgresql":
-        return str(getattr(original, "sqlstate", None)).startswith(_REFUSING_SQLSTATES)
-    return bool(original.args) and original.args[0] in _REFUSING_MYSQL_CODES
-
-
-def _is_transient(error: DBAPIError, dialect_name: str) -> bool:
-    original: Any = error.orig
-    if dialect_name == "sqlite":
-        name = getattr(original, "sqlite_errorname", "")
-        return name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
-    if dialect_name == "postgresql":
-        return getattr(original, "sqlstate", None) in _TRANSIENT_SQLSTATES
-    return bool(original.args) and original.args[0] in _TRANSIENT_MYSQL_CODES
 
 
 def not_a_bind(bind: object) -> RotationError:

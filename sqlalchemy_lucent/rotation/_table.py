@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial, reduce
 from operator import add, itemgetter
 from typing import Any, Final, NamedTuple
@@ -26,9 +27,12 @@ from sqlalchemy import (
     not_,
     or_,
     select,
+    text,
 )
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.sql.expression import ColumnClause, TableClause
 
+from .._dialects import is_mysql
 from .._envelope import LONGEST_PREFIX, parse
 from .._keyset import in_the_form_of, is_behind, order_of
 from ..exceptions import ConfigurationError, DecryptionError, RotationError
@@ -36,7 +40,7 @@ from ..keyring import Keyring
 from ..types import as_bytes, encode_row, open_in_contexts
 from ._pace import BATCH_BYTES
 from ._visible import refuse_hidden_rows
-from ._write import Changes, Writer, without_limits, writer_for
+from ._write import Changes, Writer, check_rights, without_limits, writer_for
 from .report import FailedRow
 from .targets import TargetColumn, TargetTable
 
@@ -68,13 +72,22 @@ class Batch(NamedTuple):
 class Reach(NamedTuple):
     """How far a batch goes at most. Found by looking, before anything is locked."""
 
-    last: PrimaryKey
-    """The primary key of its last row."""
+    last: PrimaryKey | None
+    """The primary key of its last row; ``None`` if nothing but the number of rows ends it."""
     more: bool
     """Whether there may be rows behind it."""
     rows: int
     """Rows up to there."""
 
+
+class Within(NamedTuple):
+    """Some rows of a table: conditions, and the parameters in them."""
+
+    conditions: Sequence[ColumnElement[bool]]
+    parameters: Mapping[str, Any]
+
+
+EVERYWHERE: Final = Within((), {})
 
 MAX_STRETCH: Final = 50
 """Times its own rows that a batch looks at, where few of them are stale: what it has locked stays
@@ -142,49 +155,61 @@ class SealedColumn:
         return encode_row([row[position] for position in self._positions], self.bound_to)
 
 
-class TableWorker:
-    """Reads, opens and re-seals the rows of one table. The caller has the transaction."""
+_CONNECTION_SETS: Final = text(
+    "SELECT @@character_set_client, @@character_set_connection, @@character_set_results"
+)
+_CHARACTER_SETS: Final = text(
+    "SELECT column_name AS name, character_set_name AS set_ FROM information_schema.columns"
+    " WHERE table_name = :name AND table_schema = coalesce(:schema, database())"
+    " AND character_set_name IS NOT NULL"
+)
 
-    def __init__(self, target: TargetTable, keyring: Keyring, dialect: Dialect) -> None:
-        self.target = target
-        self.name = target.name
-        self.primary_key = target.primary_key
+
+def _holds(connection_set: str, column_set: str) -> bool:
+    """Say whether the one character set has every character of the other."""
+    return connection_set == "utf8mb4" or column_set in (connection_set, "ascii")
+
+
+class Rows:
+    """The rows of one table in primary-key order: everything that pages through a table by its key.
+
+    The caller has the transaction.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        clause: TableClause,
+        primary_key: Sequence[ColumnClause[Any]],
+        dialect: Dialect,
+        sizes: Sequence[ColumnElement[int]] = (),
+    ) -> None:
+        """Take the table, its key, and what tells how long the values are that a batch holds."""
+        self.name = name
+        self.primary_key = tuple(primary_key)
+        self._clause = clause
         self._dialect = dialect
+        self._sizes = sizes
         self._locking = dialect.name in ROW_LOCKING
-        clause = target.clause
-        sealed = {found.name for found in target.columns}
-        plain = [c for c in clause.c if c.name not in sealed]
-        plain_first = [*target.primary_key, *(c for c in plain if c not in target.primary_key)]
-        values: list[ColumnElement[Any]] = [clause.c[found.name] for found in target.columns]
-        if dialect.name == "sqlite":
-            # The driver would decode text that was never sealed, and fail if it is not UTF-8.
-            values = [cast(value, LargeBinary) for value in values]
-        self.selected: list[ColumnElement[Any]] = [*plain_first, *values]
-        names = [*(c.name for c in plain_first), *(found.name for found in target.columns)]
-        self.columns = [SealedColumn(found, keyring, names) for found in target.columns]
-        self._order: Sequence[ColumnElement[Any]] = target.primary_key
-        self._bound_types = [without_limits(part.type, dialect) for part in target.primary_key]
+        self._order: Sequence[ColumnElement[Any]] = self.primary_key
+        self._bound_types = [without_limits(part.type, dialect) for part in primary_key]
         self._stretch = 1
-        self._key_size = len(target.primary_key)
-        self._writer: Writer | None = None
-        self._in_binary = False
+        self._key_size = len(primary_key)
         # Kept, because building a statement costs SQLAlchemy as much as running it.
         self._statements: dict[tuple[object, ...], Select[Any]] = {}
 
-    # -- statements ------------------------------------------------------------------------------
+    def look(self, connection: Connection) -> None:
+        """Learn what the order of the rows needs.
 
-    def prepare(self, connection: Connection, *, lock: bool = True) -> None:
-        """Fail now if the table or a column is missing or not ours to lock; write nothing."""
-        self._writer = writer_for(connection, self.target)
-        self.check_keys(connection)
-        statement = self._reading(None, None, 0, stale_only=True, lock=lock)
-        result = connection.execute(statement, self.parameters(None, None, 0))
-        if self._dialect.driver == "psycopg" and not self._dialect.is_async:
-            described = result.cursor.description or ()
-            known = {column[1] for column in described} <= _BINARY_OIDS
-            # A cursor that puts parameters into the text has no binary results.
-            self._in_binary = known and not hasattr(result.cursor, "mogrify")
-        result.close()
+        :raises RotationError: some rows are not seen, because of row-level security.
+        """
+        refuse_hidden_rows(connection, self._clause.name, self._clause.schema)
+        self._order = order_of(connection, self._clause, self.primary_key)
+
+    @property
+    def lost(self) -> ColumnElement[bool]:
+        """The condition that a row cannot be found by its primary key."""
+        return or_(*(part.is_(None) for part in self.primary_key))
 
     def check_keys(self, connection: Connection) -> None:
         """Refuse a table with rows that are not seen, or that no primary key leads to.
@@ -194,59 +219,37 @@ class TableWorker:
 
         :raises RotationError: there is, or may be, such a row.
         """
-        refuse_hidden_rows(connection, self.target.clause.name, self.target.clause.schema)
-        self._order = order_of(connection, self.target.clause, self.primary_key)
-        lost = or_(*(part.is_(None) for part in self.primary_key))
-        statement = select(literal(1)).select_from(self.target.clause).where(lost).limit(1)
+        self.look(connection)
+        self._check_character_sets(connection)
+        statement = select(literal(1)).select_from(self._clause).where(self.lost).limit(1)
         if connection.execute(statement).first() is not None:
             raise RotationError(
-                f"table {self.target.name} has a row with NULL in its primary key; give such rows "
+                f"table {self.name} has a row with NULL in its primary key; give such rows "
                 "a primary key, so that they can be read in order and named"
             )
 
-    def is_stale(self, sealed: SealedColumn) -> ColumnElement[bool]:
-        """The condition that a value is not under the primary key."""
-        value = self.target.clause.c[sealed.name]
-        if self._dialect.name == "sqlite":
-            # The same without a call per row; bytes are more than all that is not bytes.
-            behind = (int.from_bytes(sealed.header) + 1).to_bytes(len(sealed.header))
-            header, end = (literal(bound, LargeBinary) for bound in (sealed.header, behind))
-            return or_(value < header, value >= end)
-        prefix = func.substr(value, 1, len(sealed.header), type_=LargeBinary)
-        return and_(value.is_not(None), prefix != literal(sealed.header, LargeBinary))
+    def _check_character_sets(self, connection: Connection) -> None:
+        """Refuse keys that the connection cannot have without loss.
 
-    def any_stale(self) -> ColumnElement[bool]:
-        """The condition that a row has a value which is not under the primary key."""
-        return or_(*map(self.is_stale, self.columns))
-
-    def count_stale(self, connection: Connection) -> int:
-        """Count the values that are not under the primary key."""
-        return sum(
-            connection.scalar(
-                select(func.count()).select_from(self.target.clause).where(self.is_stale(sealed))
-            )
-            or 0
-            for sealed in self.columns
-        )
-
-    def read(
-        self,
-        connection: Connection,
-        after: PrimaryKey | None,
-        limit: int | None,
-        *,
-        upto: PrimaryKey | None = None,
-        stale_only: bool = False,
-        lock: bool = True,
-    ) -> Sequence[Row[Any]]:
-        """Return rows behind the primary key `after`, in order; stale ones are locked.
-
-        :raises RotationError: a value of a key or binding column is none of its type.
+        MySQL and MariaDB put a question mark for what the connection's character set has not, so
+        that no row would be found by its key, nor a value open that is bound to it.
         """
-        statement = self._reading(after, upto, limit, stale_only=stale_only, lock=lock)
-        parameters = self.parameters(after, upto, limit)
-        with _binary_results(connection) if self._in_binary else nullcontext():
-            return self._all(connection, statement, parameters)
+        if not is_mysql(self._dialect):
+            return
+        clause = self._clause
+        names = {"name": str(clause.name), "schema": clause.schema}
+        has, *sets = connection.execute(_CONNECTION_SETS).one()
+        lossy = [
+            f"{name} ({set_})"
+            for name, set_ in connection.execute(_CHARACTER_SETS, names)
+            if name in clause.c
+            and any(known is not None and not _holds(known, set_) for known in (has, *sets))
+        ]
+        if lossy:
+            raise RotationError(
+                f"the connection speaks {has}, which cannot tell all texts of {self.name}."
+                f"{', '.join(lossy)} apart, by which rows are found. Connect with charset=utf8mb4"
+            )
 
     def _all(
         self, connection: Connection, statement: Select[Any], parameters: dict[str, Any]
@@ -261,10 +264,20 @@ class TableWorker:
             "the type"
         )
 
-    def reach(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Reach | None:
+    def within(self, after: PrimaryKey | None, upto: PrimaryKey | None) -> Within:
+        """Return the rows behind `after`, and not behind `upto`."""
+        return Within(self.key_range(after, upto), self.parameters(after, upto))
+
+    def reach(
+        self,
+        connection: Connection,
+        after: PrimaryKey | None,
+        limit: int,
+        most_bytes: int | None = BATCH_BYTES,
+    ) -> Reach | None:
         """Return how far a batch behind `after` goes that is to have `limit` rows at most.
 
-        It has `BATCH_BYTES` at most too, unless one row has more. Nothing is locked, nor a value
+        It has `most_bytes` at most too, unless one row has more. Nothing is locked, nor a value
         looked at but for its length. Without this bound, a batch would look for stale rows through
         the whole table while it holds those found first.
         """
@@ -275,16 +288,14 @@ class TableWorker:
             *last, count, size = tuple(found[0]) if found else (0, 0)
             if not count:
                 return None
-            if size <= BATCH_BYTES or count == 1:
+            if most_bytes is None or size <= most_bytes or count == 1:
                 return Reach(tuple(last), count == rows, count)
-            rows = max(1, count * BATCH_BYTES // int(size))
+            rows = max(1, count * most_bytes // int(size))
 
     def _reaching(self, after: PrimaryKey | None) -> Select[Any]:
         kind = ("reach", after is None)
         if kind not in self._statements:
-            clause = self.target.clause
-            # The length of bytes is known without reading them, also where they are out of the row.
-            sizes = (func.coalesce(func.length(clause.c[found.name]), 0) for found in self.columns)
+            sizes = (func.coalesce(size, 0) for size in self._sizes)
             order = [each.label(f"lucent_order_{n}") for n, each in enumerate(self._order)]
             batch = (
                 select(
@@ -306,31 +317,6 @@ class TableWorker:
                 last_first = (batch.c[each.name].desc() for each in order)
                 statement = select(*keys, *(count.over() for count in counts)).limit(1)
                 statement = statement.order_by(*last_first)
-            self._statements[kind] = statement
-        return self._statements[kind]
-
-    def any_value(self) -> ColumnElement[bool]:
-        """The condition that a row has a value."""
-        clause = self.target.clause
-        return or_(*(clause.c[sealed.name].is_not(None) for sealed in self.columns))
-
-    def _reading(
-        self,
-        after: PrimaryKey | None,
-        upto: PrimaryKey | None,
-        limit: int | None,
-        *,
-        stale_only: bool,
-        lock: bool,
-    ) -> Select[Any]:
-        kind = (after is None, upto is None, limit is None, stale_only, lock)
-        if kind not in self._statements:
-            condition = self.any_stale() if stale_only else self.any_value()
-            statement = self.in_order(select(*self.selected).where(condition), after, upto, limit)
-            if stale_only and lock and self._locking:
-                # Rows that another rotator has in hand are left to it. `key_share` is PostgreSQL's
-                # lock that leaves alone those who insert rows with a foreign key to this one.
-                statement = statement.with_for_update(skip_locked=True, key_share=True)
             self._statements[kind] = statement
         return self._statements[kind]
 
@@ -376,11 +362,148 @@ class TableWorker:
         }
         return parameters if limit is None else {**parameters, "lucent_limit": limit}
 
-    # -- rows ------------------------------------------------------------------------------------
-
     def primary_key_of(self, row: Sequence[Any]) -> PrimaryKey:
         """Return the primary key of `row`."""
         return tuple(row[: self._key_size])
+
+    def advanced(self, after: PrimaryKey | None, last: PrimaryKey | None) -> PrimaryKey | None:
+        """Return the key to go on behind, `last`.
+
+        :raises RotationError: a batch behind `after` ended there too.
+        """
+        if last is not None and last == after:
+            raise RotationError(
+                f"the rows of {self.name} cannot be gone through in order: the database does not "
+                "find its primary key behind itself, as with an inexact type (FLOAT)"
+            )
+        return last
+
+    def _batch(
+        self,
+        rows: Sequence[Sequence[Any]],
+        reach: Reach,
+        limit: int,
+        written: int,
+        failed: Sequence[FailedRow],
+        size: int,
+    ) -> Batch:
+        if len(rows) == limit:
+            self._stretch = 1
+            return Batch(len(rows), self.primary_key_of(rows[-1]), True, written, failed, size)
+        if 2 * len(rows) < limit:
+            self._stretch = min(2 * self._stretch, MAX_STRETCH)
+        return Batch(len(rows), reach.last, reach.more, written, failed, size)
+
+
+class TableWorker(Rows):
+    """Reads, opens and re-seals the rows of one table."""
+
+    def __init__(self, target: TargetTable, keyring: Keyring | None, dialect: Dialect) -> None:
+        clause = target.clause
+        # The length of bytes is known without reading them, also where they are out of the row.
+        sizes = [func.length(clause.c[found.name]) for found in target.columns]
+        super().__init__(target.name, clause, target.primary_key, dialect, sizes)
+        self.target = target
+        sealed = {found.name for found in target.columns}
+        plain = [c for c in clause.c if c.name not in sealed]
+        plain_first = [*target.primary_key, *(c for c in plain if c not in target.primary_key)]
+        values: list[ColumnElement[Any]] = [clause.c[found.name] for found in target.columns]
+        if dialect.name == "sqlite":
+            # The driver would decode text that was never sealed, and fail if it is not UTF-8.
+            values = [cast(value, LargeBinary) for value in values]
+        self.selected: list[ColumnElement[Any]] = [*plain_first, *values]
+        names = [*(c.name for c in plain_first), *(found.name for found in target.columns)]
+        # Without a keyring, the rows can be found and counted, but not opened.
+        self.columns = (
+            [SealedColumn(found, keyring, names) for found in target.columns] if keyring else []
+        )
+        self._writer: Writer | None = None
+        self._in_binary = False
+
+    # -- statements ------------------------------------------------------------------------------
+
+    def prepare(self, connection: Connection, *, lock: bool = True) -> None:
+        """Fail now if the table or a column is missing or not ours to lock; write nothing."""
+        check_rights(connection, self.target)
+        self._writer = writer_for(connection, self.target)
+        self.check_keys(connection)
+        statement = self._reading(None, None, 0, stale_only=True, lock=lock)
+        result = connection.execute(statement, self.parameters(None, None, 0))
+        if self._dialect.driver == "psycopg" and not self._dialect.is_async:
+            described = result.cursor.description or ()
+            known = {column[1] for column in described} <= _BINARY_OIDS
+            # A cursor that puts parameters into the text has no binary results.
+            self._in_binary = known and not hasattr(result.cursor, "mogrify")
+        result.close()
+
+    def is_stale(self, sealed: SealedColumn) -> ColumnElement[bool]:
+        """The condition that a value is not under the primary key."""
+        value = self.target.clause.c[sealed.name]
+        if self._dialect.name == "sqlite":
+            # The same without a call per row; bytes are more than all that is not bytes.
+            behind = (int.from_bytes(sealed.header) + 1).to_bytes(len(sealed.header))
+            header, end = (literal(bound, LargeBinary) for bound in (sealed.header, behind))
+            return or_(value < header, value >= end)
+        prefix = func.substr(value, 1, len(sealed.header), type_=LargeBinary)
+        return and_(value.is_not(None), prefix != literal(sealed.header, LargeBinary))
+
+    def any_stale(self) -> ColumnElement[bool]:
+        """The condition that a row has a value which is not under the primary key."""
+        return or_(*map(self.is_stale, self.columns))
+
+    def count_stale(self, connection: Connection, within: Within = EVERYWHERE) -> int:
+        """Count the values that are not under the primary key."""
+        counted = select(func.count()).select_from(self.target.clause).where(*within.conditions)
+        return sum(
+            connection.scalar(counted.where(self.is_stale(sealed)), within.parameters) or 0
+            for sealed in self.columns
+        )
+
+    def read(
+        self,
+        connection: Connection,
+        after: PrimaryKey | None,
+        limit: int | None,
+        *,
+        upto: PrimaryKey | None = None,
+        stale_only: bool = False,
+        lock: bool = True,
+    ) -> Sequence[Row[Any]]:
+        """Return rows behind the primary key `after`, in order; stale ones are locked.
+
+        :raises RotationError: a value of a key or binding column is none of its type.
+        """
+        statement = self._reading(after, upto, limit, stale_only=stale_only, lock=lock)
+        parameters = self.parameters(after, upto, limit)
+        with _binary_results(connection) if self._in_binary else nullcontext():
+            return self._all(connection, statement, parameters)
+
+    def any_value(self) -> ColumnElement[bool]:
+        """The condition that a row has a value."""
+        clause = self.target.clause
+        return or_(*(clause.c[sealed.name].is_not(None) for sealed in self.columns))
+
+    def _reading(
+        self,
+        after: PrimaryKey | None,
+        upto: PrimaryKey | None,
+        limit: int | None,
+        *,
+        stale_only: bool,
+        lock: bool,
+    ) -> Select[Any]:
+        kind = (after is None, upto is None, limit is None, stale_only, lock)
+        if kind not in self._statements:
+            condition = self.any_stale() if stale_only else self.any_value()
+            statement = self.in_order(select(*self.selected).where(condition), after, upto, limit)
+            if stale_only and lock and self._locking:
+                # Rows that another rotator has in hand are left to it. `key_share` is PostgreSQL's
+                # lock that leaves alone those who insert rows with a foreign key to this one.
+                statement = statement.with_for_update(skip_locked=True, key_share=True)
+            self._statements[kind] = statement
+        return self._statements[kind]
+
+    # -- rows ------------------------------------------------------------------------------------
 
     def open_values(self, row: Sequence[Any]) -> Iterator[FailedRow | None]:
         """Open each value of `row`; give ``None`` for it, or how it failed."""
@@ -516,34 +639,23 @@ class TableWorker:
         return self._batch(rows, reach, limit, written, failed, size)
 
     def refused(
-        self, connection: Connection, after: PrimaryKey | None, reach: Reach, error: DBAPIError
+        self,
+        connection: Connection,
+        after: PrimaryKey | None,
+        reach: Reach,
+        error: DBAPIError,
+        reason: str,
     ) -> Batch:
         """Return what became of the next stale row, which the database does not let change."""
         rows = self.read(connection, after, 1, upto=reach.last, stale_only=True)
         failed = [
-            self._failure(row, sealed, error)
+            replace(self._failure(row, sealed, error), reason=reason)
             for row in rows
             for sealed in self.columns
             if row[sealed.position] is not None
             and not as_bytes(row[sealed.position]).startswith(sealed.header)
         ]
         return self._batch(rows, reach, 1, 0, failed, 0)
-
-    def _batch(
-        self,
-        rows: Sequence[Sequence[Any]],
-        reach: Reach,
-        limit: int,
-        written: int,
-        failed: Sequence[FailedRow],
-        size: int,
-    ) -> Batch:
-        if len(rows) == limit:
-            self._stretch = 1
-            return Batch(len(rows), self.primary_key_of(rows[-1]), True, written, failed, size)
-        if 2 * len(rows) < limit:
-            self._stretch = min(2 * self._stretch, MAX_STRETCH)
-        return Batch(len(rows), reach.last, reach.more, written, failed, size)
 
 
 @contextmanager

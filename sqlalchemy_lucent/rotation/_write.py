@@ -87,7 +87,7 @@ def writer_for(connection: Connection, target: TargetTable) -> Writer:
         in_psycopg = dialect.driver in ("psycopg", "psycopg_async")
         return (BinaryArrayWriter if in_psycopg else ArrayWriter)(target, dialect)
     if not is_mysql(dialect):
-        return RowWriter(target)
+        return RowWriter(target, dialect)
     names = {"name": str(target.clause.name), "schema": target.clause.schema}
     kept = self_updating(connection, target.clause)
     if dialect.paramstyle in ("format", "pyformat") and all(
@@ -96,8 +96,21 @@ def writer_for(connection: Connection, target: TargetTable) -> Writer:
         named = {column.name.lower() for column in target.primary_key}
         primary = {name.lower() for name in connection.scalars(_PRIMARY, names)}
         rows_first = bool(getattr(dialect, "is_mariadb", False)) and primary == named
-        return JoinWriter(target, dialect, kept, rows_first=rows_first)
-    return RowWriter(target, kept)
+        packet = connection.scalar(text("SELECT @@max_allowed_packet"))
+        return JoinWriter(target, dialect, kept, packet, rows_first=rows_first)
+    return RowWriter(target, dialect, kept)
+
+
+def check_rights(connection: Connection, target: TargetTable) -> None:
+    """Fail now, by an error of the database, if it would not let this user update `target`.
+
+    It has the statement explained, which fires no trigger and does not wait for a lock of a row.
+    """
+    if connection.dialect.name == "sqlite":
+        return
+    values = {column.name: target.clause.c[column.name] for column in target.columns}
+    statement = update(target.clause).values(values).compile(dialect=connection.dialect)
+    connection.exec_driver_sql(f"EXPLAIN {statement}").close()
 
 
 # MySQL renews such columns at each UPDATE that does not set them, whatever the metadata knows.
@@ -164,35 +177,50 @@ def without_limits(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
 
 
 class RowWriter:
-    """The form for everything: one UPDATE a row, sent together as the driver can."""
+    """SQLite, MySQL and MariaDB, the form for everything: one UPDATE a row, sent together as the
+    driver can.
 
-    def __init__(self, target: TargetTable, kept: Sequence[str] = ()) -> None:
+    The parameters go to the driver as they are. SQLAlchemy would make a dict of each row, and one
+    more object of each value.
+    """
+
+    def __init__(self, target: TargetTable, dialect: Dialect, kept: Sequence[str] = ()) -> None:
         self._target = target
+        self._dialect = dialect
         self._kept: dict[str, ColumnClause[Any]] = {name: column(name) for name in kept}
         for own in self._kept.values():
             if own.name not in target.clause.c:
                 target.clause.append_column(own)
+        self._processors = [_bind_processor(c.type, dialect) for c in target.primary_key]
+        self._statements: dict[tuple[str, ...], tuple[str, Sequence[str] | None]] = {}
 
     def write(self, connection: Connection, changes: Changes) -> int:
         """Write `changes`."""
+        if changes.names not in self._statements:
+            compiled: Any = self._statement(changes.names).compile(dialect=self._dialect)
+            self._statements[changes.names] = str(compiled), compiled.positiontup
+        statement, order = self._statements[changes.names]
+        keys = [
+            values if process is None else list(map(process, values))
+            for process, values in zip(self._processors, changes.keys, strict=True)
+        ]
         sizes = [list(map(len, prefixes)) for prefixes in changes.old]
         named = {
             f"lucent_{kind}_{position}": values
             for kind, columns in (
-                ("key", changes.keys),
+                ("key", keys),
                 ("old", changes.old),
                 ("size", sizes),
                 ("new", changes.new),
             )
             for position, values in enumerate(columns)
         }
-        parameters = [
-            dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)
-        ]
-        result = connection.execute(self._statement(changes.names), parameters)
+        rows: list[Any] = list(zip(*(named[name] for name in order or named), strict=True))
+        if order is None:  # the driver takes parameters by name
+            rows = [dict(zip(named, row, strict=True)) for row in rows]
+        written = connection.exec_driver_sql(statement, rows).rowcount
         # Some drivers do not count; there the rows are locked, so none can have been missed.
-        rows = result.rowcount if result.rowcount >= 0 else len(changes)
-        return rows * len(changes.names)
+        return (written if written >= 0 else len(rows)) * len(changes.names)
 
     def _statement(self, names: tuple[str, ...]) -> Update:
         clause = self._target.clause
@@ -205,9 +233,10 @@ class RowWriter:
         for position, name in enumerate(names):
             size = bindparam(f"lucent_size_{position}", type_=Integer)
             old = bindparam(f"lucent_old_{position}", type_=LargeBinary)
-            statement = statement.where(
-                func.substr(clause.c[name], 1, size, type_=LargeBinary) == old
-            ).values({name: bindparam(f"lucent_new_{position}", type_=LargeBinary)})
+            prefix = func.substr(clause.c[name], literal_column("1"), size, type_=LargeBinary)
+            statement = statement.where(prefix == old).values(
+                {name: bindparam(f"lucent_new_{position}", type_=LargeBinary)}
+            )
         return statement.values(self._kept) if self._kept else statement
 
 
@@ -351,16 +380,22 @@ class JoinWriter:
     ``in_predicate_conversion_threshold``)."""
 
     _MAX_BYTES: Final = 1 << 20
-    """Bytes of the values of a statement, roughly, which has them doubled: far below
-    ``max_allowed_packet``, 16 MiB by default."""
+    """Bytes of the values of a statement, roughly, which has them doubled."""
 
     _MAX_LENGTH: Final = 32_768
     """Bytes of a value. MariaDB (10.11) cuts one of 65,536 or more in a derived table, to the rest
     of a division by that, and says nothing of it."""
 
     def __init__(
-        self, target: TargetTable, dialect: Dialect, kept: Sequence[str], *, rows_first: bool
+        self,
+        target: TargetTable,
+        dialect: Dialect,
+        kept: Sequence[str],
+        max_allowed_packet: int,
+        *,
+        rows_first: bool,
     ) -> None:
+        self._max_bytes = min(self._MAX_BYTES, max_allowed_packet // 4)
         quote = dialect.identifier_preparer.quote
         self._quote = quote
         self._table = dialect.identifier_preparer.format_table(target.clause)
@@ -375,7 +410,7 @@ class JoinWriter:
             if isinstance(column.type.dialect_impl(dialect), _Binary)
         }
         self._rows_first = rows_first
-        self._of_long_values = RowWriter(target, kept)
+        self._of_long_values = RowWriter(target, dialect, kept)
 
     def write(self, connection: Connection, changes: Changes) -> int:
         """Write `changes`."""
@@ -399,7 +434,7 @@ class JoinWriter:
         part: list[int] = []
         total = 0
         for number, size in sizes.items():
-            if len(part) == self._MAX_ROWS or total > self._MAX_BYTES:
+            if len(part) == self._MAX_ROWS or total > self._max_bytes:
                 yield part
                 part, total = [], 0
             part.append(number)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy import Connection, Engine, Row, func, select
 
 from .. import _sql
 from .._envelope import VERSION_PATTERN
-from ..exceptions import KeyInUseError, RotationError
-from ..keyring import Keyring
+from ..exceptions import ConfigurationError, KeyInUseError, RotationError
+from ..keyring import Keyring, default_keyring
 from ._async import run_sync, sleep_in_async
-from ._link import OUTSIDE_OF_TRANSACTIONS, not_a_bind
-from ._table import PrimaryKey, TableWorker
-from ._visible import refuse_hidden_rows
+from ._faults import Fault
+from ._link import Link
+from ._scan import count_stale, count_version, ranges_of
+from ._table import PrimaryKey, TableWorker, Within
 from .engine import DEFAULT_BATCH_SIZE, keyring_of
 from .report import Failures, StatusReport, StatusRow, VerifyReport
-from .targets import Target, TargetTable, resolve_targets
+from .targets import Survey, Target, TargetTable, refuse_left_out, resolve_targets, survey
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -36,38 +39,71 @@ def status(
     :param targets: as for :func:`rotate`.
     :raises RotationError: `targets` has no encrypted column.
     """
-    with _connected(bind) as connection:
-        tables = resolve_targets(targets, connection)
-        return StatusReport(tuple(row for table in tables for row in _count(connection, table)))
+    return _status(bind, targets, time.sleep)
 
 
 async def astatus(
     bind: AsyncEngine | AsyncConnection, targets: Target | Iterable[Target] | None = None
 ) -> StatusReport:
     """Do what :func:`status` does, over an async engine or connection."""
-    return await run_sync(bind, lambda sync: status(sync, targets))
+    return await run_sync(bind, lambda sync: _status(sync, targets, sleep_in_async))
 
 
-def _count(connection: Connection, target: TargetTable) -> Iterator[StatusRow]:
-    refuse_hidden_rows(connection, target.clause.name, target.clause.schema)
-    for column in target.columns:
-        value = target.clause.c[column.name]
-        counted = (
-            select(
-                _sql.key_version(value).label("version"),
-                _sql.key_id(value).label("fingerprint"),
-            )
-            .select_from(target.clause)
-            .where(value.is_not(None))
-            .subquery()
+def _status(
+    bind: Engine | Connection,
+    targets: Target | Iterable[Target] | None,
+    sleep: Callable[[float], object],
+) -> StatusReport:
+    link = Link(bind, sleep=sleep, counting=True)
+    tables = resolve_targets(targets, bind)
+
+    def work() -> StatusReport:
+        known = _survey(link, tables)
+        rows = tuple(row for table in known.tables for row in _count(link, table))
+        return StatusReport(rows, known.left_out)
+
+    return link.run(work, _told)
+
+
+def _survey(link: Link, tables: Sequence[TargetTable]) -> Survey:
+    return link.read(lambda connection: survey(connection, tables))
+
+
+def _told(fault: Fault) -> str:
+    return f"the database ended the count: {fault.said}. {fault.again('Run it again')}"
+
+
+def _count(link: Link, target: TargetTable) -> Iterator[StatusRow]:
+    worker = TableWorker(target, None, link.dialect)
+    link.read(worker.look)
+    counts: dict[str, Counter[tuple[str | None, str | None]]] = {
+        column.name: Counter() for column in target.columns
+    }
+    for within in ranges_of(link, worker):
+        for name, found in counts.items():
+            for row in link.read(partial(_counted, target, name, within)):
+                found[row.version, row.fingerprint] += row.number
+    for name, found in counts.items():
+        for key in sorted(found, key=lambda key: (key[0] or "", key[1] or "")):
+            yield StatusRow(target.name, name, *key, found[key])
+
+
+def _counted(
+    target: TargetTable, name: str, within: Within, connection: Connection
+) -> Sequence[Row[Any]]:
+    value = target.clause.c[name]
+    counted = (
+        select(
+            _sql.key_version(value).label("version"),
+            _sql.key_id(value).label("fingerprint"),
         )
-        statement = (
-            select(counted.c.version, counted.c.fingerprint, func.count())
-            .group_by(counted.c.version, counted.c.fingerprint)
-            .order_by(counted.c.version, counted.c.fingerprint)
-        )
-        for row in connection.execute(statement):
-            yield StatusRow(target.name, column.name, *row)
+        .select_from(target.clause)
+        .where(value.is_not(None), *within.conditions)
+        .subquery()
+    )
+    keys = (counted.c.version, counted.c.fingerprint)
+    statement = select(*keys, func.count().label("number")).group_by(*keys)
+    return connection.execute(statement, within.parameters).all()
 
 
 def needs_rotation(
@@ -85,12 +121,17 @@ def needs_rotation(
     :raises RotationError: `targets` has no encrypted column.
     """
     keyring = keyring_of(keyring)
-    with _connected(bind) as connection:
-        for target in resolve_targets(targets, connection):
-            refuse_hidden_rows(connection, target.clause.name, target.clause.schema)
-            if TableWorker(target, keyring, connection.dialect).count_stale(connection):
-                return True
-    return False
+    link = Link(bind, counting=True)
+    tables = resolve_targets(targets, bind)
+
+    def work() -> bool:
+        known = _survey(link, tables)
+        workers = [TableWorker(table, keyring, link.dialect) for table in known.tables]
+        for worker in workers:
+            link.read(worker.look)
+        return any(count_stale(link, worker) for worker in workers)
+
+    return link.run(work, _told)
 
 
 def retire_check(
@@ -99,26 +140,38 @@ def retire_check(
     targets: Target | Iterable[Target] | None = None,
     *,
     settle: float = 0.0,
+    keyring: Keyring | Callable[[], Keyring] | None = None,
+    exclude: Iterable[str] = (),
 ) -> None:
     """Raise while any value is sealed under `version`, whatever key that was.
 
-    It passes for a version that no value has, and so for one that is misspelt. (The command
-    ``lucent retire-check`` asks back when neither the keyring nor a value has it.)
+    It counts the versions that values name, and opens none: who may write to the database may
+    write another version in front of a value, which then does not open. With `keyring`, it opens
+    every value too, without the key of `version`.
 
     A count sees what is committed. A transaction that is open meanwhile may have sealed a value
-    under `version` and commit it right afterwards: with `settle`, it counts, waits, and counts
+    under `version` and commit it right afterwards: with `settle`, it looks, waits, and looks
     again. Choose it longer than the longest transaction of a process that had `version` as its
     primary, and run the check when no process has.
 
-    :param bind: an engine, or a connection that is in no transaction.
-    :param version: the key version that is to go.
+    :param bind: an engine, or a connection that is in no transaction; of the primary server.
+    :param version: the key version that is to go. The keyring has it (`keyring`, or else the
+        default one), unless a value does: one that nobody knows is misspelt.
     :param targets: as for :func:`rotate`. A column that is not among them is not looked at: name
         every MetaData that the key was used for.
-    :param settle: seconds between the two counts; 0 counts once.
-    :raises KeyInUseError: how many values need the version, per column.
-    :raises RotationError: `targets` has no encrypted column, or an argument is wrong.
+    :param settle: seconds between two looks; 0 looks once.
+    :param keyring: the keyring to open with, or a function that returns it. `version` is not its
+        primary.
+    :param exclude: names of views and foreign tables among `targets`, as ``left_out`` of a report
+        has them, that show no value sealed under `version`. Otherwise the check passes over a view
+        only if every binary column of the tables that it reads is a target.
+    :raises KeyInUseError: how many values need the version, per column, or (with `keyring`) do not
+        open without it.
+    :raises RotationError: `targets` has no encrypted column, one of its tables is missing or may
+        show less than there is, the server is a replica or read-only, nothing knows `version`, or
+        an argument is wrong.
     """
-    _retire_check(bind, version, targets, settle, time.sleep)
+    _retire_check(bind, version, targets, settle, keyring, exclude, time.sleep)
 
 
 async def aretire_check(
@@ -127,12 +180,19 @@ async def aretire_check(
     targets: Target | Iterable[Target] | None = None,
     *,
     settle: float = 0.0,
+    keyring: Keyring | Callable[[], Keyring] | None = None,
+    exclude: Iterable[str] = (),
 ) -> None:
     """Do what :func:`retire_check` does, over an async engine or connection.
 
     While it waits, the event loop runs.
     """
-    await run_sync(bind, lambda sync: _retire_check(sync, version, targets, settle, sleep_in_async))
+    await run_sync(
+        bind,
+        lambda sync: _retire_check(
+            sync, version, targets, settle, keyring, exclude, sleep_in_async
+        ),
+    )
 
 
 def _retire_check(
@@ -140,6 +200,8 @@ def _retire_check(
     version: str,
     targets: Target | Iterable[Target] | None,
     settle: float,
+    keyring: Keyring | Callable[[], Keyring] | None,
+    exclude: Iterable[str],
     sleep: Callable[[float], object],
 ) -> None:
     if not isinstance(version, str) or not VERSION_PATTERN.fullmatch(version):
@@ -151,28 +213,67 @@ def _retire_check(
             "the connection is inside a transaction, which may not see what others commit while "
             "retire_check() waits. End it first, or pass the engine"
         )
-    _raise_if_needed(bind, version, targets)
+    own = None if keyring is None else keyring_of(keyring)
+    rest = own.without(version) if own is not None and version in own.versions else own
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    _raise_if_needed(bind, version, targets, rest, exclude, sleep)
+    if version not in _known_versions(own):
+        raise RotationError(
+            f"neither the keyring nor any value of the targets has key version {version!r}: is it "
+            "misspelt? Leave the key in the keyring until this check has passed"
+        )
     if settle:
-        if isinstance(bind, Connection):
-            bind.rollback()  # the count began a transaction
         sleep(settle)
-        _raise_if_needed(bind, version, targets)
+        _raise_if_needed(bind, version, targets, rest, exclude, sleep)
+
+
+def _known_versions(keyring: Keyring | None) -> set[str]:
+    """Return the versions of `keyring`, which may have been taken out of it, and of the default."""
+    known = set(keyring.versions if keyring is not None else ())
+    with suppress(ConfigurationError):
+        known.update(default_keyring().versions)
+    return known
 
 
 def _raise_if_needed(
-    bind: Engine | Connection, version: str, targets: Target | Iterable[Target] | None
+    bind: Engine | Connection,
+    version: str,
+    targets: Target | Iterable[Target] | None,
+    rest: Keyring | None,
+    exclude: Sequence[str],
+    sleep: Callable[[float], object],
 ) -> None:
-    needing: dict[str, int] = {}
-    for row in status(bind, targets).rows:
-        if row.key_version == version:  # once per fingerprint
-            name = f"{row.table}.{row.column}"
-            needing[name] = needing.get(name, 0) + row.count
-    if needing:
-        counts = ", ".join(f"{count} in {name}" for name, count in needing.items())
+    link = Link(bind, sleep=sleep, counting=True)
+    tables = resolve_targets(targets, bind)
+
+    def work() -> dict[str, int]:
+        known = _survey(link, tables)
+        link.read(lambda connection: refuse_left_out(connection, known, exclude))
+        counts: dict[str, int] = {}
+        for table in known.tables:
+            link.read(TableWorker(table, None, link.dialect).look)
+            for column in table.columns:
+                counts[f"{table.name}.{column.name}"] = count_version(link, table, column, version)
+        return counts
+
+    needing = link.run(work, _told)
+    if any(needing.values()):
+        counts = ", ".join(f"{count} in {name}" for name, count in needing.items() if count)
         raise KeyInUseError(
             f"key version {version!r} is still needed: {counts}. Rotate these values before the "
             "key is retired; verify() names those that do not open, such as values that another "
             "key of that name sealed"
+        )
+    if rest is None:
+        return
+    report = _verify(bind, targets, rest, None, sleep)
+    if not report.ok:
+        first = report.failed[0]
+        raise KeyInUseError(
+            f"{report.failed_count} values do not open without key version {version!r}, whatever "
+            f"version they name; the first is {first.table}.{first.column} in the row with primary "
+            f"key {first.primary_key!r} ({first.error}). verify() names them all: correct or "
+            "delete them before the key is retired"
         )
 
 
@@ -192,24 +293,7 @@ def verify(
     :param sample: look at the first so many rows of each table only, in primary-key order.
     :raises RotationError: `targets` has no encrypted column, or `sample` is below 1.
     """
-    if sample is not None and (
-        isinstance(sample, bool) or not isinstance(sample, int) or sample < 1
-    ):
-        raise RotationError("sample is a whole number of rows, 1 or more")
-    keyring = keyring_of(keyring)
-    failures = Failures()
-    opened = 0
-    with _connected(bind) as connection:
-        for table in resolve_targets(targets, connection):
-            worker = TableWorker(table, keyring, connection.dialect)
-            worker.check_keys(connection)
-            for row in _rows(worker, connection, sample):
-                for failed in worker.open_values(row):
-                    if failed is None:
-                        opened += 1
-                    else:
-                        failures.add([failed])
-    return VerifyReport(opened, tuple(failures.named), failures.count)
+    return _verify(bind, targets, keyring, sample, time.sleep)
 
 
 async def averify(
@@ -220,35 +304,65 @@ async def averify(
     sample: int | None = None,
 ) -> VerifyReport:
     """Do what :func:`verify` does, over an async engine or connection."""
-    return await run_sync(bind, lambda sync: verify(sync, targets, keyring=keyring, sample=sample))
+    return await run_sync(
+        bind, lambda sync: _verify(sync, targets, keyring, sample, sleep_in_async)
+    )
 
 
-def _rows(worker: TableWorker, connection: Connection, sample: int | None) -> Iterator[Any]:
+def _verify(
+    bind: Engine | Connection,
+    targets: Target | Iterable[Target] | None,
+    keyring: Keyring | Callable[[], Keyring] | None,
+    sample: int | None,
+    sleep: Callable[[float], object],
+) -> VerifyReport:
+    if sample is not None and (
+        isinstance(sample, bool) or not isinstance(sample, int) or sample < 1
+    ):
+        raise RotationError("sample is a whole number of rows, 1 or more")
+    own = keyring_of(keyring)
+    link = Link(bind, sleep=sleep, counting=True)
+    tables = resolve_targets(targets, bind)
+
+    def work() -> VerifyReport:
+        known = _survey(link, tables)
+        failures = Failures()
+        opened = 0
+        for table in known.tables:
+            worker = TableWorker(table, own, link.dialect)
+            link.read(worker.check_keys)
+            for row in _rows(worker, link, sample):
+                for failed in worker.open_values(row):
+                    if failed is None:
+                        opened += 1
+                    else:
+                        failures.add([failed])
+        return VerifyReport(opened, tuple(failures.named), failures.count, known.left_out)
+
+    return link.run(work, _told)
+
+
+def _rows(worker: TableWorker, link: Link, sample: int | None) -> Iterator[Sequence[Any]]:
     """Give the rows of a table in constant memory."""
     after: PrimaryKey | None = None
     left = sample
-    while left is None or left > 0:
+    more = True
+    while more and (left is None or left > 0):
         limit = DEFAULT_BATCH_SIZE if left is None else min(left, DEFAULT_BATCH_SIZE)
-        reach = worker.reach(connection, after, limit)
-        if reach is None:
-            return
-        # Without a bound at the end: a key of an inexact type may not be found by its own value.
-        upto = reach.last if reach.more or left is not None else None
-        rows = worker.read(connection, after, None, upto=upto)
+        rows, last = link.read(partial(_batch, worker, after, limit, sampled=left is not None))
         yield from rows
-        if not reach.more:
-            return
-        after = reach.last
+        more = last is not None
+        after = last
         left = None if left is None else left - len(rows)
 
 
-@contextmanager
-def _connected(bind: Engine | Connection) -> Iterator[Connection]:
-    if isinstance(bind, Connection):
-        yield bind
-    elif isinstance(bind, Engine):
-        # AUTOCOMMIT: a transaction as long as the reading would keep the database from cleaning up.
-        with bind.connect() as connection:
-            yield connection.execution_options(**OUTSIDE_OF_TRANSACTIONS)
-    else:
-        raise not_a_bind(bind)
+def _batch(
+    worker: TableWorker, after: PrimaryKey | None, limit: int, connection: Connection, sampled: bool
+) -> tuple[Sequence[Sequence[Any]], PrimaryKey | None]:
+    """Return some rows, and the primary key to go on behind."""
+    reach = worker.reach(connection, after, limit)
+    if reach is None:
+        return [], None
+    # Without a bound at the end: a key of an inexact type may not be found by its own value.
+    upto = reach.last if reach.more or sampled else None
+    return worker.read(connection, after, None, upto=upto), reach.last if reach.more else None

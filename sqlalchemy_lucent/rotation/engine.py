@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
-import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
@@ -17,12 +16,13 @@ from sqlalchemy.exc import DBAPIError
 from ..exceptions import RotationError
 from ..keyring import Keyring, default_keyring
 from ._async import run_sync, sleep_in_async
-from ._inplace import InPlaceWorker, can_work_in_place
-from ._link import Link, refuses_a_row
+from ._faults import Fault, refuses_a_row, said
+from ._link import DEFAULT_RETRIES, Link
 from ._pace import Pace
-from ._table import Batch, PrimaryKey, TableWorker
+from ._scan import count_stale
+from ._table import Batch, PrimaryKey, Reach, TableWorker
 from .report import FailedRow, Failures, RotationProgress, RotationReport
-from .targets import Target, TargetTable, resolve_targets
+from .targets import Target, TargetTable, resolve_targets, survey
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 DEFAULT_BATCH_SIZE: Final = 1000
 """Rows per transaction: small enough to hold locks for milliseconds, large enough that the
 commits do not dominate."""
-
-DEFAULT_RETRIES: Final = 12
-"""Further attempts at a batch, with half the rows each: about half a minute in all."""
 
 MAX_PASSES: Final = 20
 """Passes over a table. One finds everything, unless rows change meanwhile: a compare-and-swap that
@@ -43,10 +40,8 @@ _MOST_REFUSED: Final = 1000
 """Rows that the database may refuse to change one after the other, without any that it lets change
 in between. What refuses more is against the rotation, and each row costs ten transactions."""
 
-_FIRST_PAUSE: Final = 0.05  # seconds; doubled at each attempt, with jitter
-_LONGEST_PAUSE: Final = 4.0  # seconds between the attempts at a batch, or between passes
-
-_T = TypeVar("_T")
+_FIRST_PAUSE: Final = 0.05  # seconds between passes over a table; doubled at each
+_LONGEST_PAUSE: Final = 4.0
 
 
 @dataclass(frozen=True)
@@ -199,7 +194,7 @@ def _rotate(
     options: RotationOptions,
     sleep: Callable[[float], object],
 ) -> RotationReport:
-    link = Link(bind)
+    link = Link(bind, retries=options.retries, sleep=sleep)
     tables = resolve_targets(targets, bind)
     run = _Run(link, keyring, options, sleep)
     return run.guarded(lambda: run.over(tables))
@@ -216,17 +211,31 @@ class Worker(Protocol):
     def count_stale(self, connection: Connection) -> int:
         """Count what is left to do."""
 
+    def reach(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Reach | None:
+        """Return how far the next batch goes; ``None`` at the end."""
 
-class SimpleWorker(Worker, Protocol):
-    """One that finds its rows and changes them at once."""
+    def advanced(self, after: PrimaryKey | None, last: PrimaryKey | None) -> PrimaryKey | None:
+        """Return the key to go on behind; fail if it is no other."""
 
-    def batch(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Batch:
-        """Do the next `limit` rows behind `after`."""
+    def work(
+        self, connection: Connection, after: PrimaryKey | None, reach: Reach, limit: int
+    ) -> Batch:
+        """Do the next `limit` rows behind `after`, as far as `reach` goes."""
+
+    def refused(
+        self,
+        connection: Connection,
+        after: PrimaryKey | None,
+        reach: Reach,
+        error: DBAPIError,
+        reason: str,
+    ) -> Batch:
+        """Return what became of the next row, which the database does not let change."""
 
 
 def run_workers(
     connection: Connection,
-    workers: Sequence[SimpleWorker],
+    workers: Sequence[Worker],
     keyring: Keyring,
     *,
     batch_size: int,
@@ -267,29 +276,23 @@ class _Run:
         self._total = 0
         self._rotated = 0
         self._stopped = False
-        self._raised_by_callback: DBAPIError | None = None
         self._refused = 0  # since the last value that was written
 
     def guarded(self, work: Callable[[], RotationReport]) -> RotationReport:
         """Do `work` over the link; say where it stands if the database ends it."""
-        try:
-            with self._link:
-                return work()
-        except DBAPIError as error:
-            if error is self._raised_by_callback:
-                raise
-            fault = self.where_it_stands(_first_line(error))
-        raise RotationError(fault)
+        return self._link.run(work, self.where_it_stands)
 
     def over(self, tables: list[TargetTable]) -> RotationReport:
         """Rotate `tables`."""
-        return self.drive([self._worker(table) for table in tables])
+        known = self._link.read(lambda connection: survey(connection, tables))
+        report = self.drive([self._worker(table) for table in known.tables])
+        return replace(report, left_out=known.left_out)
 
-    def drive(self, workers: Sequence[TableWorker | SimpleWorker]) -> RotationReport:
+    def drive(self, workers: Sequence[Worker]) -> RotationReport:
         """Run `workers`, one after the other, until each is done."""
         # Whatever is missing in any of them shows before the first write.
         for worker in workers:
-            self._attempt(partial(self._prepare, worker))
+            self._prepare(worker)
         if self._options.on_progress is not None or self._options.stop_when is not None:
             self._total = sum(map(self._count, workers))
         failures = Failures()
@@ -308,27 +311,29 @@ class _Run:
             self._options.dry_run,
         )
 
-    def where_it_stands(self, reason: str) -> str:
-        """Say what the database refused, and what was done until then."""
-        return (
-            f"the database ended the rotation: {reason}. "
-            f"{self._rotated} values were re-encrypted before, and are committed; "
-            "the batch in hand was rolled back. Run it again to go on"
-        )
+    def where_it_stands(self, fault: Fault) -> str:
+        """Say what the database refused, what was done until then, and what to do."""
+        if self._options.dry_run:
+            done = "It was a dry run: nothing was written"
+        else:
+            done = (
+                f"{self._rotated} values were re-encrypted before, and are committed; "
+                "the batch in hand was rolled back"
+            )
+        return f"the database ended the rotation: {fault.said}. {done}. {fault.again()}"
 
     def _worker(self, table: TargetTable) -> TableWorker:
-        connection = self._link.connection
-        if can_work_in_place(connection) and not self._options.dry_run:
-            return InPlaceWorker(table, self._keyring, connection)
-        return TableWorker(table, self._keyring, connection.dialect)
+        return TableWorker(table, self._keyring, self._link.dialect)
 
     def _count(self, worker: Worker) -> int:
-        return self._attempt(lambda _: worker.count_stale(self._link.connection))
+        if isinstance(worker, TableWorker):
+            return count_stale(self._link, worker)
+        return self._link.read(worker.count_stale)
 
-    def _prepare(self, worker: Worker, _: int) -> None:
-        worker.prepare(self._link.connection, lock=not self._options.dry_run)
+    def _prepare(self, worker: Worker) -> None:
+        self._link.read(partial(worker.prepare, lock=not self._options.dry_run))
 
-    def _until_done(self, worker: TableWorker | SimpleWorker) -> tuple[Failures, int]:
+    def _until_done(self, worker: Worker) -> tuple[Failures, int]:
         """Pass over the table until a count finds nothing stale but what does not open."""
         failures = Failures()
         remaining = 0
@@ -348,23 +353,19 @@ class _Run:
                 break
         return failures, remaining
 
-    def _one_pass(self, worker: TableWorker | SimpleWorker) -> Failures:
+    def _one_pass(self, worker: Worker) -> Failures:
+        """Go through the rows until their end, or until ``stop_when`` ends it before."""
         failures = Failures()
         self._pace.begin_table()
         after: PrimaryKey | None = None
         more = not self._stopped
         while more:
             started = time.monotonic()
-            batch = self._attempt(partial(self._batch, worker, after))
-            before, after = after, batch.last
+            batch = self._link.attempt(partial(self._batch, worker, after), self._pace.limit)
+            after = worker.advanced(after, batch.last)
             self._rotated += batch.written
             failures.add(batch.failed)
             more = batch.more
-            if batch.last is not None and batch.last == before:
-                raise RotationError(
-                    f"the rows of {worker.name} cannot be gone through in order: the database does "
-                    "not find its primary key behind itself, as with an inexact type (FLOAT)"
-                )
             if batch.rows or more:  # a batch may look at many rows and find none that is stale
                 self._tell(worker, failures)
             if batch.rows:
@@ -372,34 +373,31 @@ class _Run:
             more = more and not self._stopped
         return failures
 
-    def _batch(
-        self, worker: TableWorker | SimpleWorker, after: PrimaryKey | None, limit: int
-    ) -> Batch:
-        if not isinstance(worker, TableWorker):
-            with self._link.transaction() as connection:
-                return worker.batch(connection, after, limit)
-        connection = self._link.connection
-        reach = worker.reach(connection, after, limit)
-        if reach is None:
-            return Batch(0, None, more=False, written=0, failed=(), size=0)
-        if self._options.dry_run:
-            batch = worker.rehearse(connection, after, reach, limit)
-            self._raise_if_wanted(batch)
-            return batch
+    def _batch(self, worker: Worker, after: PrimaryKey | None, limit: int) -> Batch:
+        with self._link.reading() as connection:
+            reach = worker.reach(connection, after, limit)
+            if reach is None:
+                return Batch(0, None, more=False, written=0, failed=(), size=0)
+            if self._options.dry_run and isinstance(worker, TableWorker):
+                batch = worker.rehearse(connection, after, reach, limit)
+                self._raise_if_wanted(batch)
+                return batch
         try:
-            with self._link.transaction():
+            with self._link.transaction() as connection:
                 batch = worker.work(connection, after, reach, limit)
                 self._raise_if_wanted(batch)
         except DBAPIError as error:
-            is_refused = refuses_a_row(error, self._link.dialect.name)
+            is_refused = refuses_a_row(error, self._link.dialect)
             if self._options.on_error == "raise" or not is_refused:
                 raise
+            self._link.renew()  # if it broke off
             if limit == 1:
                 self._refused += 1
                 if self._refused > _MOST_REFUSED:
                     raise
-                with self._link.transaction():
-                    return worker.refused(connection, after, reach, error)
+                reason = said(error, self._link.dialect)
+                with self._link.transaction() as connection:
+                    return worker.refused(connection, after, reach, error, reason)
         else:
             if batch.written:
                 self._refused = 0
@@ -410,22 +408,6 @@ class _Run:
     def _raise_if_wanted(self, batch: Batch) -> None:
         if batch.failed and self._options.on_error == "raise":
             raise RotationError(_does_not_open(batch.failed[0]))
-
-    def _attempt(self, work: Callable[[int], _T]) -> _T:
-        """Do `work` with the batch size to use; again while the fault is a passing one."""
-        limit = self._pace.limit
-        for attempt in range(self._options.retries + 1):
-            try:
-                self._link.renew()
-                return work(limit)
-            except DBAPIError as error:
-                if attempt == self._options.retries or not self._link.recovers_from(error):
-                    raise
-            # A whole batch may never get through under contention; half of it does sooner.
-            limit = max(1, limit // 2)
-            pause = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE)
-            self._sleep(pause * random.uniform(0.5, 1))  # noqa: S311  (jitter)
-        raise AssertionError("unreachable")
 
     def _tell(self, worker: Worker, failures: Failures) -> None:
         options = self._options
@@ -441,25 +423,15 @@ class _Run:
             rate=rate,
             seconds_left=left / rate if rate else None,
         )
-        try:
-            if options.on_progress is not None:
-                options.on_progress(progress)
-            if options.stop_when is not None:
-                self._stopped = bool(options.stop_when(progress))
-        except DBAPIError as error:
-            self._raised_by_callback = error  # of the caller's own SQL: it is raised as it is
-            raise
+        if options.on_progress is not None:
+            options.on_progress(progress)
+        if options.stop_when is not None:
+            self._stopped = bool(options.stop_when(progress))
 
 
 def _is_number(value: object, kind: type[int | float] | None = None) -> bool:
     kinds = (int, float) if kind is None else kind
     return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _first_line(error: DBAPIError) -> str:
-    """Return what the database said, without what may repeat the row."""
-    reason = (str(error.orig).splitlines() or [""])[0]
-    return f"{type(error.orig).__name__}: {reason}"
 
 
 def _does_not_open(failed: FailedRow) -> str:

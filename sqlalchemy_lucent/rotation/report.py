@@ -24,6 +24,8 @@ class FailedRow:
     """The key version that it is sealed under; ``None`` if it is not sealed."""
     fingerprint: str | None = None
     """The fingerprint of that key."""
+    reason: str | None = None
+    """What the database said, if it refused to change the row."""
 
 
 class Failures:
@@ -82,6 +84,9 @@ class RotationReport:
     stopped: bool = False
     """Whether ``stop_when`` ended the run."""
     dry_run: bool = False
+    left_out: tuple[str, ...] = ()
+    """Targets that are no tables, but views, materialized views or foreign tables: nothing behind
+    them was looked at."""
 
     @property
     def ok(self) -> bool:
@@ -113,6 +118,8 @@ class StatusReport:
     """Values per table, column and key."""
 
     rows: tuple[StatusRow, ...]
+    left_out: tuple[str, ...] = ()
+    """Targets that are no tables, as in :class:`RotationReport`."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as data that :func:`json.dumps` takes."""
@@ -129,6 +136,8 @@ class VerifyReport:
     """Values that did not: the first 1,000 of them."""
     failed_count: int
     """How many values did not open."""
+    left_out: tuple[str, ...] = ()
+    """Targets that are no tables, as in :class:`RotationReport`."""
 
     @property
     def ok(self) -> bool:

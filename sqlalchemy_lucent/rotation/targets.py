@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from sqlalchemy import ARRAY, Column, Connection, Engine, MetaData, Table, column, inspect, table
 from sqlalchemy.orm import ColumnProperty, Mapper, QueryableAttribute, registry
 from sqlalchemy.sql.expression import ColumnClause, TableClause
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from .._keyset import key_type
+from .._sql import key_version
 from ..exceptions import RotationError
 from ..models import LucentBase
 from ..types import EncryptedJSON
+from ._relations import Relation, binary_columns, relation_of, tables_beneath
 
 Target: TypeAlias = (
     "MetaData | registry | type[Any] | Table | Column[Any] | QueryableAttribute[Any]"
 )
-"""What may be named: all tables of a MetaData, registry or Declarative base; a mapped class or
-Table; or one column."""
+"""What may be named: all tables of a MetaData; all tables of each MetaData that the classes of a
+registry or Declarative base have; the tables of a mapped class and of those that derive from it, or
+of a mixin's; a Table; or one column."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class TargetColumn:
     type: EncryptedJSON
     bound_to: tuple[str, ...]
     """Names in the database of the columns that its values are bound to."""
+    version_column: str | None = None
+    """The name of a column that the database computes the key version into, as the model says."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,29 @@ def resolve_targets(
     by_table: dict[Table, dict[str, Column[Any]]] = {}
     for found in columns:
         by_table.setdefault(found.table, {})[found.name] = found
+    _refuse_other_databases(by_table, _bind_key(columns[0].table))
     schemas = bind.get_execution_options().get("schema_translate_map") or {}
-    return [
+    tables = [
         _target_table(owner, list(named.values()), schemas.get(owner.schema, owner.schema))
         for owner, named in by_table.items()
     ]
+    known: set[tuple[str | None, str]] = set()
+    for target in tables:
+        if (target.clause.schema, target.clause.name) in known:
+            raise RotationError(
+                f"the targets have two tables {target.name}, each in a MetaData of its own. If "
+                "they are one table, name one of them; if they are in two databases, call this "
+                "once for each database, with its engine and its MetaData"
+            )
+        known.add((target.clause.schema, target.clause.name))
+    return tables
 
 
 def columns_in(target: Any) -> Iterator[Column[Any]]:
-    """Give the encrypted columns of `target`; a table that is named and has none is an error."""
+    """Give the encrypted columns of `target`; a table that is named and has none is an error.
+
+    :raises RotationError: a table of a base or registry is in another database than others.
+    """
     if isinstance(target, QueryableAttribute):
         target = _column_of(target)
     if isinstance(target, Column):
@@ -82,13 +102,16 @@ def columns_in(target: Any) -> Iterator[Column[Any]]:
         yield target
     elif isinstance(target, Table):
         yield from _columns_of([target], f"table {target.fullname}")
-    elif isinstance(target, MetaData):
-        for owner in target.sorted_tables:
+    elif isinstance(target, type) and isinstance(inspect(target, raiseerr=False), Mapper):
+        yield from _columns_of(tables_in(target), f"class {target.__name__}")
+    elif isinstance(target, (MetaData, registry, type)):
+        tables = tables_in(target)
+        sealed = [owner for owner in tables if _encrypted(owner)]
+        own = target if isinstance(target, MetaData) else getattr(target, "metadata", None)
+        if isinstance(own, MetaData):
+            _refuse_other_databases(sealed, own.info.get("bind_key"))
+        for owner in sealed:
             yield from _encrypted(owner)
-    elif isinstance(target, registry):
-        yield from columns_in(target.metadata)
-    elif isinstance(target, type):
-        yield from _columns_of_class(target)
     elif isinstance(target, Iterable) and not isinstance(target, (str, bytes)):
         for member in target:
             yield from columns_in(member)
@@ -96,23 +119,76 @@ def columns_in(target: Any) -> Iterator[Column[Any]]:
         raise _not_a_target(type(target))
 
 
+def tables_in(target: MetaData | registry | type[Any]) -> list[Table]:
+    """Return the tables that `target` stands for, with and without encrypted columns.
+
+    :raises RotationError: it is a class that has none.
+    """
+    if isinstance(target, MetaData):
+        return target.sorted_tables
+    mapper = inspect(target, raiseerr=False)
+    if isinstance(mapper, Mapper):
+        # With joined inheritance, a class has columns in the tables of its parents too.
+        return _tables_of(mapper.self_and_descendants)
+    if isinstance(target, registry):
+        return _with_all_beside([target.metadata], _tables_of(target.mappers))
+    # SQLModel keeps its registry under the second name only.
+    classes = [target, *_classes_below(target)]
+    registries = [vars(c).get(n) for c in classes for n in ("registry", "_sa_registry")]
+    mappers = {m for found in registries if isinstance(found, registry) for m in found.mappers}
+    mappers.update(m for c in classes if isinstance(m := inspect(c, raiseerr=False), Mapper))
+    if isinstance(getattr(target, "metadata", None), MetaData):
+        own = [getattr(c, "metadata", None) for c in classes]
+        return _with_all_beside([m for m in own if isinstance(m, MetaData)], _tables_of(mappers))
+    if not mappers:
+        raise _not_a_target(target)
+    return _tables_of(mappers)  # of a mixin
+
+
+def _classes_below(class_: type[Any]) -> Iterator[type[Any]]:
+    for below in type.__subclasses__(class_):
+        yield below
+        yield from _classes_below(below)
+
+
+def _tables_of(mappers: Iterable[Mapper[Any]]) -> list[Table]:
+    found = {owner for mapper in mappers for owner in mapper.tables if isinstance(owner, Table)}
+    return sorted(found, key=lambda owner: owner.fullname)
+
+
+def _with_all_beside(metadatas: list[MetaData], tables: list[Table]) -> list[Table]:
+    """Return all tables of `metadatas` and of those that `tables` are in.
+
+    Beside those that are mapped, a MetaData has others that the classes use: an association's.
+    """
+    every = dict.fromkeys([*metadatas, *(owner.metadata for owner in tables)])
+    beside = (owner for metadata in every for owner in metadata.sorted_tables)
+    return list(dict.fromkeys([*beside, *tables]))
+
+
+def _bind_key(owner: Any) -> object:
+    """Return by which name Flask-SQLAlchemy keeps the database of a table."""
+    return owner.info.get("bind_key", owner.metadata.info.get("bind_key"))
+
+
+def _refuse_other_databases(tables: Iterable[Table], key: object) -> None:
+    others = {owner.fullname: _bind_key(owner) for owner in tables if _bind_key(owner) != key}
+    if others:
+        named = ", ".join(f"{name} (bind key {other!r})" for name, other in others.items())
+        other = next(iter(others.values()))
+        raise RotationError(
+            f"the targets have tables in another database: {named}. Call this once for each "
+            "database, with its MetaData and its engine: of Flask-SQLAlchemy, "
+            f"db.metadatas[{other!r}] with db.engines[{other!r}], and db.metadatas[{key!r}] with "
+            f"db.engines[{key!r}]"
+        )
+
+
 def _column_of(attribute: QueryableAttribute[Any]) -> object:
     property_ = attribute.property
     if not isinstance(property_, ColumnProperty):
         raise RotationError(f"{attribute} is not a column attribute")
     return property_.columns[0]
-
-
-def _columns_of_class(class_: type[Any]) -> Iterator[Column[Any]]:
-    mapper = inspect(class_, raiseerr=False)
-    if isinstance(mapper, Mapper):
-        # With joined inheritance, a class has columns in the tables of its parents too.
-        tables = [owner for owner in mapper.tables if isinstance(owner, Table)]
-        yield from _columns_of(tables, f"class {class_.__name__}")
-    elif isinstance(getattr(class_, "metadata", None), MetaData):
-        yield from columns_in(class_.metadata)
-    else:
-        raise _not_a_target(class_)
 
 
 def _columns_of(tables: list[Table], named: str) -> Iterator[Column[Any]]:
@@ -169,7 +245,7 @@ def _target_table(owner: Table, columns: list[Column[Any]], schema: str | None) 
         plain.update((c.name, c) for c in owner.columns if c.name in target.bound_to)
     clause = table(
         owner.name,
-        *(column(c.name, c.type) for c in plain.values()),
+        *(column(c.name, key_type(c.type)) for c in plain.values()),
         *(column(c.name) for c in columns),
         schema=schema,
     )
@@ -185,4 +261,95 @@ def _target_column(owner: Table, column: Column[Any]) -> TargetColumn:
             f"{column} is bound to {', '.join(missing)}, which its table does not have"
         )
     bound_to = tuple(owner.columns[key].name for key in column.type.bound_to)
-    return TargetColumn(column.name, column.type, bound_to)
+    version_columns = (c.name for c in owner.columns if _computes_version_of(c, column.name))
+    return TargetColumn(column.name, column.type, bound_to, next(version_columns, None))
+
+
+def _computes_version_of(candidate: Column[Any], name: str) -> bool:
+    computed = candidate.computed
+    if computed is None or not isinstance(computed.sqltext, key_version):
+        return False
+    (argument,) = computed.sqltext.clauses
+    return getattr(argument, "name", None) == name
+
+
+# -- in the database -------------------------------------------------------------------------------
+
+
+class Survey(NamedTuple):
+    """What the database finds under the names of the targets."""
+
+    found: list[tuple[TargetTable, Relation]]
+
+    @property
+    def tables(self) -> list[TargetTable]:
+        """Those that are tables."""
+        return [target for target, relation in self.found if relation.is_table]
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The names of those that are none: views and foreign tables."""
+        return tuple(target.name for target, relation in self.found if not relation.is_table)
+
+
+def survey(connection: Connection, targets: Iterable[TargetTable]) -> Survey:
+    """Find the tables among `targets`; what is none is not read.
+
+    :raises RotationError: one is not in this database, or none is a table.
+    """
+    found, missing = [], []
+    for target in targets:
+        relation = relation_of(connection, target.clause.name, target.clause.schema)
+        if relation is None:
+            missing.append(target.name)
+        else:
+            found.append((target, relation))
+    if missing:
+        raise RotationError(
+            f"not in this database: {', '.join(missing)}. Run your migrations (alembic upgrade "
+            "head), or name the right database; what is in another database takes a call of its "
+            "own, with its engine"
+        )
+    known = Survey(found)
+    if not known.tables:
+        raise RotationError(
+            f"no table is left: {', '.join(known.left_out)} is a view or foreign table, and what "
+            "is behind it is not known. Name the table itself"
+        )
+    return known
+
+
+def refuse_left_out(connection: Connection, known: Survey, exclude: Iterable[str]) -> None:
+    """Refuse a view unless all that it may show is a target, or `exclude` has its name.
+
+    :raises RotationError: there is one, or `exclude` names what was not left out.
+    """
+    excluded = set(exclude)
+    wrong = excluded.difference(known.left_out)
+    if wrong:
+        raise RotationError(
+            f"exclude= names {min(map(str, wrong))}, which was not left out: it is for views and "
+            f"foreign tables among the targets ({', '.join(known.left_out) or 'there are none'})"
+        )
+    fold = str if connection.dialect.name == "postgresql" else str.lower
+    covered: dict[tuple[str, str], set[str]] = {}
+    for target, relation in known.found:
+        names = covered.setdefault((relation.schema, relation.name), set())
+        names.update(fold(column.name) for column in target.columns)
+    for target, relation in known.found:
+        if relation.is_table or target.name in excluded:
+            continue
+        beneath = tables_beneath(connection, relation)
+        unknown = [] if beneath else ["what it reads cannot be told"]
+        for schema, name in sorted(beneath or ()):
+            sealed = {fold(column) for column in binary_columns(connection, schema, name)}
+            unknown += [
+                f"its {schema}.{name}.{column} is no target"
+                for column in sorted(sealed - covered.get((schema, name), set()))
+            ]
+        if unknown:
+            raise RotationError(
+                f"{target.name} is a {relation.kind}, and values behind it may need the key: "
+                f"{unknown[0]}. Make the tables behind it targets, or pass "
+                f"exclude=[{target.name!r}] if you know that no value there was sealed under it"
+            )

@@ -6,6 +6,7 @@ python -m tests.bench.bench_codec [--smoke]
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib
 import json
 import time
@@ -19,7 +20,7 @@ from advanced_alchemy.types import EncryptedText
 from sqlalchemy import Column, Dialect, MetaData, Table, create_engine
 from sqlalchemy.types import TypeEngine
 
-from sqlalchemy_lucent import EncryptedJSON, set_default_keyring
+from sqlalchemy_lucent import EncryptedJSON, SerializationError, set_default_keyring
 from tests.bench.bare import (
     bare_open,
     bare_seal,
@@ -41,6 +42,9 @@ one a service-account key of 2.2 kB, the large one 64 kB of nested settings. *Op
 the default; *opened, plain* is `EncryptedJSON(redact=False)`. The ratio to the other libraries
 says how many times quicker ours is; they run on SQLite's dialect, where all of them work, and
 those that store text are given it by `json.dumps`.
+
+*An unusual part*: what a document costs, sealed or refused, that has one part in its last place
+which orjson does not take, beside the same document with an ordinary part there.
 
 *Where the rest goes* adds to the bare, in one function, what the contract asks for; with all of it,
 that is the floor. *Strict*:
@@ -147,6 +151,8 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
     dialect = create_engine(DIALECTS["SQLite"]).dialect
     for size in DOCUMENTS:
         yield from where_the_rest_goes(dialect, size, smoke)
+    for size in DOCUMENTS:
+        yield from unusual(dialect, size, smoke)
     for size in ("small", "medium"):
         yield from beside_peers(dialect, size, smoke)
 
@@ -210,6 +216,42 @@ def where_the_rest_goes(dialect: Dialect, size: str, smoke: bool) -> Iterator[Fi
                     unit="µs",
                     ratio=turns.ratio(name, to="bare"),
                 )
+
+
+UNUSUAL = {
+    "sealed, with an integer past 64 bits": 2**70,
+    "refused, for a NaN": float("nan"),
+    "refused, for a tuple": (1,),
+    "refused, for a lone surrogate": "\ud800",
+}
+
+
+def unusual(dialect: Dialect, size: str, smoke: bool) -> Iterator[Figure]:
+    """One part of a document, the last one, that orjson or the contract does not take."""
+    seal = through(EncryptedJSON(), dialect).seal
+
+    def try_to_seal(document: Any) -> None:
+        with contextlib.suppress(SerializationError):
+            seal(document)
+
+    rounds, count = (1, 4) if smoke else (21, VALUES_PER_TURN[size])
+    document = DOCUMENTS[size](0)
+    work = {
+        name: each(try_to_seal, [{"document": document, "part": part}] * count)
+        for name, part in {"usual": 1, **UNUSUAL}.items()
+    }
+    turns = in_turns(work, rounds, clock=time.thread_time, collect=False, warm_up=3)
+    for name in UNUSUAL:
+        yield Figure(
+            group=f"An unusual part, {size}",
+            name=name,
+            ours=turns.median(name) * 1e6 / count,
+            against="an integer of 64 bits",
+            reference=turns.median("usual") * 1e6 / count,
+            unit="µs",
+            ratio=turns.ratio(name, to="usual"),
+            goal=at_most(4),
+        )
 
 
 def beside_peers(dialect: Dialect, size: str, smoke: bool) -> Iterator[Figure]:

@@ -214,7 +214,7 @@ async def test_an_integration_is_stored_sealed_replaced_and_deleted(
     [
         ({"credentials": f'{{"a": "{MARKER}"'}, "credentials: Invalid JSON"),
         ({"credentials": f'["{MARKER}"]'}, "credentials: Input should be a valid dictionary"),
-        ({"credentials": f'{{"a": "{MARKER}", "b": NaN}}'}, "$.b"),
+        ({"credentials": f'{{"a": "{MARKER}", "b": NaN}}'}, "$.{2nd}: "),
         ({"name": "  "}, "name: "),
         ({"name": "n" * 81}, "name: "),
         ({"tenant": "nobody"}, "no such tenant or provider"),
@@ -233,7 +233,7 @@ async def test_a_wrong_form_is_refused_without_repeating_it(
 async def test_a_value_that_is_refused_at_the_commit_is_told_too(site: Site) -> None:
     path = f"/integrations/{await site.create()}"
     answer = await site.post(f"{path}/replace", 422, credentials='{"a": 1, "b": [Infinity]}')
-    assert "$.b[0]" in answer.text
+    assert "$.{2nd}[0]" in answer.text
     assert MARKER in (await site.post(f"{path}/reveal", 200)).text
 
 

@@ -18,23 +18,31 @@ import pytest
 from alembic.autogenerate import produce_migrations, render_python_code
 from alembic.migration import MigrationContext
 from sqlalchemy import (
+    JSON,
+    Column,
     Dialect,
     Engine,
+    MetaData,
     String,
+    Table,
+    bindparam,
     create_engine,
     delete,
+    func,
     insert,
+    literal,
     select,
     text,
     update,
 )
-from sqlalchemy.exc import IntegrityError, StatementError
+from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 from sqlalchemy_lucent import (
     DecryptionError,
     EncryptedJSON,
+    KeyInUseError,
     Keyring,
     LucentBase,
     LucentError,
@@ -43,6 +51,7 @@ from sqlalchemy_lucent import (
     NotSealedError,
     PicklingRefusedError,
     Sealed,
+    SerializationError,
     TamperedError,
     UnknownKeyVersionError,
     UnsupportedOperationError,
@@ -57,7 +66,10 @@ from sqlalchemy_lucent import (
     verify,
 )
 
+from ..databases import create_unguarded
 from .pages import ROOT
+from .printers import PRINTERS
+from .printers import VALUES as PRINTED
 
 MARKER = "PLAINTEXT-MARKER"
 VALUE = {"token": MARKER}
@@ -128,7 +140,7 @@ def stored(session: Session, table: str, column: str) -> list[bytes]:
     return [bytes(value) for value in rows]
 
 
-def overwrite(session: Session, table: str, column: str, value: bytes) -> None:
+def overwrite(session: Session, table: str, column: str, value: bytes | None) -> None:
     """Do what somebody does who can write to the database."""
     session.execute(text(f"UPDATE {table} SET {column} = :value"), {"value": value})
     session.expire_all()
@@ -181,12 +193,18 @@ def test_the_size_of_a_value_is_in_clear(session: Session) -> None:
 def test_a_changed_byte_anywhere_does_not_open(session: Session) -> None:
     secrets = LucentSecrets(session)
     (original, _) = stored(session, "lucent_secrets", "payload")
-    for position in range(len(original)):
+
+    def read_changed(position: int) -> None:
         changed = bytearray(original)
         changed[position] ^= 1
-        overwrite(session, "lucent_secrets", "payload", bytes(changed))
-        with pytest.raises(DecryptionError):
+        with session.begin_nested():
+            overwrite(session, "lucent_secrets", "payload", bytes(changed))
             secrets.get(KEY)
+
+    for position in range(len(original)):
+        # In the header, the database refuses some of them itself.
+        with pytest.raises((DecryptionError, DBAPIError)):
+            read_changed(position)
 
 
 def test_bytes_of_another_secret_do_not_open(session: Session) -> None:
@@ -219,10 +237,22 @@ def test_a_row_whose_binding_columns_were_changed_does_not_open(session: Session
         _ = session.get_one(Bound, "row 3").first
 
 
-def test_plaintext_in_the_column_is_not_taken_for_a_value(session: Session) -> None:
-    overwrite(session, "integrations", "first", b'{"token": "planted"}')
-    with pytest.raises(NotSealedError):
-        session.get_one(Integration, 1)
+def test_plaintext_is_refused_by_the_database(session: Session) -> None:
+    for table, column in (("integrations", "first"), ("lucent_secrets", "payload")):
+        with pytest.raises(DBAPIError) as refused, session.begin_nested():
+            overwrite(session, table, column, b'{"token": "planted"}')
+        assert "planted" not in shown(refused.value)
+        assert b"planted".hex() not in shown(refused.value)
+
+
+def test_plaintext_in_the_column_is_not_taken_for_a_value(engine: Engine) -> None:
+    create_unguarded(Base.metadata, engine)
+    with Session(engine) as session:
+        session.add(Integration(id=1, first=VALUE))
+        session.commit()
+        overwrite(session, "integrations", "first", b'{"token": "planted"}')
+        with pytest.raises(NotSealedError):
+            session.get_one(Integration, 1)
 
 
 def test_bytes_of_another_row_open_in_a_plain_column(session: Session) -> None:
@@ -304,7 +334,8 @@ def test_tables_counts_and_lists_need_no_key(session: Session, engine: Engine) -
     set_default_keyring(no_keyring)
     LucentBase.metadata.create_all(engine)
     assert {row.count for row in status(engine).rows} == {2}
-    retire_check(engine, "v9")
+    with pytest.raises(KeyInUseError, match=r"2 in lucent_secrets\.payload"):
+        retire_check(engine, "v1")
     assert [str(info.key) for info in LucentSecrets(session).list()] == [KEY, OTHER_KEY]
 
 
@@ -320,6 +351,12 @@ def test_no_error_shows_a_value(session: Session) -> None:
         lambda: LucentSecrets(session).set(KEY, {"a": [MARKER, object()]}),
         lambda: LucentSecrets(session).set(KEY, {MARKER + "\ud800": 1}),
         lambda: session.execute(insert(Account), {"first": {"a": MARKER, "b": float("nan")}}),
+        lambda: session.execute(insert(Account), {"first": [{"a": {MARKER: float("nan")}}]}),
+        lambda: session.execute(
+            insert(Account), [{"first": {MARKER: 1}}, {"first": {MARKER: {1}}}]
+        ),
+        lambda: LucentSecrets(session).set_many({KEY: {MARKER: {MARKER: ()}}}),
+        lambda: LucentSecrets(session).set(KEY, {MARKER: 10**5000}),
         lambda: column == VALUE,
     ]
     for refusal in refused:
@@ -343,6 +380,20 @@ def test_a_database_error_shows_no_value(session: Session) -> None:
     ],
     ids=["plain", "row-bound"],
 )
+@pytest.mark.parametrize(("column", "value"), [("payload", b"planted"), ("created_at", None)])
+def test_the_error_of_a_refused_row_shows_no_value(
+    session: Session, column: str, value: bytes | None
+) -> None:
+    (original, _) = stored(session, "lucent_secrets", "payload")
+    with pytest.raises(DBAPIError) as refused, session.begin_nested():
+        overwrite(session, "lucent_secrets", column, value)
+    for text_shown in (shown(refused.value), repr(refused.value.orig)):
+        assert "planted" not in text_shown
+        assert b"planted".hex() not in text_shown
+        assert original.hex()[:40] not in text_shown
+    assert "tenant_123" not in repr(refused.value.orig)
+
+
 def test_an_error_of_another_column_shows_no_value(
     session: Session, new: Callable[[], object]
 ) -> None:
@@ -368,6 +419,36 @@ def test_an_opened_value_does_not_print_itself(session: Session) -> None:
     value = session.get_one(Integration, 1).first
     assert value == VALUE
     assert MARKER not in f"{value} {value!r} {[value]}"
+
+
+@pytest.mark.parametrize("kind", list(PRINTED))
+def test_the_table_says_what_hides(kind: str) -> None:
+    page = (ROOT / "docs/protection.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| (hidden|shown) \| (hidden|shown) \|$", page, re.MULTILINE)
+    assert [where for where, *_ in rows] == list(PRINTERS)
+    engine = create_engine("sqlite://")
+    table = Base.metadata.tables["accounts"]
+    table.create(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(table), {"id": 1, "first": PRINTED[kind]})
+        value = connection.scalar(select(table.c.first))
+    engine.dispose()
+    for where, of_documents, of_texts in rows:
+        for printer in PRINTERS[where]:
+            shows = f"MARK-{kind}" in printer(value)
+            assert shows is ((of_texts if kind == "str" else of_documents) == "shown"), where
+
+
+def test_what_a_value_prints_is_not_stored(session: Session) -> None:
+    secrets = LucentSecrets(session)
+    with pytest.raises(SerializationError):
+        secrets.set(KEY, str(secrets.get(KEY)))
+    account = session.get_one(Account, 1)
+    account.first = {"a": [str(account.first)]}
+    with pytest.raises(SerializationError):
+        session.flush()
+    session.rollback()
+    assert secrets.get(KEY) == VALUE
 
 
 def test_a_part_of_an_opened_value_prints_itself(session: Session) -> None:
@@ -399,6 +480,25 @@ def test_a_value_is_not_rendered_into_sql(session: Session) -> None:
     with pytest.raises(UnsupportedOperationError) as caught:
         statement.compile(session.get_bind(), compile_kwargs={"literal_binds": True})
     assert MARKER not in shown(caught.value)
+
+
+def test_a_value_that_goes_around_the_type_is_refused(session: Session) -> None:
+    for value in (
+        bindparam("p", VALUE, type_=JSON),
+        literal(MARKER),
+        text(f"'{MARKER}'"),
+        func.lower(MARKER),
+        Integration.second,
+    ):
+        with pytest.raises(UnsupportedOperationError) as caught:
+            session.execute(update(Integration).values(first=value))
+        assert MARKER not in shown(caught.value)
+        session.rollback()
+
+
+def test_a_server_default_that_is_not_null_is_refused() -> None:
+    with pytest.raises(UnsupportedOperationError):
+        Table("t", MetaData(), Column("c", EncryptedJSON, server_default=text("'{}'")))
 
 
 def test_the_parameters_of_a_compiled_statement_show_the_value() -> None:

@@ -198,7 +198,8 @@ def test_a_key_is_rotated_verified_and_retired(at: Lucent, engine: Engine) -> No
                 "fingerprint": two,
                 "count": 300,
             }
-        ]
+        ],
+        "left_out": [],
     }
     assert at("verify", *LEDGER) == (0, "600 values opened in ledger\n", "")
     assert at("verify", "--sample", "10", *LEDGER).out == "20 values opened in ledger\n"
@@ -221,13 +222,49 @@ def test_a_retired_key_is_looked_for_in_the_tables_that_are_named(lucent: Lucent
     )
     misspelt = lucent("retire-check", "v11")
     assert (misspelt.code, misspelt.out) == (2, "")
-    assert "neither the keyring nor any value in lucent_secrets has" in misspelt.err
+    assert "neither the keyring nor any value of the targets has" in misspelt.err
     # The key was taken out of the keyring, but a value needs it.
     store(lucent, apiKey=PLAINTEXT)
     only_v2 = {"LUCENT_SECRETS_KEYS": f"v2:{KEY_2.hex()}"}
     assert lucent("retire-check", "v1", env=only_v2).code == 1
-    # Without any keyring, none can be asked.
-    assert Lucent(lucent.directory, lucent.url)("retire-check", "v3").code == 0
+    # Without any keyring, nothing knows of a version that no value has.
+    without = Lucent(lucent.directory, lucent.url)
+    assert [without("retire-check", version).code for version in ("v1", "v3")] == [1, 2]
+
+
+def test_a_view_is_left_out_and_named(at: Lucent, engine: Engine) -> None:
+    fill(engine, 3)
+    at.directory.joinpath("viewing.py").write_text(VIEWING)
+    models = ("--metadata", "viewing:Seen.metadata")
+    with engine.begin() as connection:
+        connection.execute(text("CREATE VIEW seen AS SELECT id, free FROM ledger WHERE id < 2"))
+    try:
+        for arguments in (["rotate"], ["status"], ["verify"]):
+            done = at(*arguments, *models, *LEDGER)
+            assert done.code == 0
+            assert done.err.endswith("left out, as they are no tables: seen\n")
+            assert at(*arguments, *models).code != 0
+        assert at("retire-check", "v1", "--settle", "0.01", *models, *LEDGER).code == 0
+        secrets = ("--metadata", "sqlalchemy_lucent:LucentBase")
+        LucentBase.metadata.create_all(engine)
+        unknown = at("retire-check", "v1", *models, *secrets)
+        assert (unknown.code, "seen is a view" in unknown.err) == (2, True)
+        assert at("retire-check", "v1", *models, *secrets, "--exclude", "seen").code == 0
+    finally:
+        with engine.begin() as connection:
+            connection.execute(text("DROP VIEW seen"))
+
+
+VIEWING = """
+from sqlalchemy import Column, Integer, MetaData, Table
+from sqlalchemy_lucent import EncryptedJSON
+
+class Seen:
+    metadata = MetaData()
+
+sealed = EncryptedJSON(context="ledger.free")
+Table("seen", Seen.metadata, Column("id", Integer, primary_key=True), Column("free", sealed))
+"""
 
 
 def test_values_that_do_not_open_are_named_with_the_reason(at: Lucent, engine: Engine) -> None:
@@ -412,6 +449,81 @@ def test_doctor_finds_what_is_missing_in_the_database(lucent: Lucent) -> None:
     done = lucent("doctor")
     assert "fix\ttable lucent_secrets: lacks updated_at\t" in done.out
     assert "fix\ttable lucent_secrets: its key_version has no index\t" in done.out
+
+
+def test_doctor_names_sealed_values_that_no_model_names(at: Lucent, engine: Engine) -> None:
+    fill(engine, 3)
+    binary = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
+    name, blob = engine.dialect.name, binary.compile(engine.dialect)
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE TABLE copies (n INTEGER PRIMARY KEY, kept {blob})"))
+        connection.execute(text("INSERT INTO copies SELECT id, free FROM ledger"))
+        connection.execute(text(f"ALTER TABLE ledger ADD COLUMN old {blob}"))
+        connection.execute(text("UPDATE ledger SET old = free WHERE id = 1"))
+        connection.execute(text(f"CREATE TABLE no_copies (n INTEGER PRIMARY KEY, other {blob})"))
+        connection.execute(text("INSERT INTO no_copies VALUES (1, :v)"), {"v": b"v1:plain"})
+        connection.execute(text("CREATE VIEW shown AS SELECT * FROM copies"))
+        if name == "postgresql":
+            connection.execute(text("CREATE SCHEMA audit"))
+            connection.execute(text("CREATE TABLE audit.log AS SELECT to_jsonb(l) FROM ledger l"))
+            connection.execute(text("CREATE TABLE audit.texts (t text)"))
+            connection.execute(text("INSERT INTO audit.texts SELECT free::text FROM ledger"))
+    try:
+        done = at("doctor", *LEDGER)
+    finally:
+        with engine.begin() as connection:
+            connection.execute(text("DROP VIEW shown"))
+            if name == "postgresql":
+                connection.execute(text("DROP SCHEMA audit CASCADE"))
+    schema = {"sqlite": "main", "postgresql": "public"}.get(name, engine.url.database)
+    found = [line.split("\t")[1] for line in done.out.splitlines() if "no model names" in line]
+    words = "sealed values that no model names"
+    expected = [
+        f"{schema}.copies.kept: {words}: 3 under v1",
+        f"{schema}.ledger.old: {words}: 1 under v1",
+    ]
+    if name == "postgresql":
+        expected[:0] = [
+            f"audit.log.to_jsonb: {words}: 3 under v1",
+            f"audit.texts.t: {words}: 3 under v1",
+        ]
+    assert (done.code, done.err, found) == (1, "", expected)
+    assert "none was opened" in done.out
+
+
+def test_doctor_finds_partitions_that_were_detached_and_tables_that_it_may_not_read(
+    databases: Databases, tmp_path: Path
+) -> None:
+    engine = create_engine(databases.url("postgresql"))
+    role = f"lucent_test_doctor_{os.getpid()}"
+    with engine.begin() as connection:
+        columns = "id int PRIMARY KEY, free bytea, bound bytea"
+        for statement in (
+            f"CREATE TABLE ledger ({columns}) PARTITION BY RANGE (id)",
+            "CREATE TABLE ledger_1 PARTITION OF ledger FOR VALUES FROM (0) TO (2)",
+            "CREATE TABLE ledger_2 PARTITION OF ledger FOR VALUES FROM (2) TO (9)",
+            f"CREATE ROLE {role} LOGIN",
+            f"GRANT ALL ON ledger, ledger_1 TO {role}",
+        ):
+            connection.execute(text(statement))
+    try:
+        fill(engine, 4)
+        lucent = Lucent(tmp_path, engine.url, keys("v1"))
+        assert "no model names" not in lucent("doctor", *LEDGER).out
+        with engine.begin() as connection:
+            connection.execute(text("ALTER TABLE ledger DETACH PARTITION ledger_2"))
+        found = lucent("doctor", *LEDGER)
+        assert found.code == 1
+        assert "public.ledger_2.free: sealed values that no model names: 2 under v1" in found.out
+        lucent.url = engine.url.set(username=role)
+        unread = lucent("doctor", *LEDGER)
+        assert "note\tpublic.ledger_2: was not looked through" in unread.out
+        assert unread.code == 0
+    finally:
+        drop_everything(engine)
+        with engine.begin() as connection:
+            connection.execute(text(f"DROP ROLE {role}"))
+        engine.dispose()
 
 
 WIRED = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pymysql
@@ -19,14 +19,18 @@ from sqlalchemy import (
     LargeBinary,
     MetaData,
     Table,
+    case,
     create_engine,
+    func,
     insert,
     literal,
     select,
     text,
     type_coerce,
+    union_all,
     update,
 )
+from sqlalchemy.ext.declarative import ConcreteBase
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -46,6 +50,7 @@ from sqlalchemy_lucent import (
     UnsupportedOperationError,
 )
 from sqlalchemy_lucent.types import open_in_contexts
+from tests.databases import create_unguarded
 
 
 def context_of(column: Any) -> str | None:
@@ -239,9 +244,162 @@ def test_a_variant_that_would_store_plaintext_is_refused(variant: Any) -> None:
         EncryptedJSON().with_variant(variant, "sqlite")
 
 
-def test_a_server_default_that_would_store_plaintext_is_refused() -> None:
-    with pytest.raises(UnsupportedOperationError, match=r"t\.c would store plaintext"):
-        Table("t", MetaData(), Column("c", EncryptedJSON, server_default="{}"))
+# -- names with dots -------------------------------------------------------------------------------
+
+
+def test_names_that_would_share_a_context_need_one_of_their_own(connection: Connection) -> None:
+    for table, column in (("a.b", "c"), ("a", "b.c")):
+        for type_ in (EncryptedJSON(), JSON().with_variant(EncryptedJSON(), "sqlite")):
+            with pytest.raises(ConfigurationError, match=r"context='a\.b\.c'"):
+                Table(table, MetaData(), Column(column, type_))
+    kept = Table("a", MetaData(), Column("b.c", EncryptedJSON(context="a.b.c")))
+    kept.create(connection)
+    connection.execute(insert(kept).values({kept.c["b.c"]: {"a": 1}}))
+    assert connection.scalar(select(kept)) == {"a": 1}
+    assert context_of(kept.to_metadata(MetaData(), name="x.y").c["b.c"]) == "a.b.c"
+
+
+# -- one result column, several contexts -----------------------------------------------------------
+
+
+class Papers(DeclarativeBase):
+    pass
+
+
+class Paper(ConcreteBase, Papers):
+    __tablename__ = "papers"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    data: Mapped[Any] = mapped_column(EncryptedJSON)
+    __mapper_args__ = {  # noqa: RUF012
+        "polymorphic_identity": "paper",
+        "concrete": True,
+    }
+
+
+class Contract(Paper):
+    __tablename__ = "contracts"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    data: Mapped[Any] = mapped_column(EncryptedJSON)
+    __mapper_args__ = {  # noqa: RUF012
+        "polymorphic_identity": "contract",
+        "concrete": True,
+    }
+
+
+PAPERS: Any = Paper.__table__
+CONTRACTS: Any = Contract.__table__
+BOTH = union_all(select(PAPERS.c.id, PAPERS.c.data), select(CONTRACTS.c.id, CONTRACTS.c.data))
+ALL = BOTH.subquery()
+
+
+@pytest.fixture
+def papers(engine: Engine) -> Iterator[Session]:
+    Papers.metadata.create_all(engine)
+    with Session(engine) as session:
+        session.add_all([Paper(id=1, data=["p"]), Contract(id=2, data=["c"])])
+        session.commit()
+        yield session
+
+
+def outer(expression: Any) -> Any:
+    """The expression for each contract, with the paper of the same id, of which there is none."""
+    return select(expression).select_from(
+        CONTRACTS.outerjoin(PAPERS, PAPERS.c.id == CONTRACTS.c.id)
+    )
+
+
+MIXED: dict[str, tuple[Callable[[], Any], list[Any]]] = {
+    "a subquery": (lambda: select(BOTH.subquery().c.data), [["c"], ["p"]]),
+    "a CTE": (lambda: select(BOTH.cte().c.data), [["c"], ["p"]]),
+    "an alias of a subquery": (lambda: select(BOTH.subquery().alias().c.data), [["c"], ["p"]]),
+    "a UNION of UNIONs": (
+        lambda: select(
+            union_all(select(BOTH.subquery()), select(BOTH.subquery())).subquery().c.data
+        ).distinct(),
+        [["c"], ["p"]],
+    ),
+    "coalesce": (lambda: outer(func.coalesce(PAPERS.c.data, CONTRACTS.c.data)), [["c"]]),
+    "coalesce with a name": (
+        lambda: outer(func.coalesce(PAPERS.c.data, CONTRACTS.c.data).label("l")),
+        [["c"]],
+    ),
+    "CASE": (
+        lambda: outer(case((PAPERS.c.id.is_not(None), PAPERS.c.data), else_=CONTRACTS.c.data)),
+        [["c"]],
+    ),
+    "a scalar subquery": (
+        lambda: select(
+            func.coalesce(
+                select(PAPERS.c.data).where(PAPERS.c.id == 9).scalar_subquery(),
+                select(CONTRACTS.c.data).scalar_subquery(),
+            )
+        ),
+        [["c"]],
+    ),
+    "a window": (
+        lambda: select(
+            func.first_value(ALL.c.data, type_=PAPERS.c.data.type).over(order_by=ALL.c.id)
+        ).distinct(),
+        [["p"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", MIXED)
+def test_each_value_opens_in_the_context_of_its_own_column(papers: Session, spelling: str) -> None:
+    statement, expected = MIXED[spelling]
+    assert sorted(papers.scalars(statement())) == expected
+
+
+def test_concrete_inheritance_opens_each_class_in_its_own_context(papers: Session) -> None:
+    found = papers.scalars(select(Paper)).all()
+    assert {type(paper): list(paper.data) for paper in found} == {Paper: ["p"], Contract: ["c"]}
+
+
+def test_what_opens_in_several_contexts_opens_in_no_other(papers: Session) -> None:
+    papers.execute(text("UPDATE contracts SET data = (SELECT data FROM papers)"))
+    with pytest.raises(TamperedError, match="UNION"):
+        papers.scalars(select(CONTRACTS.c.data)).all()
+
+
+def test_a_union_by_itself_is_refused_and_says_how_it_works(papers: Session) -> None:
+    orm = union_all(select(Paper.data), select(Contract.data))
+    for statement in (BOTH, orm, select(Paper).from_statement(BOTH)):
+        with pytest.raises(UnsupportedOperationError, match="subquery"):
+            papers.execute(statement).all()
+
+
+def test_a_union_of_columns_that_share_a_context_works(connection: Connection) -> None:
+    first, second = (
+        Table(name, MetaData(), Column("c", EncryptedJSON(context="shared"))) for name in "ab"
+    )
+    for table in (first, second):
+        table.create(connection)
+        connection.execute(insert(table).values(c=[table.name]))
+    both = union_all(select(first.c.c), select(second.c.c))
+    assert connection.scalars(both).all() == [["a"], ["b"]]
+    assert connection.scalars(select(both.subquery())).all() == [["a"], ["b"]]
+
+
+def test_columns_that_are_read_in_other_ways_are_not_mixed(connection: Connection) -> None:
+    table = Table(
+        "t", MetaData(), Column("a", EncryptedJSON), Column("b", EncryptedJSON(lazy=True))
+    )
+    table.create(connection)
+    with pytest.raises(UnsupportedOperationError, match="lazy"):
+        connection.execute(select(func.coalesce(table.c.a, table.c.b)))
+
+
+def test_a_column_that_is_read_as_another_type_opens_in_that_types_context_only(
+    connection: Connection,
+) -> None:
+    table = Table("t", MetaData(), Column("a", EncryptedJSON))
+    table.create(connection)
+    connection.execute(insert(table).values(a=1))
+    other = type_coerce(table.c.a, EncryptedJSON(context="other"))
+    for expression in (other, other.label("l")):
+        with pytest.raises(TamperedError):
+            connection.scalar(select(expression))
 
 
 # -- renames ---------------------------------------------------------------------------------------
@@ -307,9 +465,11 @@ def test_accepted_contexts_open_and_new_values_are_sealed_under_the_new_name(
 def test_an_accepted_context_does_not_hide_what_is_not_sealed(
     engine: Engine, documents: Table
 ) -> None:
+    documents.drop(engine)
+    create_unguarded(documents.metadata, engine)
     papers = renamed_table(engine, accept_contexts=["documents.data"])
     with engine.begin() as connection:
-        connection.execute(update(papers).values(data=type_coerce(b"{}", LargeBinary)))
+        connection.execute(insert(papers).values(id=1, data=type_coerce(b"{}", LargeBinary)))
         with pytest.raises(NotSealedError):
             connection.scalar(select(papers.c.data))
 
@@ -421,6 +581,7 @@ def test_every_option_is_part_of_the_cache_key() -> None:
         "redact": False,
         "bound_to": ["e"],
         "schema": dict[str, int],
+        "create_constraint": False,
     }
     for type_ in (EncryptedJSON, Subclass):
         assert options.keys() == inspect.signature(EncryptedJSON).parameters.keys()

@@ -31,6 +31,7 @@ from sqlalchemy_lucent import EncryptedJSON, Keyring, UnsupportedOperationError,
 from sqlalchemy_lucent._sql import key_id
 from sqlalchemy_lucent.models import computed_key_version, key_version_type
 from tests.conftest import KEY_2
+from tests.databases import create_unguarded
 
 ORACLE: Any = oracle.dialect()  # type: ignore[no-untyped-call]
 FOREIGN = [
@@ -62,7 +63,7 @@ def connection(
     engine: Engine, table: Table, keyring: Keyring, promoted: Keyring
 ) -> Iterator[Connection]:
     """Rows 1 and 2 under v1, row 3 under v2, row 4 NULL, rows from 10 on that are not sealed."""
-    table.create(engine)
+    create_unguarded(table.metadata, engine)
     with engine.connect() as connection:
         connection.execute(insert(table), [{"id": 1, "data": 1}, {"id": 2, "data": [2]}])
         set_default_keyring(promoted)

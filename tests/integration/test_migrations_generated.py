@@ -93,6 +93,12 @@ class Project:
         command.check(self.config)
         return code
 
+    def down(self) -> None:
+        command.downgrade(self.config, "-1")
+
+    def up_again(self) -> None:
+        command.upgrade(self.config, "head")
+
     def rename_table(self, old: str, new: str) -> None:
         """Run a revision that is written by hand, as autogenerate knows of no renames."""
         code = RENAME.format(number=self.revisions + 1, before=self.revisions, old=old, new=new)

@@ -25,6 +25,7 @@ from sqlalchemy_lucent import (
     UnsupportedOperationError,
     set_default_keyring,
 )
+from tests.databases import create_unguarded
 
 TABLE = LucentBase.metadata.tables["lucent_secrets"]
 KEY = SecretKey("tenant", "t1", "stripe", "apiKey")
@@ -95,13 +96,14 @@ def test_key_version_is_the_databases_own_and_follows_the_payload(
         (b"2024-01.a_B:\x01", "2024-01.a_B"),
     ],
 )
-def test_key_version_of_foreign_bytes(
-    session: Session, payload: bytes, version: str | None
-) -> None:
+def test_key_version_of_foreign_bytes(engine: Engine, payload: bytes, version: str | None) -> None:
+    create_unguarded(LucentBase.metadata, engine)
+    session = Session(engine)
     session.add(secret())
     session.flush()
     session.execute(update(TABLE).values(payload=type_coerce(payload, LargeBinary())))
     assert session.execute(select(TABLE.c.key_version)).scalar_one() == version
+    session.close()
 
 
 def test_key_version_is_indexed(engine: Engine, session: Session) -> None:

@@ -139,11 +139,15 @@ def test_an_interrupt_inside_a_batch_rolls_it_back(
 
         keys.subkeys[old.header] = Interrupted()  # type: ignore[assignment]
     else:
-        commits = iter([False, True, *([False] * 100)])
+        updates = iter(range(100))
+        updated: list[int] = []
 
         @event.listens_for(engine, "before_cursor_execute")
         def interrupt(_c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-            if statement == "COMMIT" and next(commits):
+            if statement.startswith("UPDATE"):
+                updated[:] = [next(updates)]
+            elif statement == "COMMIT" and updated == [1]:
+                updated.clear()
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -818,7 +822,7 @@ def test_a_missing_table_is_told_before_the_first_write(engine: Engine, promoted
     missing = Table(
         "missing", MetaData(), Column("id", Integer, primary_key=True), Column("p", EncryptedJSON)
     )
-    with pytest.raises(RotationError, match=r"missing.* 0 values were re-encrypted"):
+    with pytest.raises(RotationError, match=r"not in this database: missing\."):
         rotate(engine, [ledger, missing], keyring=promoted)
     assert count_under(engine, "v1") == 10
 
@@ -857,9 +861,9 @@ def test_a_database_that_may_only_be_read_is_told_before_the_first_write(
             driver.commit()
             cursor.close()
 
-    with pytest.raises(RotationError, match=r"(?i)read.?only.* 0 values were re-encrypted"):
-        rotate(read_only, ledger, keyring=promoted)
-    assert rotate(read_only, ledger, keyring=promoted, dry_run=True).rotated == 10
+    for dry_run in (False, True):
+        with pytest.raises(RotationError, match=r"read-only \("):
+            rotate(read_only, ledger, keyring=promoted, dry_run=dry_run)
     read_only.dispose()
 
 

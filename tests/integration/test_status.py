@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sqlite3
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import (
     Column,
     Engine,
+    Index,
     Integer,
     MetaData,
+    String,
     Table,
     create_engine,
     event,
@@ -25,6 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sqlalchemy_lucent import (
+    ConfigurationError,
     EncryptedJSON,
     KeyInUseError,
     Keyring,
@@ -37,9 +42,10 @@ from sqlalchemy_lucent import (
     status,
     verify,
 )
-from sqlalchemy_lucent.rotation import needs_rotation
-from tests.conftest import Databases
-from tests.databases import drop_everything
+from sqlalchemy_lucent.models import computed_key_version, key_version_type
+from sqlalchemy_lucent.rotation import _scan, needs_rotation
+from tests.conftest import KEY_1, KEY_2, Databases
+from tests.databases import create_unguarded, drop_everything
 from tests.integration.workers import fill, ledger, metadata
 
 raw_ledger = Table("ledger", MetaData(), *(Column(name) for name in ("id", "free", "bound")))
@@ -86,6 +92,7 @@ def test_values_are_counted_by_column_version_and_fingerprint(
     "foreign", [b"", b'{"a": 1}', b"gAAAAABm", b"v1:", b"v1:\x02abcd", b"\xff\xfe:\x01abcdefgh"]
 )
 def test_what_is_not_sealed_is_counted_apart(engine: Engine, foreign: bytes) -> None:
+    create_unguarded(metadata, engine)
     fill(engine, 4)
     with engine.begin() as connection:
         connection.execute(
@@ -109,9 +116,9 @@ def test_no_value_leaves_the_database_and_no_key_is_needed(engine: Engine) -> No
         statements.append(statement.lower())
 
     assert len(status(engine, ledger).rows) == 2
-    counting = [statement for statement in statements if "ledger" in statement]
-    assert len(counting) == 2
-    assert all("count(*)" in statement and "group by" in statement for statement in counting)
+    asking = [s for s in statements if "ledger" in s and not s.startswith("show create table")]
+    assert all("count(*)" in statement for statement in asking)
+    assert sum("group by" in statement for statement in asking) == 2
 
 
 def test_a_status_is_json_ready(engine: Engine, keyring: Keyring) -> None:
@@ -126,7 +133,8 @@ def test_a_status_is_json_ready(engine: Engine, keyring: Keyring) -> None:
                 "fingerprint": fingerprint,
                 "count": 2,
             }
-        ]
+        ],
+        "left_out": [],
     }
 
 
@@ -158,7 +166,8 @@ def test_an_async_engine_is_counted(
             with pytest.raises(KeyInUseError):
                 await aretire_check(connection, "v1", ledger)
         assert await astatus(engine, ledger) == report
-        await aretire_check(engine, "v2", ledger)
+        both = Keyring({"v1": KEY_1, "v2": KEY_2}, primary="v1")
+        await aretire_check(engine, "v2", ledger, keyring=both)
 
     run_async(work)
 
@@ -190,9 +199,49 @@ def test_values_of_two_keys_of_one_name_are_told_as_one_sum_per_column(engine: E
         retire_check(engine, "v1", ledger)
 
 
-def test_a_version_that_no_value_has_passes(engine: Engine) -> None:
+def test_a_version_that_neither_a_value_nor_the_keyring_has_is_no_proof(
+    engine: Engine, keyring: Keyring, promoted: Keyring
+) -> None:
     fill(engine, 5)
-    retire_check(engine, "v11", ledger)
+    with pytest.raises(RotationError, match=r"neither .* has key version 'v11'"):
+        retire_check(engine, "v11", ledger)
+    with pytest.raises(RotationError, match=r"neither .* has key version 'v2'"):
+        retire_check(engine, "v2", ledger)
+    set_default_keyring(promoted)
+    retire_check(engine, "v2", ledger)
+    set_default_keyring(keyring.adding("v3", KEY_2))
+    retire_check(engine, "v3", ledger)
+
+    def none() -> Keyring:
+        raise ConfigurationError("no keyring")
+
+    set_default_keyring(none)
+    with pytest.raises(KeyInUseError):
+        retire_check(engine, "v1", ledger)
+    with pytest.raises(RotationError, match="neither"):
+        retire_check(engine, "v2", ledger)
+
+
+def test_with_a_keyring_every_value_opens_without_the_key(
+    engine: Engine, keyring: Keyring, promoted: Keyring
+) -> None:
+    fill(engine, 5)
+    rotate(engine, ledger, keyring=promoted)
+    retire_check(engine, "v1", ledger, keyring=promoted)
+    retire_check(engine, "v1", ledger, keyring=lambda: promoted)
+    retire_check(engine, "v1", ledger, keyring=promoted.without("v1"))  # the default one knows it
+    with pytest.raises(ConfigurationError, match="primary"):
+        retire_check(engine, "v1", ledger, keyring=keyring)
+
+    # Somebody puts the other version in front of a value that needs v1.
+    needs_v1 = keyring.for_context("ledger.free").seal(b"1")
+    prefix = promoted.for_context("ledger.free").primary.header
+    forged = prefix + needs_v1[len(prefix) :]
+    with engine.begin() as connection:
+        connection.execute(update(raw_ledger).where(raw_ledger.c.id == 2).values(free=forged))
+    retire_check(engine, "v1", ledger)  # opens nothing
+    with pytest.raises(KeyInUseError, match=r"1 values .*ledger\.free .*\(2,\) \(TamperedError"):
+        retire_check(engine, "v1", ledger, keyring=promoted)
 
 
 def test_one_row_of_one_target_is_enough_to_keep_a_key(engine: Engine, promoted: Keyring) -> None:
@@ -247,14 +296,15 @@ def test_settling_for_no_time_that_there_is_gets_refused(engine: Engine, settle:
         retire_check(engine, "v1", ledger, settle=settle)
 
 
-def test_settling_inside_a_transaction_is_refused(engine: Engine) -> None:
+def test_settling_inside_a_transaction_is_refused(engine: Engine, promoted: Keyring) -> None:
     fill(engine, 1)
     with engine.connect() as connection:
         connection.begin()
         with pytest.raises(RotationError, match="inside a transaction"):
-            retire_check(connection, "v9", ledger, settle=0.01)
+            retire_check(connection, "v2", ledger, settle=0.01)
         connection.rollback()
-        retire_check(connection, "v9", ledger, settle=0.01)
+        set_default_keyring(promoted)
+        retire_check(connection, "v2", ledger, settle=0.01)
 
 
 def test_an_async_second_count_sees_what_is_committed_while_the_event_loop_runs(
@@ -323,3 +373,136 @@ def test_rows_that_a_policy_hides_are_not_taken_for_done(
         with engine.begin() as connection:
             connection.execute(text(f"DROP ROLE {role}"))
         engine.dispose()
+
+
+# -- In short transactions -------------------------------------------------------------------------
+
+MANY = 70_000
+OFTEN = "UPDATE ledger SET bound = randomblob(9) WHERE id = 5"
+
+
+@pytest.fixture
+def large(tmp_path: Path, keyring: Keyring) -> Iterator[Engine]:
+    """SQLite in rollback-journal mode, with many rows under v2 and the last one under v1."""
+    engine = create_engine(f"sqlite:///{tmp_path}/large.db")
+    metadata.create_all(engine)
+    keys = keyring.for_context("ledger.free")
+    new = Keyring({"v2": bytes(range(32, 64))}).for_context("ledger.free").seal(b"1")
+    with engine.begin() as connection:
+        connection.execute(
+            insert(raw_ledger),
+            [{"id": n, "free": new if n < MANY else keys.seal(b"1")} for n in range(1, MANY + 1)],
+        )
+    yield engine
+    engine.dispose()
+
+
+def write_between(engine: Engine, statement: str, times: int) -> list[int]:
+    """Have another connection, which does not wait for a lock, write before later statements."""
+    assert engine.url.database is not None
+    writer = sqlite3.connect(engine.url.database, timeout=0, isolation_level=None)
+    written: list[int] = []
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def write(_c: Any, _cursor: Any, asked: str, *_rest: Any) -> None:
+        if len(written) < times and "ledger.id > " in asked:
+            writer.execute(statement)
+            written.append(1)
+
+    @event.listens_for(engine, "engine_disposed")
+    def close(_engine: Any) -> None:
+        writer.close()
+
+    return written
+
+
+def test_writers_get_their_turn_while_a_sqlite_database_is_counted(
+    large: Engine, promoted: Keyring
+) -> None:
+    written = write_between(large, OFTEN, 10**6)
+    counted = {row.key_version: row.count for row in status(large, ledger.c.free).rows}
+    assert counted == {"v1": 1, "v2": MANY - 1}
+    assert len(written) > 3
+    written.clear()
+    with pytest.raises(KeyInUseError, match=r"1 in ledger\.free"):
+        retire_check(large, "v1", ledger.c.free)
+    assert len(written) > 3
+    written.clear()
+    assert needs_rotation(large, ledger, keyring=promoted)
+    assert len(written) > 3
+
+
+def test_a_row_that_moves_while_a_sqlite_database_is_counted_is_found(large: Engine) -> None:
+    write_between(large, f"UPDATE ledger SET id = -1 WHERE id = {MANY}", 1)
+    with pytest.raises(KeyInUseError, match=r"1 in ledger\.free"):
+        retire_check(large, "v1", ledger)
+
+
+def test_a_sqlite_database_that_never_rests_is_counted_at_once_or_not_at_all(
+    large: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_between(large, OFTEN, 10**6)
+    set_default_keyring(Keyring({"v7": bytes(range(64, 96))}))
+    retire_check(large, "v7", ledger)
+    monkeypatch.setattr(_scan, "_BEARABLE", 0)  # as if it were a hundred times as large
+    with pytest.raises(RotationError, match="others write to ledger all the time"):
+        retire_check(large, "v7", ledger)
+
+
+@pytest.mark.parametrize("how", ["generated column", "expression", "none"])
+def test_a_check_of_one_version_asks_the_index_for_it(
+    engine: Engine, keyring: Keyring, how: str
+) -> None:
+    own = MetaData()
+    column: Column[Any] = Column("p", EncryptedJSON)
+    table = Table("sampled", own, Column("id", Integer, primary_key=True), column)
+    if how == "generated column":
+        table.append_column(
+            Column("version", key_version_type(), computed_key_version("p"), index=True)
+        )
+    elif how == "expression":
+        if engine.dialect.name == "mysql":
+            pytest.skip("MariaDB has no index on an expression")
+        Index("by_version", column.key_version)
+    own.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(table), [{"id": n, "p": n} for n in (1, 2, 3)])
+    asked: list[tuple[str, Any]] = []
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def remember(_c: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> None:
+        if "count(*)" in statement and "sampled" in statement:
+            asked.append((statement, parameters))
+
+    with pytest.raises(KeyInUseError, match=r"3 in sampled\.p"):
+        retire_check(engine, "v1", table)
+    statement, parameters = asked.pop()
+    assert ("version = " in statement) == (how == "generated column")
+    if engine.dialect.name == "sqlite" and how != "none":
+        assert len(asked) == 1  # its plan
+        with engine.connect() as connection:
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+        assert [str(step[-1])[:6] for step in plan] == ["SEARCH"]
+    own.drop_all(engine)  # to reflect an index on an expression is more than SQLAlchemy can
+
+
+def test_a_version_column_that_anybody_may_write_is_not_believed(engine: Engine) -> None:
+    model = Table(
+        "sampled",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("p", EncryptedJSON),
+        Column("version", key_version_type(), computed_key_version("p"), index=True),
+    )
+    table = Table(
+        "sampled",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("p", EncryptedJSON),
+        Column("version", String(32)),
+    )
+    table.create(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(table).values(id=1, p=1, version="v9"))
+    with pytest.raises(KeyInUseError, match=r"1 in sampled\.p"):
+        retire_check(engine, "v1", model)

@@ -11,6 +11,7 @@ from sqlalchemy import Column, Engine, MetaData, Table, event, insert, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sqlalchemy_lucent import Keyring, RotationError, averify, rotate, verify
+from tests.databases import create_unguarded
 from tests.integration.workers import fill, ledger, metadata
 
 raw_ledger = Table("ledger", MetaData(), *(Column(name) for name in ("id", "free", "bound")))
@@ -25,6 +26,7 @@ def test_every_value_is_opened(engine: Engine) -> None:
 def test_what_does_not_open_is_named_and_nothing_is_changed(
     engine: Engine, promoted: Keyring
 ) -> None:
+    create_unguarded(metadata, engine)
     fill(engine, 250)
     with engine.begin() as connection:
         connection.execute(

@@ -246,7 +246,8 @@ def test_every_key_of_a_keyring_opens_and_the_primary_seals(
 
 def test_keys_whose_versions_are_longer_or_shorter_than_the_primary_open() -> None:
     versions = ("v1", "v", "v10", "v" * 32)
-    keyring = Keyring(dict.fromkeys(versions, KEY_1), primary="v1")
+    keys = {version: bytes([number]) + KEY_1[1:] for number, version in enumerate(versions, 1)}
+    keyring = Keyring(keys, primary="v1")
     for version in versions:
         sealed = keyring.with_primary(version).for_context("c").seal(PLAINTEXT)
         for primary in versions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import decimal
 import enum
@@ -13,7 +14,7 @@ import types
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import orjson
 import pytest
@@ -27,9 +28,10 @@ from sqlalchemy_lucent._json import (
     MAX_INTEGER_DIGITS,
     STRICT,
     EngineCodec,
+    same_document,
     same_value,
 )
-from sqlalchemy_lucent._redacted import RedactedDict, RedactedList, RedactedStr
+from sqlalchemy_lucent._redacted import RedactedDict, RedactedList, RedactedStr, redact
 from tests.strategies import JSON_VALUES
 
 MARKER = "MARKER"
@@ -132,6 +134,26 @@ class Mixed(str, enum.Enum):  # noqa: UP042  (its `str()` is not its text)
     RED = "red"
 
 
+class Odd(str, enum.Enum):  # noqa: UP042
+    """Its `value` is not its text."""
+
+    TEXT = 5
+
+    def __new__(cls, value: int) -> Self:
+        self = str.__new__(cls, "text")
+        self._value_ = value
+        return self
+
+
+class OddNumber(float, enum.Enum):
+    ZERO = 0
+
+    def __new__(cls, value: int) -> Self:
+        self = float.__new__(cls, -0.0)
+        self._value_ = value
+        return self
+
+
 def moved_to_end() -> collections.OrderedDict[str, int]:
     ordered = collections.OrderedDict(a=1, b=2, c=3)
     ordered.move_to_end("a")
@@ -152,6 +174,10 @@ SUBCLASSES: list[tuple[Any, Any]] = [
     ({Color.RED: Color.RED}, {"red": "red"}),
     ({Mixed.RED: Mixed.RED}, {"red": "red"}),
     ({"a": Level.HIGH}, {"a": 3}),
+    ({"a": [Odd.TEXT], "b": Odd.TEXT}, {"a": ["text"], "b": "text"}),
+    ({Odd.TEXT: [OddNumber.ZERO]}, {"text": [-0.0]}),
+    ([Odd.TEXT, 2**70, MutableDict(a=-(2**70))], ["text", 2**70, {"a": -(2**70)}]),
+    ({Color.RED: 2**70}, {"red": 2**70}),
     (Number(2**70), 2**70),
     ([Number(-5), Real(1.5), Real(-0.0)], [-5, 1.5, -0.0]),
     (types.SimpleNamespace(a=1).__dict__, {"a": 1}),
@@ -203,43 +229,43 @@ def circular() -> list[Any]:
 FAULTS: list[tuple[Any, str, str]] = [
     (float("nan"), "$", "float is NaN"),
     ([1, float("inf")], "$[1]", "infinite"),
-    ({"a": [0, {"b": float("-inf")}]}, "$.a[1].b", "infinite"),
+    ({"a": [0, {"b": float("-inf")}]}, "$.{1st}[1].{1st}", "infinite"),
     ([Real("nan")], "$[0]", "NaN"),
     ((MARKER, 1), "$", "type tuple"),
-    ({"tokens": [1, 2, {"expiry": (MARKER,)}]}, "$.tokens[2].expiry", "type tuple"),
+    ({"tokens": [1, 2, {"expiry": (MARKER,)}]}, "$.{1st}[2].{1st}", "type tuple"),
     ([Pair(MARKER, 1)], "$[0]", "type Pair"),
     ({MARKER}, "$", "type set"),
     (frozenset({MARKER}), "$", "type frozenset"),
-    ({"a": MARKER.encode()}, "$.a", "type bytes"),
+    ({"a": MARKER.encode()}, "$.{1st}", "type bytes"),
     ([bytearray(MARKER, "ascii")], "$[0]", "type bytearray"),
     ([memoryview(b"MARKER")], "$[0]", "type memoryview"),
-    ({"at": datetime(2024, 1, 2, tzinfo=UTC)}, "$.at", "type datetime"),
+    ({"at": datetime(2024, 1, 2, tzinfo=UTC)}, "$.{1st}", "type datetime"),
     ([date(2024, 1, 2)], "$[0]", "type date"),
     ([time(1, 2)], "$[0]", "type time"),
     ([decimal.Decimal("1.5")], "$[0]", "type Decimal"),
     ([uuid.UUID(int=5)], "$[0]", "type UUID"),
-    ({"color": Plain.RED}, "$.color", "type Plain"),
-    ({"account": Account()}, "$.account", "type Account"),
+    ({"color": Plain.RED}, "$.{1st}", "type Plain"),
+    ({"account": Account()}, "$.{1st}", "type Account"),
     ([HasRepr()], "$[0]", "type HasRepr"),
     ([HasRepr], "$[0]", "type type"),
     ([complex(1, 2)], "$[0]", "type complex"),
     ([range(3)], "$[0]", "type range"),
     ([iter([MARKER])], "$[0]", "type list_iterator"),
-    ({"a": {"b": 1}.keys()}, "$.a", "type dict_keys"),
+    ({"a": {"b": 1}.keys()}, "$.{1st}", "type dict_keys"),
     (types.MappingProxyType({"a": MARKER}), "$", "type mappingproxy"),
     ([orjson.Fragment(b'"MARKER"')], "$[0]", "type Fragment"),
     ({1: MARKER}, "$", "key of type int"),
-    ({"a": [{None: MARKER}]}, "$.a[0]", "key of type NoneType"),
+    ({"a": [{None: MARKER}]}, "$.{1st}[0]", "key of type NoneType"),
     ({True: MARKER}, "$", "key of type bool"),
     ({1.5: MARKER}, "$", "key of type float"),
     ({b"a": MARKER}, "$", "key of type bytes"),
     ({("a",): MARKER}, "$", "key of type tuple"),
     ({Plain.RED: 1}, "$", "key of type Plain"),
-    ({"a": "MARKER\ud800"}, "$.a", "lone surrogate"),
+    ({"a": "MARKER\ud800"}, "$.{1st}", "lone surrogate"),
     (["\udfff"], "$[0]", "lone surrogate"),
     ([{"MARKER\ud800": 1}], "$[0]", "key with a lone surrogate"),
     ([10**MAX_INTEGER_DIGITS], "$[0]", f"more than {MAX_INTEGER_DIGITS} digits"),
-    ({"n": -(10**MAX_INTEGER_DIGITS)}, "$.n", f"more than {MAX_INTEGER_DIGITS} digits"),
+    ({"n": -(10**MAX_INTEGER_DIGITS)}, "$.{1st}", f"more than {MAX_INTEGER_DIGITS} digits"),
     ([10**100_000], "$[0]", f"more than {MAX_INTEGER_DIGITS} digits"),
 ]
 
@@ -264,15 +290,67 @@ def test_a_document_that_holds_itself_is_refused() -> None:
         assert f"more than {MAX_DEPTH} levels" in refusal(value)
 
 
-def test_a_name_that_may_be_data_is_not_shown_in_the_path() -> None:
-    for name in ("MARKER@example.com", "a MARKER", "M" * 65, "MÄRKER", "1MARKER", ""):
-        message = refusal({name: float("nan")})
-        assert message.startswith("$[?]: ")
+@pytest.mark.parametrize("name", ["MARKER", "api_key_MARKER", "M" * 65, "MÄRKER", "1MARKER", ""])
+def test_a_name_is_data_and_its_place_is_shown(name: str) -> None:
+    faulty = (
+        float("nan"), (1,), "\ud800", 10**MAX_INTEGER_DIGITS, {1: 2}, {"\ud800": 1}, nested(254)
+    )  # fmt: skip
+    for fault in faulty:
+        for value in ({name: fault}, {name: [{"x": 1, name: fault}]}, MutableDict({name: fault})):
+            message = refusal(value)
+            assert "MARKER" not in message
+            assert "M" * 65 not in message
+    assert refusal({"a": 1, name: {"b": [0, {1}]}}).startswith("$.{2nd}.{1st}[1]: ")
 
 
-def test_the_first_fault_is_named_and_names_are_shown() -> None:
-    message = refusal({"ok": 1, "private_key": [b""], "also": {2}})
-    assert message.startswith("$.private_key[0]: ")
+def test_the_first_fault_is_named() -> None:
+    message = refusal({"ok": 1, "private_key": [()], "also": {2}})
+    assert message.startswith("$.{2nd}[0]: ")
+
+
+def test_places_are_counted_as_one_reads_them() -> None:
+    for place in ("1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "22nd", "111th"):
+        number = int(place[:-2])
+        value = {str(n): n for n in range(1, number)} | {"x": {1}, "y": 0}
+        assert refusal(value).startswith(f"$.{{{place}}}: ")
+
+
+def test_a_long_path_is_cut_off() -> None:
+    for wrap in (lambda inner: [0, inner], lambda inner: {"MARKER": 1, "b": inner}):
+        for fault in ({1}, float("nan")):
+            value: Any = fault
+            for _ in range(200):
+                value = wrap(value)
+            path = refusal(value).partition(": ")[0]
+            assert path.endswith("...")
+            assert len(path) < 200
+
+
+class Counting(list[Any]):
+    """Counts how often any of its kind is read."""
+
+    reads = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        Counting.reads += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("fault", [float("nan"), (1,), "\ud800", 2**70, "none"])
+def test_the_work_for_a_document_grows_as_the_document(first: bool, fault: Any) -> None:
+    """A fault at the bottom, and the most of the document beside it on each way down."""
+    value = Counting([*(Counting([n]) for n in range(500)), fault])
+    lists = 501
+    for _ in range(200):
+        value = Counting([value, Counting([1])] if first else [Counting([1]), value])
+        lists += 2
+    Counting.reads = 0
+    try:
+        STRICT.dumps(value)
+    except SerializationError:
+        pass
+    assert Counting.reads < 20 * lists
 
 
 class Lying(dict[str, Any]):
@@ -413,6 +491,53 @@ def test_what_a_value_says_of_itself_is_not_asked(left: Any, right: Any) -> None
     assert same_value(left, right) is False
 
 
+SAME_DOCUMENT: list[Any] = [
+    None, True, 1, 2**70, 1.0, -0.0, "a", [], {}, [1, [2.0, {}]], {"a": [None], "b": {"c": -0.0}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", SAME_DOCUMENT)
+def test_a_copy_is_the_same_document(value: Any) -> None:
+    assert same_document(copy.deepcopy(value), value) is True
+    assert same_document({"a": [copy.deepcopy(value)]}, {"a": [value]}) is True
+    assert same_document(copy.deepcopy(value), redact(copy.deepcopy(value))) is True
+
+
+@pytest.mark.parametrize("left, right", DIFFERENT)
+def test_what_differs_in_a_bit_is_another_document(left: Any, right: Any) -> None:
+    for pair in ((left, right), ([left], [right]), ({"a": [left]}, {"a": [right]})):
+        assert same_document(*pair) is False
+
+
+def test_another_order_of_names_is_another_document() -> None:
+    assert same_document({"a": 1, "b": 2}, {"b": 2, "a": 1}) is False
+    assert same_document([moved_to_end()], [{"a": 1, "b": 2, "c": 3}]) is False
+
+
+def test_a_part_that_is_shared_may_have_been_edited() -> None:
+    part: list[Any] = [1]
+    value = {"part": part, "n": 1}
+    assert same_document(value, value) is False
+    assert same_document({**value}, value) is False
+    assert same_document(value["part"], part) is False
+    assert same_document(RedactedDict(value), value) is False
+
+
+class Unequal:
+    def __eq__(self, other: object) -> bool:
+        raise LookupError(MARKER)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), (1,), "\ud800", {1: 2}, Unequal(), Failing(a=1), circular()]
+)
+def test_what_cannot_be_written_is_no_document(value: Any) -> None:
+    assert same_document(value, value) is False
+    assert same_document({"a": value}, {"a": value}) is False
+
+
 # -- reading ---------------------------------------------------------------------------------------
 
 
@@ -530,7 +655,7 @@ SERIALIZER_FAULTS: list[tuple[Any, Any, Any, str]] = [
     (None, orjson.loads, [2**70], "does not come back equal"),
     (None, lambda text: json.loads(text, parse_float=decimal.Decimal), 0.1, "not come back equal"),
     (None, raising, {"a": MARKER}, "json_deserializer raised RuntimeError"),
-    (None, None, {"a": (MARKER,)}, "$.a: a value of type tuple"),
+    (None, None, {"a": (MARKER,)}, "$.{1st}: a value of type tuple"),
 ]
 
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypedDict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import create_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import create_engine, delete, select
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    make_transient,
+    make_transient_to_detached,
+    mapped_column,
+)
+from sqlalchemy.orm.attributes import flag_modified, set_committed_value
 
 from sqlalchemy_lucent import ConfigurationError, EncryptedJSON
 from sqlalchemy_lucent.mutable import TrackedDict, TrackedList
@@ -181,3 +190,102 @@ def test_a_container_made_by_hand_belongs_to_nothing() -> None:
 def test_a_lazy_or_row_bound_column_is_not_mutable(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="does not track changes"):
         EncryptedJSON.mutable(**options)
+
+
+def made_transient(session: Session, account: Account) -> Account:
+    account.data  # noqa: B018  (loads it)
+    session.execute(delete(Account))
+    make_transient(account)
+    session.add(account)
+    return account
+
+
+def made_detached(session: Session, account: Account) -> Account:
+    session.expunge(account)
+    detached = Account(id=1, data=DOCUMENT)
+    make_transient_to_detached(detached)
+    session.add(detached)
+    return detached
+
+
+def populated(session: Session, account: Account) -> Account:
+    account.data["g"] = "lost"
+    with session.no_autoflush:
+        session.scalars(select(Account), execution_options={"populate_existing": True}).one()
+    return account
+
+
+def after_a_savepoint(session: Session, account: Account) -> Account:
+    with session.begin_nested() as savepoint:
+        account.data["g"] = "lost"
+        session.flush()
+        savepoint.rollback()
+    return account
+
+
+def copied(session: Session, account: Account) -> Account:
+    account.data = copy.deepcopy(account.data)
+    return account
+
+
+def copied_at_the_top(session: Session, account: Account) -> Account:
+    account.data = copy.copy(account.data)
+    return account
+
+
+def put_past_the_events(session: Session, account: Account) -> Account:
+    set_committed_value(account, "data", copy.deepcopy(DOCUMENT))
+    flag_modified(account, "data")
+    session.flush()
+    return account
+
+
+def expired(session: Session, account: Account) -> Account:
+    account.data["g"] = "lost"
+    session.expire(account, ["data"])
+    return account
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        made_transient, made_detached, populated, after_a_savepoint, copied, copied_at_the_top,
+        put_past_the_events, expired,
+    ],
+)  # fmt: skip
+def test_an_edit_is_written_whatever_the_object_went_through(
+    session: Session, through: Callable[[Session, Account], Account]
+) -> None:
+    account = Account(id=1, data=DOCUMENT)
+    session.add(account)
+    session.commit()
+    account = through(session, account)
+    expected = copy.deepcopy(DOCUMENT)
+    assert account.data == expected
+    for step in ("first", "second"):
+        account.data["d"]["e"]["f"] = step
+        expected["d"]["e"]["f"] = step  # type: ignore[index]
+        session.flush()
+        session.expire(account)
+        assert account.data == expected
+
+
+@dataclasses.dataclass
+class Token:
+    value: str
+
+
+class Shape(TypedDict):
+    names: list[str]
+
+
+@pytest.mark.parametrize("schema", [Token, list[Token], dict[str, Token | None], set[str]])
+def test_a_schema_whose_edits_cannot_be_seen_is_refused(schema: Any) -> None:
+    EncryptedJSON(schema=schema)
+    with pytest.raises(ConfigurationError, match="sees edits of dicts and lists"):
+        EncryptedJSON.mutable(schema=schema)
+
+
+@pytest.mark.parametrize("schema", [Shape, dict[str, Shape], list[list[int]], Any])
+def test_a_schema_of_dicts_and_lists_tracks(schema: Any) -> None:
+    assert EncryptedJSON.mutable(schema=schema).tracks_changes

@@ -65,7 +65,7 @@ class Credentials(pydantic.BaseModel):
     expires: dt.datetime | None = None
 
 
-class Nested(pydantic.BaseModel):
+class Nested(pydantic.BaseModel, extra="forbid"):
     inner: dict[str, list[int]]
 
 
@@ -152,7 +152,11 @@ def test_a_value_that_is_not_of_the_type_or_would_change_is_refused(type_: Any, 
         (dict[int, str], {MARKER: "x"}, r"a key in \$: "),
         (Credentials, {"userName": 5}, r"\$\.userName: string_type"),
         (Credentials, {"password": MARKER}, r"\$\.userName: missing"),
-        (Nested, {"inner": {MARKER + "!": [MARKER]}}, r"\$\.inner\[\?\]\[0\]: int_type"),
+        (Nested, {"inner": {MARKER: [MARKER]}}, r"\$\.inner\[\.\.\.\]\[0\]: int_type"),
+        (Nested, {"inner": {}, MARKER.replace("-", "_"): 1}, r"\$\[\.\.\.\]: extra_forbidden"),
+        (dict[str, Credentials], {MARKER[:6]: {}}, r"\$\[\.\.\.\]\.userName: missing"),
+        (dict[str, Token], {MARKER[:6]: {}}, r"\$\[\.\.\.\]: Object missing"),
+        (Nested, {"inner": {"a": [[MARKER]]}}, r"\$\.inner\[\.\.\.\]\[0\]: int_type"),
         (Checked, {"port": 0}, r"\$\.port: greater_than"),
         (Credentials, MARKER, r"\$: model_type"),
         (list[Credentials], [{"userName": 5}], r"\$\[0\]\.userName: string_type"),
@@ -164,6 +168,85 @@ def test_a_document_that_does_not_fit_is_named_by_path_and_never_quoted(
     with pytest.raises(SchemaMismatchError, match=path) as caught:
         Schema(type_).load(document)
     assert_clean(caught.value)
+
+
+@dataclasses.dataclass
+class Forging:
+    """Its error looks like one of msgspec's, with a path that is made of the document."""
+
+    token: str
+
+    def __post_init__(self) -> None:
+        raise ValueError(f"no - at `$.{self.token}`")
+
+
+def test_a_path_that_the_document_made_is_not_shown() -> None:
+    for type_, document in ((Forging, {"token": "MARKER"}), (list[Forging], [{"token": "MARKER"}])):
+        with pytest.raises(SchemaMismatchError) as caught:
+            Schema(type_).load(document)
+        assert "MARKER" not in str(caught.value)
+
+
+class Tree(msgspec.Struct):
+    children: list[Tree] = []
+    value: int = 0
+
+
+class Branch(pydantic.BaseModel):
+    children: list[Branch] = []
+    value: int = 0
+
+
+@pytest.mark.parametrize("type_", [Tree, Branch])
+def test_a_long_path_is_cut_off(type_: Any) -> None:
+    document: dict[str, Any] = {"value": MARKER}
+    for _ in range(60):
+        document = {"children": [document]}
+    with pytest.raises(SchemaMismatchError, match=r"children\[0\]\.\.\.: ") as caught:
+        Schema(type_).load(document)
+    assert len(str(caught.value)) < 300
+
+
+class Shape(TypedDict):
+    name: str
+    nested: dict[str, list[int | None]]
+    at: dt.datetime
+    pair: tuple[str, tuple[int, ...]]
+    anything: Any
+    color: Annotated[Color | None, msgspec.Meta(title="c")]
+    keys: NotRequired[Keys]
+
+
+class Loop(TypedDict):
+    parts: list[Loop]
+
+
+class Frozen(msgspec.Struct, frozen=True):
+    parts: list[int]
+
+
+@pytest.mark.parametrize(
+    "type_",
+    [Shape, Loop, Keys, Any, int, str, None, list[Shape], dict[str, Any], dict[int, Keys] | None],
+)
+def test_a_type_of_dicts_and_lists_is_tracked(type_: Any) -> None:
+    assert Schema(type_).untracked_part() is None
+
+
+@pytest.mark.parametrize(
+    "type_, name",
+    [
+        (Account, "Account"), (Token | None, "Token"), (list[Token], "Token"),
+        (dict[str, list[Settings]], "Settings"), (Frozen, "Frozen"), (set[int], "set"),
+        (bytearray, "bytearray"), (tuple[list[int], int], "tuple"), (tuple[Any, ...], "vartuple"),
+        (Credentials, "Credentials"), (list[Credentials], "list[test_schema.Credentials]"),
+        (Checked, "Checked"), (msgspec.Raw, "raw"),
+    ],
+)  # fmt: skip
+def test_a_type_whose_edits_cannot_be_seen_is_named(type_: Any, name: str) -> None:
+    found = Schema(type_).untracked_part()
+    assert found is not None
+    assert name in found or name.partition("[")[0] in found
 
 
 def assert_clean(error: Exception) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
+import io
+import json
 import pickle
 import textwrap
 import tracemalloc
@@ -12,11 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
 from sqlalchemy import (
     JSON,
     Column,
+    Computed,
+    DefaultClause,
+    FetchedValue,
+    Identity,
     Integer,
+    LargeBinary,
     MetaData,
+    Sequence,
     String,
     Table,
     cast,
@@ -24,13 +35,17 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    literal_column,
     null,
     or_,
     select,
+    text,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, Mapped, aliased, mapped_column
+from sqlalchemy.schema import CreateTable
 
+import sqlalchemy_lucent.migrations  # noqa: F401  (its operations are registered by the import)
 from sqlalchemy_lucent import (
     ConfigurationError,
     EncryptedJSON,
@@ -199,12 +214,22 @@ def test_the_attributes_of_json_are_taken_over() -> None:
     [
         ({"a": [1]}, {"a": [1]}, True),
         ({"a": 1}, {"a": 2}, False),
+        ({"a": 1}, {"a": True}, False),
+        ({"a": 1}, {"a": 1.0}, False),
+        ([0.0], [-0.0], False),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}, False),
         (None, None, True),
+        (None, JSON.NULL, False),
+        (None, null(), False),
         (1, "1", False),
+        ({"a": {1}}, {"a": {1}}, False),
+        ({"a": float("nan")}, {"a": float("nan")}, False),
     ],
 )
-def test_values_are_compared_as_python_does(left: Any, right: Any, equal: bool) -> None:
-    assert EncryptedJSON().compare_values(left, right) is equal
+def test_values_are_compared_to_the_bit(left: Any, right: Any, equal: bool) -> None:
+    for type_ in (EncryptedJSON(), EncryptedJSON(schema=dict[str, int])):
+        assert type_.compare_values(left, right) is equal
+        assert type_.compare_values(right, left) is equal
 
 
 def test_a_compared_value_has_the_columns_type() -> None:
@@ -302,6 +327,147 @@ def test_a_subclass_works_as_the_class_does() -> None:
     engine.dispose()
 
 
+# -- defaults --------------------------------------------------------------------------------------
+
+DEFAULTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "text of Python": lambda: {"server_default": "{}"},
+    "text of Python that says NULL": lambda: {"server_default": "NULL"},
+    "SQL text": lambda: {"server_default": text("'{}'")},
+    "a literal": lambda: {"server_default": literal("{}")},
+    "bytes": lambda: {"server_default": literal(b"{}")},
+    "a literal column": lambda: {"server_default": literal_column("'{}'")},
+    "a function": lambda: {"server_default": func.json_object()},
+    "DefaultClause": lambda: {"server_default": DefaultClause(text("x'7b7d'"))},
+    "FetchedValue": lambda: {"server_default": FetchedValue()},
+    "ON UPDATE": lambda: {"server_default": text("NULL ON UPDATE '{}'")},
+    "server_onupdate": lambda: {"server_onupdate": FetchedValue()},
+    "default= as SQL text": lambda: {"default": text("'{}'")},
+    "default= as a function": lambda: {"default": func.json_object()},
+    "default= as a literal": lambda: {"default": literal("{}")},
+    "default= as a subquery": lambda: {"default": select(literal("{}")).scalar_subquery()},
+    "default= as a Sequence": lambda: {"default": Sequence("s")},
+    "insert_default= as SQL": lambda: {"insert_default": func.json_object()},
+    "onupdate= as SQL": lambda: {"onupdate": func.json_object()},
+}
+GENERATED: dict[str, Callable[[], Any]] = {
+    "Computed": lambda: Computed("other"),
+    "Identity": Identity,
+    "DefaultClause": lambda: DefaultClause("{}"),
+}
+NULL_DEFAULTS: dict[str, Callable[[], Any]] = {
+    "null()": null,
+    "text()": lambda: text("NULL"),
+    "lower case": lambda: text(" (null) "),
+    "as PostgreSQL reflects it": lambda: text("NULL::bytea"),
+    "DefaultClause": lambda: DefaultClause(text("NULL")),
+    "a cast": lambda: cast(null(), LargeBinary),
+}
+
+
+def migration(dialect: str) -> tuple[Operations, io.StringIO]:
+    output = io.StringIO()
+    options = {"as_sql": True, "output_buffer": output}
+    return Operations(MigrationContext.configure(dialect_name=dialect, opts=options)), output
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_a_default_that_the_database_would_make_is_refused(default: str) -> None:
+    operations, output = migration("postgresql")
+    options = DEFAULTS[default]
+    for declare in (
+        lambda: Table("t", MetaData(), Column("c", EncryptedJSON, **options())),
+        lambda: Table("t", MetaData()).append_column(Column("c", EncryptedJSON(), **options())),
+        lambda: operations.add_column("t", Column("c", EncryptedJSON(), **options())),
+        lambda: operations.create_table("t", Column("c", EncryptedJSON(), **options())),
+        lambda: declarative_model(mapped_column("c", EncryptedJSON, **options())),
+    ):
+        with pytest.raises(UnsupportedOperationError, match=r"t\.c would store a value"):
+            declare()
+    assert output.getvalue() == ""
+
+
+def declarative_model(column: Any) -> type[Any]:
+    class Base(DeclarativeBase):
+        pass
+
+    return type(
+        "Declared",
+        (Base,),
+        {
+            "__tablename__": "t",
+            "id": mapped_column(Integer, primary_key=True),
+            "c": column,
+        },
+    )
+
+
+@pytest.mark.parametrize("generated", GENERATED)
+def test_a_value_that_the_database_generates_is_refused(generated: str) -> None:
+    with pytest.raises(UnsupportedOperationError, match=r"t\.c would store a value"):
+        Table("t", MetaData(), Column("c", EncryptedJSON, GENERATED[generated]()))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: str(dialect.name))
+def test_a_default_that_a_column_was_given_later_is_refused_in_ddl(dialect: Any) -> None:
+    for type_ in (EncryptedJSON(), JSON().with_variant(EncryptedJSON(), dialect.name)):
+        own = Table("t", MetaData(), Column("c", type_))
+        str(CreateTable(own).compile(dialect=dialect))
+        own.c.c.server_default = DefaultClause(text("'{}'"))
+        with pytest.raises(UnsupportedOperationError, match=r"t\.c would store a value"):
+            CreateTable(own).compile(dialect=dialect)
+
+
+@pytest.mark.parametrize("default", NULL_DEFAULTS)
+def test_null_is_a_server_default(default: str) -> None:
+    own = Table(
+        "t", MetaData(), Column("c", EncryptedJSON, server_default=NULL_DEFAULTS[default]())
+    )
+    for dialect in DIALECTS:
+        assert "DEFAULT" in str(CreateTable(own).compile(dialect=dialect))
+
+
+def test_a_default_of_python_is_sealed() -> None:
+    engine = create_engine("sqlite://")
+    own = Table(
+        "t",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("c", EncryptedJSON, default={"a": 1}, onupdate=lambda: {"b": 2}),
+        Column("d", EncryptedJSON(True), default=null()),
+    )
+    own.create(engine)
+    with engine.connect() as connection:
+        connection.execute(insert(own).values(id=1))
+        assert connection.execute(select(own)).one() == (1, {"a": 1}, None)
+        connection.execute(own.update().values(id=2))
+        assert connection.scalar(select(own.c.c)) == {"b": 2}
+    engine.dispose()
+
+
+@pytest.mark.parametrize("name", ["sqlite", "postgresql", "mysql"])
+def test_a_migration_gives_a_sealed_column_no_server_default_but_null(name: str) -> None:
+    if "replace" not in inspect.signature(Operations.implementation_for).parameters:
+        pytest.skip("the operations of this Alembic cannot be extended")
+    operations, output = migration(name)
+    alter_column: Any = operations.alter_column
+    types: dict[str, Any]
+    for types in (
+        {"existing_type": EncryptedJSON()},
+        {"existing_type": LargeBinary(), "type_": EncryptedJSON},
+    ):
+        for default in ("{}", text("'{}'"), FetchedValue(), Computed("other")):
+            with pytest.raises(UnsupportedOperationError, match=r"t\.c would store a value"):
+                alter_column("t", "c", server_default=default, **types)
+    assert output.getvalue() == ""
+    if name != "sqlite":
+        types = {"existing_type": EncryptedJSON()}
+        alter_column("t", "c", server_default=text("NULL"), **types)
+        alter_column("t", "c", server_default=None, **types)
+        alter_column("t", "c", nullable=False, **types)
+        types = {"existing_type": EncryptedJSON(), "type_": JSON()}
+        alter_column("t", "c", server_default=text("'{}'"), **types)
+
+
 # -- Sealed and Bound ------------------------------------------------------------------------------
 
 
@@ -332,12 +498,58 @@ def test_a_pickled_sealed_value_opens(sealed: Sealed) -> None:
     assert restored.open() == {"a": "plaintext"}
 
 
+def a_reader(text_: str) -> Any:
+    return {"read": json.loads(text_)}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"json_serializer": lambda value: json.dumps(value)}, {"n": 1}),
+        ({"json_deserializer": json.loads}, {"n": 1}),
+        ({"json_serializer": lambda v: json.dumps(v["read"]), "json_deserializer": a_reader},
+         {"read": {"n": 1}}),
+        ({"json_deserializer": lambda text_: json.loads(text_)}, None),
+    ],
+)  # fmt: skip
+def test_a_pickle_names_the_function_that_reads_and_leaves_out_the_one_that_writes(
+    options: dict[str, Any], expected: Any, protocol: int
+) -> None:
+    engine = create_engine("sqlite://", **options)
+    table = Table("lazies", MetaData(), Column("c", EncryptedJSON(lazy=True)))
+    table.create(engine)
+    with engine.connect() as connection:
+        connection.execute(insert(table), {"c": expected or {"n": 1}})
+        sealed = connection.scalars(select(table.c.c)).one()
+    engine.dispose()
+    for copied in (copy.copy(sealed), copy.deepcopy(sealed)):
+        assert copied.open() == sealed.open()
+    pickled = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(sealed, protocol)), protocol))
+    assert pickled == sealed
+    if expected is not None:
+        assert pickled.open() == expected
+        return
+    with pytest.raises(SerializationError, match="make that function one of a module"):
+        pickled.open()
+
+
 def test_a_sealed_value_of_another_column_is_not_stored() -> None:
     first = table.c.data.type.bind_processor(SQLITE)
     own = Sealed(first({"a": 1}), table.c.data.type.column_codec(SQLITE))
     assert first(own) == bytes(own)
     with pytest.raises(SerializationError, match="where it would not open"):
         table.c.other.type.bind_processor(SQLITE)(own)
+
+
+def test_a_sealed_value_that_may_be_of_several_columns_is_not_stored_in_one() -> None:
+    for other in (
+        EncryptedJSON(context="models.data", accept_contexts=["models.other"]),
+        EncryptedJSON(context="models.data", bound_to=["id"]),
+    ):
+        value = Sealed(b"v1:", other.column_codec(SQLITE))
+        with pytest.raises(SerializationError, match="would not open"):
+            table.c.data.type.bind_processor(SQLITE)(value)
 
 
 def test_a_row_context_is_unambiguous() -> None:

@@ -1,0 +1,153 @@
+"""Look through the whole database for sealed values that no model names.
+
+They are copies mostly: what a trigger keeps of changed rows, a partition that was detached, a
+column that a model has no more. No rotation finds them, and a key that is retired is missing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    LargeBinary,
+    Text,
+    cast,
+    column,
+    func,
+    inspect,
+    select,
+    table,
+    text,
+)
+from sqlalchemy.exc import DBAPIError
+
+from .. import _sql
+from .._dialects import is_mysql
+from .._envelope import FORMAT_AES_256_GCM, MAX_VERSION_LENGTH
+from ..exceptions import RotationError
+from ..rotation._relations import relation_of
+from ..rotation._visible import refuse_hidden_rows
+from ..rotation.targets import TargetTable
+
+
+class Unnamed(NamedTuple):
+    """A column with sealed values that is no target; or one table of the database, not read."""
+
+    name: str
+    versions: dict[str, int]
+    """How many values there are under each key version."""
+    unread: str | None = None
+    """Why its table could not be read."""
+
+
+class _Column(NamedTuple):
+    schema: str
+    table: str
+    name: str
+    is_text: bool
+    """Whether sealed bytes can only be in it as PostgreSQL shows bytes in a text."""
+
+
+def unnamed_values(engine: Engine, targets: list[TargetTable]) -> Iterator[Unnamed]:
+    """Count the sealed values of every binary and text column that is no target, by SQL alone.
+
+    Each table is read once, as a whole, and once more if it has some. Of a partitioned table, the
+    rows are read through it.
+    """
+    with engine.connect() as connection:
+        connection.execution_options(isolation_level="AUTOCOMMIT")
+        fold = str if engine.dialect.name == "postgresql" else str.lower
+        named = set()
+        for target in targets:
+            found = relation_of(connection, target.clause.name, target.clause.schema)
+            if found is not None:
+                named |= {(found.schema, found.name, fold(c.name)) for c in target.columns}
+        by_table: dict[tuple[str, str], list[_Column]] = {}
+        for each in _columns(connection):
+            if (each.schema, each.table, fold(each.name)) not in named:
+                by_table.setdefault((each.schema, each.table), []).append(each)
+        for (schema, name), columns in sorted(by_table.items()):
+            try:
+                refuse_hidden_rows(connection, name, schema)
+                yield from _in_table(connection, columns)
+            except (DBAPIError, RotationError) as error:
+                if isinstance(error, DBAPIError) and error.connection_invalidated:
+                    raise
+                yield Unnamed(f"{schema}.{name}", {}, type(error).__name__)
+
+
+def _in_table(connection: Connection, columns: list[_Column]) -> Iterator[Unnamed]:
+    schema, name = columns[0].schema, columns[0].table
+    owner = table(name, *(column(each.name) for each in columns), schema=schema)
+    versions = [_version(connection, owner.c[each.name], each) for each in columns]
+    counts = connection.execute(select(*map(func.count, versions)).select_from(owner)).one()
+    for each, version, count in zip(columns, versions, counts, strict=True):
+        if not count:
+            continue
+        under = select(version.label("version")).select_from(owner).subquery().c.version
+        counting = select(under, func.count()).where(under.is_not(None)).group_by(under)
+        rows = connection.execute(counting.order_by(under)).all()
+        found = {bytes.fromhex(v).decode() if each.is_text else str(v): n for v, n in rows}
+        yield Unnamed(f"{schema}.{name}.{each.name}", found)
+
+
+def _version(
+    connection: Connection, value: ColumnElement[Any], each: _Column
+) -> ColumnElement[Any]:
+    if each.is_text:
+        return func.substring(cast(value, Text), _IN_TEXT)
+    if connection.dialect.name == "postgresql":
+        return _sql.key_version(value)
+    return _sql.key_version(cast(value, LargeBinary))
+
+
+# The digits of a version's characters, of ":" and the format, and of what the shortest value has.
+_IN_TEXT: Final = (
+    r"\\x((?:2[de]|3[0-9]|4[1-9a-f]|5[0-9af]|6[1-9a-f]|7[0-9a])"
+    rf"{{1,{MAX_VERSION_LENGTH}}})3a{FORMAT_AES_256_GCM:02x}[0-9a-f]{{66}}"
+)
+
+# Not what is inherited: those rows are read through the parent.
+_POSTGRESQL: Final = text("""
+SELECT namespace.nspname, class.relname, attribute.attname,
+    type.typsend <> CAST('byteasend' AS regproc)
+FROM pg_attribute AS attribute
+JOIN pg_class AS class ON class.oid = attribute.attrelid
+JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
+JOIN pg_type AS type ON type.oid = attribute.atttypid
+WHERE class.relkind IN ('r', 'p', 'm') AND class.relpersistence <> 't'
+AND attribute.attnum > 0 AND NOT attribute.attisdropped AND attribute.attinhcount = 0
+AND namespace.nspname <> 'information_schema' AND namespace.nspname NOT LIKE 'pg\\_%'
+AND (type.typsend = CAST('byteasend' AS regproc)
+    OR type.typcategory IN ('S', 'A', 'C') OR type.typname IN ('json', 'jsonb', 'hstore', 'xml'))
+ORDER BY attribute.attnum
+""")
+
+_MYSQL: Final = text("""
+SELECT c.table_schema, c.table_name, c.column_name, 0
+FROM information_schema.columns AS c JOIN information_schema.tables AS t
+ON t.table_schema = c.table_schema AND t.table_name = c.table_name
+WHERE c.table_schema = database() AND t.table_type NOT IN ('VIEW', 'SYSTEM VIEW', 'SEQUENCE')
+AND (c.data_type LIKE '%blob' OR c.data_type LIKE '%text' OR c.data_type LIKE '%binary'
+    OR c.data_type LIKE '%char' OR c.data_type = 'json')
+ORDER BY c.ordinal_position
+""")
+
+
+def _columns(connection: Connection) -> list[_Column]:
+    """Return the columns of all tables that may hold sealed values."""
+    if connection.dialect.name == "postgresql":
+        return [_Column(*row) for row in connection.execute(_POSTGRESQL)]
+    if is_mysql(connection.dialect):
+        return [_Column(*row) for row in connection.execute(_MYSQL)]
+    inspector = inspect(connection)
+    return [
+        _Column(schema, name, each["name"], is_text=False)  # of whatever type: any value may be
+        for schema in inspector.get_schema_names()
+        for name in inspector.get_table_names(schema)
+        for each in inspector.get_columns(name, schema)
+    ]

@@ -1,0 +1,100 @@
+"""Values of a row in the errors of a database, taken out before the application sees them.
+
+PostgreSQL shows the row that a constraint refuses, and a document that it cannot read. SQLAlchemy
+shows the parameters. Either may be a plaintext that went around :class:`EncryptedJSON`, which is
+then why the statement failed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, Final
+
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.sql.elements import TextClause
+
+HIDDEN: Final = "parameters hidden: an EncryptedJSON value may be among them, unsealed"
+
+
+def hide_row(context: ExceptionContext) -> None:
+    """Take what the database says of values out of its error, and the parameters where they may
+    be what was refused. A listener for ``handle_error``.
+    """
+    error = context.sqlalchemy_exception
+    if not isinstance(error, DBAPIError):
+        return
+    driver = context.original_exception
+    is_refused = _refuses_a_value(driver)
+    if context.dialect.name == "postgresql" and is_refused:
+        shown = str(driver)
+        for part in _chain(driver):
+            _hide_fields(part)
+        error.args = tuple(
+            arg.replace(shown, str(driver)) if isinstance(arg, str) else arg for arg in error.args
+        )
+    compiled = getattr(context.execution_context, "compiled", None)
+    is_text = compiled is None or isinstance(compiled.statement, TextClause)
+    if error.params and (
+        (is_refused and _sqlstate(driver) != _NOT_NULL)
+        or (is_text and isinstance(error, (IntegrityError, DataError)))
+    ):
+        error.params = None
+        error.add_detail(HIDDEN)
+
+
+# PostgreSQL, appendix A: data exception, a CHECK, a view's check option, another type.
+_NOT_NULL: Final = "23502"
+_SQLSTATES: Final = ("22", _NOT_NULL, "23514", "44", "42804")
+# A CHECK (MariaDB, MySQL), JSON that is none, a value that its column does not take.
+_MYSQL_CODES: Final = frozenset({4025, 3819, 4038, 3140, 3141, 1366})
+
+
+def _sqlstate(driver: BaseException) -> Any:
+    return getattr(driver, "sqlstate", None) or getattr(driver, "pgcode", None)
+
+
+def _refuses_a_value(driver: BaseException) -> bool:
+    state = _sqlstate(driver)
+    if isinstance(state, str) and state.startswith(_SQLSTATES):
+        return True
+    first = driver.args[0] if driver.args else None
+    return (
+        (isinstance(first, int) and first in _MYSQL_CODES)
+        or (isinstance(first, str) and _ASYNCPG_ARGUMENT.search(first) is not None)
+        or getattr(driver, "sqlite_errorname", None) == "SQLITE_CONSTRAINT_CHECK"
+    )
+
+
+# asyncpg says so before it sends anything.
+_ASYNCPG_ARGUMENT: Final = re.compile(r"(invalid input for query argument \$\d+).*", re.DOTALL)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _hide_fields(error: BaseException) -> None:
+    diag = getattr(error, "diag", None)
+    primary = getattr(diag, "message_primary", None)
+    if primary is not None:  # psycopg: the fields are read from what it keeps for pickles
+        error.args = (primary, *error.args[1:])
+        with suppress(Exception):
+            state: Any = error.__reduce__()[2]
+            kept = {n: v for n, v in state["_info"].items() if int(n) not in _VALUE_FIELDS}
+            error.__setstate__({"_info": {**dict.fromkeys(_VALUE_FIELDS), **kept}})
+    for name in ("detail", "context", "internal_query"):  # asyncpg
+        if isinstance(getattr(error, name, None), str):
+            with suppress(AttributeError):
+                setattr(error, name, None)
+    if error.args and isinstance(error.args[0], str):
+        message = _ASYNCPG_ARGUMENT.sub(r"\1", error.args[0].partition("\nDETAIL:")[0])
+        error.args = (message, *error.args[1:])
+
+
+# libpq: PG_DIAG_MESSAGE_DETAIL, PG_DIAG_CONTEXT, PG_DIAG_INTERNAL_QUERY.
+_VALUE_FIELDS: Final = frozenset({ord("D"), ord("W"), ord("q")})

@@ -1,0 +1,242 @@
+"""What a database or driver ended some work with: whether to try again, and how to say it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from sqlalchemy import Dialect
+from sqlalchemy.exc import DataError, DBAPIError, PendingRollbackError, StatementError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from .._dialects import is_mysql
+
+# PostgreSQL, appendix A. Serialization failure (a standby's recovery conflict too), deadlock, lock
+# timeout, statement timeout or cancelled, too many connections; the server or the connection goes
+# away or is not there yet; connection exceptions, but for a broken protocol.
+_PASSING_SQLSTATES: Final = (
+    *("40001", "40P01", "55P03", "57014", "53300"),
+    *("57P01", "57P02", "57P03", "57P05", "25P03", "25P04"),
+    *("08000", "08001", "08003", "08006"),
+)
+# Lock wait timeout, deadlock, statement timeout (MariaDB, MySQL), a statement that was cancelled, a
+# row that changed since the snapshot (MariaDB); too many connections, a connection that was killed,
+# a server that shuts down or is not ready (Galera, group replication).
+_PASSING_MYSQL_CODES: Final = frozenset(
+    {1205, 1213, 1969, 3024, 1317, 1020, 1040, 1203, 1927, 1053, 1047, 3101}
+)
+
+# What the server says to who may not come in, or when there is no such database: it would say the
+# same again. psycopg has no code for what ends a connection attempt.
+_REFUSED_SQLSTATES: Final = ("28", "3D")
+_REFUSED_MYSQL_CODES: Final = frozenset({1044, 1045, 1049, 1130, 1698})
+_REFUSED_WORDS: Final = re.compile(
+    r"authentication failed|no pg_hba\.conf entry|no password supplied"
+    r"|FATAL: +(?:role|database) .* does not exist|statement pooling mode"
+    r"|translate host name|resolve host|Name or service not known|getaddrinfo"
+)
+
+_TOO_LARGE: Final = 1153  # a packet, by max_allowed_packet
+
+# PostgreSQL, appendix A: data exception, integrity constraint violation, check option violation,
+# an exception that PL/pgSQL raised.
+_REFUSING_SQLSTATES: Final = ("22", "23", "44", "P0")
+# MySQL and MariaDB. Column cannot be NULL, duplicate, foreign key (2), SIGNAL, check constraint
+# (2), a packet that is too large; out of range, cut off, wrong value (4), too long, not JSON.
+_REFUSING_MYSQL_CODES: Final = frozenset(
+    {_TOO_LARGE, 1048, 1062, 1451, 1452, 1644, 3819, 4025}
+    | {1264, 1265, 1292, 1300, 1366, 1367, 1406, 3140}
+)
+
+# Messages in which MySQL and MariaDB quote names of the schema, or a trigger's own words. Any other
+# may quote a value.
+_MYSQL_CODES_WITH_NAMES: Final = frozenset(
+    {1044, 1045, 1048, 1049, 1054, 1130, 1142, 1143, 1146, 1227, 1264, 1290, 1364, 1370, 1406}
+    | {1451, 1452, 1644, 1665, 1698, 1792, 1836, 1927, 3819, 4025, _TOO_LARGE}
+)
+
+_MAY_NOT: Final = "Grant this user SELECT and UPDATE on the table"
+_READ_ONLY: Final = "Connect to a server, and as a user, that may write"
+_FULL: Final = "Make room on the server's disk"
+_STATEMENT_POOLING: Final = (
+    "The pooler is in statement mode, in which there are no transactions. Connect to the database "
+    "itself, or to a pooler in transaction or session mode"
+)
+_ADVICE: Final[dict[str | int, str]] = {
+    "42501": _MAY_NOT,
+    1142: _MAY_NOT,
+    1143: _MAY_NOT,
+    "25006": _READ_ONLY,
+    1290: _READ_ONLY,
+    1792: _READ_ONLY,
+    1836: _READ_ONLY,
+    "SQLITE_READONLY": "Open the database so that it may be written",
+    "53100": _FULL,
+    1021: _FULL,
+    1114: _FULL,
+    "SQLITE_FULL": _FULL,
+    _TOO_LARGE: "Raise max_allowed_packet",
+    1665: "Set binlog_format to ROW or MIXED: rotations read what is committed, row by row",
+}
+
+
+class Fault(Exception):  # noqa: N818  (an error of ours is made of it)
+    """Why the database or its driver ended some work.
+
+    Stays inside this package, which makes its own error of it for the caller.
+
+    :param said: what the database said, without a value of a row.
+    :param advice: what to do before the same is tried again.
+    :param passes: whether the same may go better another time.
+    """
+
+    def __init__(self, said: str, advice: str, passes: bool) -> None:
+        super().__init__(said, advice, passes)  # so that it can be pickled
+        self.said = said
+        self.advice = advice
+        self.passes = passes
+
+    def again(self, to_go_on: str = "Run it again to go on") -> str:
+        """Say whether another run helps, and what to change before."""
+        if self.advice:
+            return f"{self.advice}, then run it again"
+        return to_go_on if self.passes else "Another run would end like this one"
+
+
+def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
+    """Return what work on a connection may raise because of the database or its driver.
+
+    SQLAlchemy does not wrap all of it: not what a round trip outside of a statement raises, nor
+    what the network or asyncpg does while it connects.
+    """
+    dbapi: Any = dialect.loaded_dbapi
+    raised: list[type[Exception]] = [StatementError, PoolTimeoutError, PendingRollbackError]
+    raised += [OSError, EOFError, dbapi.Error]
+    asyncpg = getattr(dbapi, "asyncpg", None)
+    if asyncpg is not None:
+        raised += [asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError]
+    return tuple(raised)
+
+
+def fault_of(error: Exception, dialect: Dialect, *, lost: bool) -> Fault:
+    """Return what `error` says, and what follows from it.
+
+    :param lost: whether there is no connection, or none any more.
+    """
+    words = _advice(error, dialect)
+    return Fault(said(error, dialect), words, _passes(error, dialect, lost=lost))
+
+
+def _passes(error: Exception, dialect: Dialect, *, lost: bool) -> bool:
+    if isinstance(error, PoolTimeoutError):
+        return False  # it has waited already, as long as the pool is told to
+    if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
+        return False  # the fault of a type
+    code = _code(error, dialect)
+    if dialect.name == "sqlite":
+        return str(code).startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+    if is_mysql(dialect):
+        known = code in _PASSING_MYSQL_CODES
+        refused = code == _TOO_LARGE or code in _REFUSED_MYSQL_CODES
+    else:
+        known = code in _PASSING_SQLSTATES
+        refused = str(code).startswith(_REFUSED_SQLSTATES)
+    if refused or _REFUSED_WORDS.search(str(_original(error))):
+        return False
+    return known or lost
+
+
+def refuses_a_row(error: DBAPIError, dialect: Dialect) -> bool:
+    """Say whether the database would let other rows of the batch be changed: a constraint or a
+    trigger is against one of them, or it is too large.
+    """
+    code = _code(error, dialect)
+    if dialect.name == "sqlite":
+        return str(code).startswith(("SQLITE_CONSTRAINT", "SQLITE_TOOBIG"))
+    if is_mysql(dialect):
+        return code in _REFUSING_MYSQL_CODES
+    # psycopg's own has no code: a value that Python has nothing for, as an endless date.
+    of_driver = code is None and isinstance(error, DataError)
+    return of_driver or str(code).startswith(_REFUSING_SQLSTATES)
+
+
+def breaks_off(error: BaseException, dialect: Dialect) -> bool:
+    """Say whether the server still waits for the rest of a statement: of a packet too large."""
+    return isinstance(error, DBAPIError) and _code(error, dialect) == _TOO_LARGE
+
+
+def said(error: Exception, dialect: Dialect) -> str:
+    """Return what the database said, without what may be a value of a row."""
+    if isinstance(error, PendingRollbackError):
+        return "the connection was lost"  # and SQLAlchemy waits for its user to notice
+    original = _original(error)
+    name = type(original).__name__
+    if _may_show_anything(error, dialect):
+        return name
+    if is_mysql(dialect) and len(original.args) > 1:
+        code, words = original.args[0], str(original.args[1])
+        if code not in _MYSQL_CODES_WITH_NAMES and not 2000 <= code < 3000:  # the client's own
+            words = _without_values(words)
+        return f"{name}: {code}, {_first_line(words)}"
+    words = str(original)
+    lines = re.sub(r"^<class '[^']*'>: ", "", words).splitlines()
+    first = _first_line("\n".join(lines))
+    if isinstance(error, DataError) or str(_code(error, dialect)).startswith("22"):
+        first = _without_values(first)
+    hint = next((line for line in lines[1:] if line.startswith("HINT:")), None)
+    return f"{name}: {first}" + (f" ({' '.join(hint.split())})" if hint else "")
+
+
+def _advice(error: Exception, dialect: Dialect) -> str:
+    if isinstance(error, PoolTimeoutError):
+        return "Give it an engine of its own, such as one with poolclass=NullPool"
+    if "statement pooling mode" in str(_original(error)):
+        return _STATEMENT_POOLING
+    code = _code(error, dialect)
+    if dialect.name == "sqlite":
+        code = "_".join(str(code).split("_")[:2])  # without the details, SQLITE_READONLY_DBMOVED
+    return _ADVICE.get(code or "", "")
+
+
+def _original(error: Exception) -> Any:
+    """Return the driver's own exception."""
+    found = getattr(error, "orig", None)
+    return error if found is None else found
+
+
+def _code(error: Exception, dialect: Dialect) -> str | int | None:
+    """Return the database's own code, or the driver's for SQLite."""
+    original = _original(error)
+    if dialect.name == "sqlite":
+        return getattr(original, "sqlite_errorname", None)
+    if is_mysql(dialect):
+        number = original.args[0] if original.args else None
+        return number if isinstance(number, int) and not isinstance(original, OSError) else None
+    code = getattr(original, "sqlstate", None)
+    return code if isinstance(code, str) else None
+
+
+def _may_show_anything(error: Exception, dialect: Dialect) -> bool:
+    """Say whether the words are not the database's: a type's, or a driver's about its arguments.
+
+    What a driver says of arguments that it cannot read may repeat a password.
+    """
+    if isinstance(error, (OSError, EOFError, PoolTimeoutError)):
+        return False
+    if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
+        return True
+    dbapi: Any = dialect.loaded_dbapi
+    of_database = (dbapi.OperationalError, dbapi.InternalError)
+    connects = getattr(error, "statement", None) is None and _code(error, dialect) is None
+    return connects and not isinstance(_original(error), of_database)
+
+
+def _first_line(words: str) -> str:
+    return (words.splitlines() or [""])[0].rstrip(". ")
+
+
+_QUOTED: Final = re.compile(r"'.*'|\".*\"|(?:0x[0-9a-fA-F]+ ?)+|(?<=near ).*|(?<=: ).*", re.DOTALL)
+
+
+def _without_values(words: str) -> str:
+    return _QUOTED.sub("…", words)
