@@ -165,8 +165,8 @@ def retire_check(
     :param exclude: names of views and foreign tables among `targets`, as ``left_out`` of a report
         has them, that show no value sealed under `version`. Otherwise the check passes over a view
         only if every binary column of the tables that it reads is a target.
-    :raises KeyInUseError: how many values need the version, per column, or (with `keyring`) do not
-        open without it.
+    :raises KeyInUseError: how many values need the version, per column, are sealed with its key
+        under another name, or (with `keyring`) do not open without it.
     :raises RotationError: `targets` has no encrypted column, one of its tables is missing or may
         show less than there is, the server is a replica or read-only, nothing knows `version`, or
         an argument is wrong.
@@ -216,23 +216,37 @@ def _retire_check(
     own = None if keyring is None else keyring_of(keyring)
     rest = own.without(version) if own is not None and version in own.versions else own
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    fingerprint = _fingerprint(version, own)
     _raise_if_needed(bind, version, targets, rest, exclude, sleep)
-    if version not in _known_versions(own):
+    if fingerprint is None:
         raise RotationError(
             f"neither the keyring nor any value of the targets has key version {version!r}: is it "
             "misspelt? Leave the key in the keyring until this check has passed"
         )
+    _raise_if_key_has_another_name(_status(bind, targets, sleep), version, fingerprint)
     if settle:
         sleep(settle)
         _raise_if_needed(bind, version, targets, rest, exclude, sleep)
 
 
-def _known_versions(keyring: Keyring | None) -> set[str]:
-    """Return the versions of `keyring`, which may have been taken out of it, and of the default."""
-    known = set(keyring.versions if keyring is not None else ())
+def _fingerprint(version: str, keyring: Keyring | None) -> str | None:
+    """Return the fingerprint of `version` in `keyring` or, if it was taken out, in the default."""
+    keyrings = [] if keyring is None else [keyring]
     with suppress(ConfigurationError):
-        known.update(default_keyring().versions)
-    return known
+        keyrings.append(default_keyring())
+    return next((k.fingerprint(version) for k in keyrings if version in k.versions), None)
+
+
+def _raise_if_key_has_another_name(report: StatusReport, version: str, fingerprint: str) -> None:
+    same = [row for row in report.rows if row.fingerprint == fingerprint]
+    for row in same:
+        if row.key_version != version:
+            raise KeyInUseError(
+                f"the key of version {version!r} is still needed: {row.count} values in "
+                f"{row.table}.{row.column} are sealed with it under the name {row.key_version!r} "
+                f"(fingerprint {fingerprint}). Give {row.key_version!r} a key of its own, from "
+                "generate_master_key(), as a new version, and rotate to it"
+            )
 
 
 def _raise_if_needed(

@@ -506,3 +506,19 @@ def test_a_version_column_that_anybody_may_write_is_not_believed(engine: Engine)
         connection.execute(insert(table).values(id=1, p=1, version="v9"))
     with pytest.raises(KeyInUseError, match=r"1 in sampled\.p"):
         retire_check(engine, "v1", model)
+
+
+def test_a_key_that_values_need_under_another_name_is_not_retired(engine: Engine) -> None:
+    set_default_keyring(Keyring({"v2": KEY_1}))
+    fill(engine, 3)
+    set_default_keyring(Keyring({"v1": KEY_1, "v3": KEY_2}, primary="v3"))
+    with pytest.raises(KeyInUseError, match=r"3 values in ledger\.free .* the name 'v2'"):
+        retire_check(engine, "v1", metadata)
+
+
+def test_a_rotation_between_two_names_of_one_key_is_refused(engine: Engine) -> None:
+    set_default_keyring(Keyring({"v1": KEY_1}))
+    fill(engine, 3)
+    with pytest.raises(RotationError, match="two names of one key"):
+        rotate(engine, metadata, keyring=Keyring({"v2": KEY_1}))
+    assert {row.key_version for row in status(engine, metadata).rows} == {"v1"}
