@@ -33,9 +33,10 @@ outside the ``except`` block of what caused them: a chained ``JSONDecodeError`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from inspect import iscoroutinefunction
+from typing import Any, ParamSpec, TypeVar, cast
 
 from sqlalchemy import exc as sa_exc
 
@@ -128,4 +129,13 @@ def hide_locals(function: Callable[_P, _T]) -> Callable[_P, _T]:
         del args, kwargs
         raise fault
 
-    return call
+    @wraps(function)
+    async def call_async(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+        try:
+            return await cast("Awaitable[Any]", function(*args, **kwargs))
+        except LucentError as error:
+            fault = error.with_traceback(None)
+        del args, kwargs
+        raise fault
+
+    return cast("Callable[_P, _T]", call_async) if iscoroutinefunction(function) else call

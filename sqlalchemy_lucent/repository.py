@@ -59,6 +59,7 @@ from .exceptions import (
     SecretNotFoundError,
     SerializationError,
     UnsupportedOperationError,
+    hide_locals,
 )
 from .keyring import Keyring, generate_master_key
 from .models import LucentSecret, LucentSecretMixin, utc_now
@@ -119,6 +120,7 @@ class LucentSecrets:
     generate_master_key = staticmethod(generate_master_key)
     key = staticmethod(SecretKey)
 
+    @hide_locals
     def __init__(
         self,
         session: Session | scoped_session[Any],
@@ -159,6 +161,7 @@ class LucentSecrets:
 
     # -- one secret ------------------------------------------------------------------------------
 
+    @hide_locals
     def set(
         self,
         key: _Key,
@@ -207,6 +210,7 @@ class LucentSecrets:
     @overload
     def require(self, key: _Key, *, as_: type[_T]) -> _T: ...
 
+    @hide_locals
     def require(self, key: _Key, *, as_: type[_T] | None = None) -> Any:
         """Return the value stored under `key`.
 
@@ -286,6 +290,7 @@ class LucentSecrets:
         if not moved:
             raise _conflict(target if taken else source)
 
+    @hide_locals
     def rotate(self, key: _Key, to: Keyring | None = None) -> str:
         """Seal the secret under `key` anew and return the key version that it has then.
 
@@ -298,6 +303,7 @@ class LucentSecrets:
 
     # -- many secrets ----------------------------------------------------------------------------
 
+    @hide_locals
     def set_many(self, values: Mapping[SecretKey, Any] | Mapping[str, Any]) -> None:
         """Store each value under its key, as :meth:`set` does, with one statement for all.
 
@@ -339,6 +345,7 @@ class LucentSecrets:
                 self._tell("read", key, None, "missing")
         return values
 
+    @hide_locals
     def rotate_many(self, keys: Iterable[_Key], to: Keyring | None = None) -> dict[SecretKey, str]:
         """Seal the secrets under `keys` anew, as :meth:`rotate` does; return their key versions.
 
@@ -718,6 +725,7 @@ class AsyncLucentSecrets:
     generate_master_key = staticmethod(generate_master_key)
     key = staticmethod(SecretKey)
 
+    @hide_locals
     def __init__(
         self,
         session: AsyncSession,
@@ -741,6 +749,7 @@ class AsyncLucentSecrets:
     async def _run(self, operation: Callable[[LucentSecrets], _T]) -> _T:
         return await self._session.run_sync(lambda _: operation(self._secrets))
 
+    @hide_locals
     async def set(
         self,
         key: _Key,
@@ -761,6 +770,7 @@ class AsyncLucentSecrets:
     @overload
     async def require(self, key: _Key, *, as_: type[_T]) -> _T: ...
 
+    @hide_locals
     async def require(self, key: _Key, *, as_: type[_T] | None = None) -> Any:
         """See :meth:`LucentSecrets.require`."""
         if as_ is None:
@@ -787,10 +797,12 @@ class AsyncLucentSecrets:
         """See :meth:`LucentSecrets.move`."""
         await self._run(lambda secrets: secrets.move(source, target))
 
+    @hide_locals
     async def rotate(self, key: _Key, to: Keyring | None = None) -> str:
         """See :meth:`LucentSecrets.rotate`."""
         return await self._run(lambda secrets: secrets.rotate(key, to))
 
+    @hide_locals
     async def set_many(self, values: Mapping[SecretKey, Any] | Mapping[str, Any]) -> None:
         """See :meth:`LucentSecrets.set_many`."""
         await self._run(lambda secrets: secrets.set_many(values))
@@ -799,6 +811,7 @@ class AsyncLucentSecrets:
         """See :meth:`LucentSecrets.get_many`."""
         return await self._run(lambda secrets: secrets.get_many(keys))
 
+    @hide_locals
     async def rotate_many(
         self, keys: Iterable[_Key], to: Keyring | None = None
     ) -> dict[SecretKey, str]:

@@ -130,7 +130,12 @@ class ColumnCodec:
             else:
                 wrapper = self._redacted.get(type(value))
                 return value if wrapper is None else wrapper(value)
-        return self._open_through_the_layers(data, row, keyring)
+        try:
+            return self._open_through_the_layers(data, row, keyring)
+        except LucentError as error:
+            fault = error.with_traceback(None)
+        del data  # a tracker of errors would send it, and it may be plaintext
+        raise fault
 
     def __reduce__(self) -> tuple[type[ColumnCodec], tuple[object, ...]]:
         redacts = bool(self._redacted)
@@ -293,6 +298,7 @@ class Bound:
     def __repr__(self) -> str:
         return "<Bound: a value not yet sealed>"
 
+    @hide_locals
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise PicklingRefusedError(
             "a value that was set and not yet read back from the database is not pickled: it is "

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, Row, func, select
 
 from .. import _sql
 from .._envelope import VERSION_PATTERN
-from ..exceptions import ConfigurationError, KeyInUseError, RotationError
+from ..exceptions import ConfigurationError, KeyInUseError, RotationError, hide_locals
 from ..keyring import Keyring, default_keyring
 from ._async import run_sync, sleep_in_async
 from ._faults import Fault
@@ -106,6 +106,7 @@ def _counted(
     return connection.execute(statement, within.parameters).all()
 
 
+@hide_locals
 def needs_rotation(
     bind: Engine | Connection,
     targets: Target | Iterable[Target] | None = None,
@@ -134,6 +135,7 @@ def needs_rotation(
     return link.run(work, _told)
 
 
+@hide_locals
 def retire_check(
     bind: Engine | Connection,
     version: str,
@@ -174,6 +176,7 @@ def retire_check(
     _retire_check(bind, version, targets, settle, keyring, exclude, time.sleep)
 
 
+@hide_locals
 async def aretire_check(
     bind: AsyncEngine | AsyncConnection,
     version: str,
@@ -291,6 +294,7 @@ def _raise_if_needed(
         )
 
 
+@hide_locals
 def verify(
     bind: Engine | Connection,
     targets: Target | Iterable[Target] | None = None,
@@ -310,6 +314,7 @@ def verify(
     return _verify(bind, targets, keyring, sample, time.sleep)
 
 
+@hide_locals
 async def averify(
     bind: AsyncEngine | AsyncConnection,
     targets: Target | Iterable[Target] | None = None,

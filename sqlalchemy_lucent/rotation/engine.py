@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from ..exceptions import RotationError
+from ..exceptions import RotationError, hide_locals
 from ..keyring import Keyring, default_keyring
 from ._async import run_sync, sleep_in_async
 from ._faults import Fault, refuses_a_row, said
@@ -88,6 +88,7 @@ class RotationOptions:
                 )
 
 
+@hide_locals
 def rotate(
     bind: Engine | Connection,
     targets: Target | Iterable[Target] | None = None,
@@ -151,6 +152,7 @@ def rotate(
     return _rotate(bind, targets, keyring_of(keyring), options, time.sleep)
 
 
+@hide_locals
 async def arotate(
     bind: AsyncEngine | AsyncConnection,
     targets: Target | Iterable[Target] | None = None,
