@@ -520,8 +520,8 @@ def test_doctor_finds_partitions_that_were_detached_and_tables_that_it_may_not_r
         assert "note\tpublic.ledger_2: was not looked through" in unread.out
         assert unread.code == 0
     finally:
-        drop_everything(engine)
         with engine.begin() as connection:
+            connection.execute(text("DROP TABLE ledger, ledger_2"))
             connection.execute(text(f"DROP ROLE {role}"))
         engine.dispose()
 

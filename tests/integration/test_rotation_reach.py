@@ -57,7 +57,11 @@ def test_a_key_with_an_enum_is_gone_through_to_its_end(
     with engine.begin() as connection:
         connection.execute(insert(table), rows)
         # What does not open stays stale, and is in the way of what is behind it.
-        damage = "payload || X'00'" if engine.dialect.name == "sqlite" else "concat(payload, 'x')"
+        damage = (
+            "CAST(payload || X'00' AS BLOB)"
+            if engine.dialect.name == "sqlite"
+            else "concat(payload, 'x')"
+        )
         if engine.dialect.name == "postgresql":
             damage = "payload || '\\x00'::bytea"
         connection.execute(text(f"UPDATE documents SET payload = {damage} WHERE kind = 'mid'"))

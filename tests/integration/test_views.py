@@ -205,7 +205,7 @@ def test_a_foreign_table_is_left_out_and_partitions_are_not(
         with pytest.raises(RotationError, match="some_users is a foreign table"):
             retire_check(engine, "v1", [Base, ViewBase])
     finally:
-        drop(engine, "EXTENSION postgres_fdw CASCADE")
+        drop(engine, "EXTENSION postgres_fdw CASCADE", "TABLE users")
 
 
 @on_postgresql
