@@ -18,6 +18,7 @@ import enum
 import math
 import operator
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -121,6 +122,9 @@ class StrictCodec:
             "json_deserializer that goes with it?"
         )
 
+    def __reduce__(self) -> str:
+        return "STRICT"
+
 
 STRICT: Final = StrictCodec()
 
@@ -174,6 +178,48 @@ class EngineCodec:
             f"the engine's json_deserializer raised {fault} on a document that was written or "
             "opened"
         )
+
+    def __reduce__(self) -> tuple[Callable[..., Codec], tuple[object]]:
+        # A pickle is for opening, which needs no serializer; and it holds functions by their
+        # names, which a lambda does not have.
+        return _unpickled, (self._deserializer if _has_name(self._deserializer) else _NAMELESS,)
+
+
+class _LostCodec:
+    """That of a pickled value whose engine has a ``json_deserializer`` without a name."""
+
+    __slots__ = ()
+
+    def dumps(self, value: JSONValue) -> bytes:
+        """Refuse."""
+        raise self._refusal()
+
+    def loads(self, data: bytes) -> JSONValue:
+        """Refuse."""
+        raise self._refusal()
+
+    @staticmethod
+    def _refusal() -> SerializationError:
+        return SerializationError(
+            "a Sealed value was pickled, and only its engine's json_deserializer can read it, "
+            "which a pickle cannot hold: make that function one of a module (no lambda, no "
+            "method), open the value before you pickle it, or load it again here"
+        )
+
+
+_NAMELESS: Final = "no name"
+
+
+def _has_name(function: Any) -> bool:
+    """Say whether a function is what its module has under its name, or none was given."""
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    return function is None or getattr(module, getattr(function, "__name__", ""), None) is function
+
+
+def _unpickled(deserializer: Any) -> Codec:
+    if deserializer == _NAMELESS:
+        return _LostCodec()
+    return STRICT if deserializer is None else EngineCodec(None, deserializer)
 
 
 def _serialize(serializer: Callable[[JSONValue], str | bytes], value: JSONValue) -> bytes:

@@ -8,43 +8,34 @@
         name: Mapped[str] = mapped_column(primary_key=True)
         credentials: Mapped[dict[str, Any]] = row_bound("tenant_id", "name")
 
-A column type sees a value and never its row, so the attribute stands in front of the mapped
-column: a hybrid that reads and writes plain values, over a column of :class:`EncryptedJSON`. What
-is set goes to the column as a :class:`Bound`, which asks the object for its binding columns when
-the row is written; what is loaded comes as a :class:`Sealed`, opened with the object's binding
-columns when it is read.
+A column type sees a value and never its row. So where a mapped column has a type with `bound_to`,
+its attribute reads and writes plain values in front of it. What is set goes to the column as a
+:class:`Bound`, which asks the object for its binding columns when the row is written; what is
+loaded comes as a :class:`Sealed`, opened with the object's binding columns when it is read.
 """
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any, Final, NoReturn, cast
 
-from sqlalchemy import Column, event, inspect
-from sqlalchemy.ext.hybrid import hybrid_property
-from sqlalchemy.orm import InstanceState, Mapped, Mapper, mapped_column
+from sqlalchemy import Column, Table, event, inspect, null
+from sqlalchemy.orm import InstanceState, InstrumentedAttribute, Mapped, Mapper, mapped_column
+from sqlalchemy.orm.attributes import flag_modified, get_attribute
 
-# Association proxies have their dataclass options in the same way; there is no public one.
-from sqlalchemy.orm.interfaces import _DCAttributeOptions
-from sqlalchemy.types import TypeDecorator
-
-from .exceptions import ConfigurationError, TamperedError, UnsupportedOperationError
+from ._row import fault_of_type
+from .exceptions import (
+    ConfigurationError,
+    DecryptionError,
+    TamperedError,
+    UnsupportedOperationError,
+    hide_locals,
+)
 from .types import Bound, EncryptedJSON, RowPart, Sealed, encode_row
 
-_PREFIX: Final = "_sealed_"
-
+_MISSING: Final = object()
 _TYPE_OPTIONS: Final = ("none_as_null", "context", "accept_contexts", "redact", "schema")
-_DATACLASS_OPTIONS: Final = (
-    "init",
-    "default",
-    "default_factory",
-    "compare",
-    "kw_only",
-    "hash",
-    "dataclass_metadata",
-)
 
 
 def row_bound(
@@ -57,10 +48,9 @@ def row_bound(
     :param name: name of the database column, if not the attribute's.
     :param nullable: whether a row may have no value. The annotation is not looked at.
     :param options: passed to :class:`EncryptedJSON` (``none_as_null``, ``context``,
-        ``accept_contexts``, ``redact``), to the dataclass field of a
-        :class:`~sqlalchemy.orm.MappedAsDataclass` (``init``, ``default``, ``default_factory``,
-        ``compare``, ``kw_only``, ``hash``; never ``repr``), or else to
-        :func:`sqlalchemy.orm.mapped_column` (``comment``, ``sort_order``, ``deferred`` …).
+        ``accept_contexts``, ``redact``, ``schema``), or else to
+        :func:`sqlalchemy.orm.mapped_column` (``comment``, ``sort_order``, ``deferred``, and the
+        options of a dataclass field; the field is never part of the ``repr``).
     :raises ConfigurationError: no column is named; when mappers are configured, a named column
         does not exist, cannot be bound to, or has its value made by the database.
 
@@ -70,14 +60,14 @@ def row_bound(
     if not bound_to:
         raise ConfigurationError("row_bound() needs the name of at least one column to bind to")
     type_options = {key: options.pop(key) for key in _TYPE_OPTIONS if key in options}
-    dataclass_options: dict[str, Any] = {
-        key: options.pop(key) for key in _DATACLASS_OPTIONS if key in options
-    }
     type_ = EncryptedJSON(bound_to=bound_to, **type_options)
-    options["nullable"] = nullable
-    return cast("Mapped[Any]", _Declaration(type_, name, options, dataclass_options))
+    column: Any = mapped_column(type_, name=name, nullable=nullable, **options)
+    # Passed as an option, it would be refused in a class that is no dataclass.
+    column._attribute_options = column._attribute_options._replace(dataclasses_repr=False)
+    return cast("Mapped[Any]", _Declaration(column))
 
 
+@hide_locals
 def bound_rows(model: type[Any], rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Prepare dicts with plain values of row-bound attributes for ORM bulk statements.
 
@@ -88,237 +78,294 @@ def bound_rows(model: type[Any], rows: Iterable[Mapping[str, Any]]) -> list[dict
         has a default.
     :raises ConfigurationError: a binding column of a row is missing.
     """
-    attributes = [
-        attribute
-        for attribute in cast("Mapper[Any]", inspect(model)).all_orm_descriptors.values()
-        if isinstance(attribute, _RowBound)
-    ]
+    mapper = cast("Mapper[Any]", inspect(model))
+    keys = [key for key, _ in _bound_attributes(mapper)]
     prepared = [dict(row) for row in rows]
     for row in prepared:
-        for attribute in attributes:
-            if attribute.key in row:
-                attribute.bind_row(model, row, row.pop(attribute.key))
+        for key in keys:
+            if key in row:
+                _bind_row(mapper, key, row)
     return prepared
 
 
 class _Declaration:
-    """Stands in the class body until the class exists; then gives way to column and hybrid."""
+    """Stands in the class body until the class exists, then gives way to the mapped column."""
 
-    def __init__(
-        self,
-        type_: EncryptedJSON,
-        name: str | None,
-        options: dict[str, Any],
-        dataclass_options: dict[str, Any],
-    ) -> None:
-        self._type = type_
-        self._name = name
-        self._options = options
-        self._dataclass_options = dataclass_options
+    def __init__(self, column: Any) -> None:
+        self._column = column
 
     def __set_name__(self, owner: type[Any], name: str) -> None:
-        attribute = _RowBound(name, self._dataclass_options)
-        column = mapped_column(self._name or name, self._type, **self._options)
-        setattr(owner, attribute.sealed_key, column)
-        setattr(owner, name, attribute)
-        for identifier, listener in (
-            ("before_insert", attribute.before_insert),
-            ("before_update", attribute.before_update),
-            ("after_update", attribute.after_update),
-            ("mapper_configured", attribute.check_mapping),
-        ):
-            # On a mixin or base that is not mapped itself, `propagate` reaches what is.
-            event.listen(owner, identifier, listener, propagate=True)
+        # An error raised here would arrive as a RuntimeError of Python's; see `__get__`.
+        if not is_pydantic(owner):
+            setattr(owner, name, self._column)
 
     # Reached only where Python calls no `__set_name__`: without these, a value that is assigned
     # would stay a plain attribute of the object, and never be stored.
     def __get__(self, instance: object, owner: type[Any]) -> NoReturn:
-        raise self._refusal()
+        raise self._refusal(owner)
 
     def __set__(self, instance: object, value: object) -> NoReturn:
-        raise self._refusal()
+        raise self._refusal(type(instance))
 
     @staticmethod
-    def _refusal() -> ConfigurationError:
+    def _refusal(owner: type[Any]) -> ConfigurationError:
+        if is_pydantic(owner):
+            return ConfigurationError(
+                f"row_bound() cannot be a field of {owner.__name__}, which is a pydantic model. In "
+                "SQLModel, give the field a type that names the binding columns: "
+                'Field(sa_type=EncryptedJSON(bound_to=["tenant_id"]))'
+            )
         return ConfigurationError(
             "row_bound() is written in the body of a class (a model, mixin or base), not returned "
             "by declared_attr and not assigned to a class afterwards"
         )
 
 
-class _RowBound(hybrid_property[Any], _DCAttributeOptions):
-    """The attribute that stands in front of the mapped column."""
+def is_pydantic(owner: type[Any]) -> bool:
+    """Say whether a class is a pydantic model, as SQLModel's are."""
+    return hasattr(owner, "__pydantic_complete__")
 
-    key: str
-    sealed_key: str
 
-    def __init__(self, key: str, dataclass_options: dict[str, Any]) -> None:
-        sealed_key = _PREFIX + key
+# Not documented by a string: SQLAlchemy makes `__doc__` of an attribute that of its column.
+# The class of a row-bound attribute, with what sets it apart from that of a plain column.
+class _RowBound(InstrumentedAttribute[Any]):
+    __slots__ = ()
 
-        def expression(class_: Any) -> Any:
-            return getattr(class_, sealed_key)
+    inherit_cache = True
 
-        def update_expression(class_: Any, value: Any) -> list[tuple[Any, Any]]:
-            return [(getattr(class_, sealed_key), value)]
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        value = super().__get__(instance, owner)
+        if type(value) is Bound:
+            value = value.value
+        if type(value) is not Sealed:
+            return value
+        if value._is_open():
+            return value._opened
+        given = [instance, value]
+        del instance, value  # an error passes through this frame
+        return _open(self.key, given)
 
-        super().__init__(
-            self.read,
-            fset=self.write,
-            expr=cast("Any", expression),
-            update_expr=cast("Any", update_expression),
-        )
-        self.key = self.__name__ = key  # a hybrid is found on its class by this name
-        self.__doc__ = None
-        self.sealed_key = sealed_key
-        # SQLAlchemy 2.1 calls this for each dict of a bulk statement; 2.0 knows of no such thing.
-        self.bulk_dml_setter = cast("Any", self.bind_row)
-        self._attribute_options = mapped_column(repr=False, **dataclass_options)._attribute_options
-        self._has_dataclass_arguments = bool(dataclass_options)
+    def __delete__(self, instance: object) -> None:
+        self.__set__(instance, null())
 
-    # -- on an object ----------------------------------------------------------------------------
+    # SQLAlchemy 2.1 calls what this gives for each dict of a bulk statement; 2.0 does not.
+    def _bulk_dml_setter(self, key: str) -> Callable[..., Any] | None:
+        return partial(_bind_row, cast("Mapper[Any]", self.parent), key)
 
-    def read(self, target: Any) -> Any:
-        stored = getattr(target, self.sealed_key)
-        if isinstance(stored, Sealed):
-            if stored._is_open():
-                return stored._opened
-            return stored._open_once(self._stored_row(target))
-        return stored.value if isinstance(stored, Bound) else stored
 
-    def write(self, target: Any, value: Any) -> None:
-        # Not the row itself: its columns may be set after this attribute, or only at flush.
-        setattr(target, self.sealed_key, Bound(value, partial(self._current_row, target)))
+# -- when mappers are configured -------------------------------------------------------------------
 
-    def _current_row(self, target: Any) -> list[RowPart]:
-        """The binding columns as the object has them now: what a new value is sealed for."""
-        mapper = cast("InstanceState[Any]", inspect(target)).mapper
-        return [
-            _checked(column, getattr(target, key)) for key, column in self._bound_columns(mapper)
-        ]
 
-    def _stored_row(self, target: Any) -> list[RowPart]:
-        """The binding columns as the database has them: what a loaded value was sealed for."""
-        state = cast("InstanceState[Any]", inspect(target))
-        row = []
-        for key, _ in self._bound_columns(state.mapper):
-            current = getattr(target, key)
-            replaced = state.attrs[key].history.deleted
-            row.append(replaced[0] if replaced else current)
-        return row
+def bind_attributes(mapper: Mapper[Any], class_: type[Any]) -> None:
+    """Put what binds values to their rows on each attribute of a mapper that asks for it.
 
-    def _bound_columns(self, mapper: Mapper[Any]) -> list[tuple[str, Column[Any]]]:
-        """Return the binding columns, in order, each with the name of its attribute."""
-        column = _sealed_column(mapper, self.sealed_key)
-        bound = [column.table.c[name] for name in column.type.bound_to]
-        return [(mapper.get_property_by_column(column).key, column) for column in bound]
-
-    # -- at flush --------------------------------------------------------------------------------
-
-    def before_insert(self, mapper: Mapper[Any], connection: object, target: Any) -> None:
-        stored = inspect(target).dict.get(self.sealed_key)
-        if isinstance(stored, Bound):
-            for key, _ in self._bound_columns(mapper):
-                _apply_default(mapper, key, target)
-            self.write(target, stored.value)
-        elif isinstance(stored, Sealed):
-            # An object that was loaded and is inserted again: merged or made transient.
-            self._rehome(mapper, target, stored, "the row is another one now")
-
-    def before_update(self, mapper: Mapper[Any], connection: object, target: Any) -> None:
-        state = cast("InstanceState[Any]", inspect(target))
-        stored = state.dict.get(self.sealed_key)
-        keys = [key for key, _ in self._bound_columns(mapper)]
-        moved = [key for key in keys if state.attrs[key].history.has_changes()]
-        if isinstance(stored, Bound):
-            if moved or state.attrs[self.sealed_key].history.has_changes():
-                # Anew, because after merge() it still names the object that was merged from.
-                self.write(target, stored.value)
-        elif moved:
-            # Loads the value if it is not there: it may be NULL, and then nothing is sealed.
-            stored = getattr(target, self.sealed_key)
-            if stored is not None:
-                why = f"{', '.join(moved)} of that row would change beneath it"
-                self._rehome(mapper, target, stored, why)
-
-    def after_update(self, mapper: Mapper[Any], connection: object, target: Any) -> None:
-        """Refuse, too, what a listener of the model's own changed after :meth:`before_update`."""
-        state = cast("InstanceState[Any]", inspect(target))
-        keys = [key for key, _ in self._bound_columns(mapper)]
-        moved = [key for key in keys if state.attrs[key].history.has_changes()]
-        stored = getattr(target, self.sealed_key) if moved else None
-        if isinstance(stored, Sealed):
-            try:
-                stored.open(row=self._current_row(target))
-            except TamperedError:
-                pass
-            else:
-                return
-            raise self._refusal(mapper, f"{', '.join(moved)} of that row changed beneath it")
-
-    def _rehome(self, mapper: Mapper[Any], target: Any, stored: Sealed, why: str) -> None:
-        """Have a value that was loaded sealed for the row that the object has now."""
-        if stored._is_open():
-            self.write(target, stored._opened)
-            return
-        try:
-            stored._open_once(self._current_row(target))
-        except TamperedError:
-            pass
-        else:
-            return
-        raise self._refusal(mapper, why)
-
-    def _refusal(self, mapper: Mapper[Any], why: str) -> UnsupportedOperationError:
-        return UnsupportedOperationError(
-            f"{_sealed_column(mapper, self.sealed_key)} is sealed for its row, and {why}: read "
-            f"the attribute {self.key!r} before you change the row, so that it is sealed anew in "
-            "the same flush, or set it"
-        )
-
-    def bind_row(self, class_: type[Any], row: MutableMapping[str, Any], value: Any) -> None:
-        """Put the value into the dict of a bulk statement, bound to the dict's own columns."""
-        if not isinstance(value, Bound):
-            mapper = cast("Mapper[Any]", inspect(class_))
-            # No default is applied: the statement may be an UPDATE, where the row has a value.
-            columns = self._bound_columns(mapper)
-            parts = [_checked(column, row.get(key)) for key, column in columns]
-            encode_row(parts, [column.name for _, column in columns])
-            value = Bound(value, parts)
-        row[self.sealed_key] = value
-
-    # -- when mappers are configured -------------------------------------------------------------
-
-    def check_mapping(self, mapper: Mapper[Any], class_: type[Any]) -> None:
-        column = _sealed_column(mapper, self.sealed_key)
+    Called when a mapper was configured. It looks at the type that the column has in the end, so
+    copies of columns and types are covered, however they were declared.
+    """
+    bound = list(_bound_attributes(mapper))
+    for key, column in bound:
         for name in column.type.bound_to:
-            bound = column.table.c.get(name)
+            other = column.table.c.get(name)
             fault = (
                 "which its table does not have"
-                if bound is None
-                else _fault_of_type(bound) or _fault_of_origin(mapper, bound)
+                if other is None
+                else fault_of_type(other) or _fault_of_origin(mapper, other)
             )
             if fault is not None:
                 raise ConfigurationError(f"{column} is bound to {name!r}, {fault}")
-        for key, _ in self._bound_columns(mapper):
+        for other_key, _ in _binding_columns(mapper, key):
             # A loaded value is opened with the old value of a column that was changed, so the old
             # one has to be loaded when it is replaced; this is what the option does.
-            event.listen(getattr(class_, key), "set", _no_change, active_history=True)
+            event.listen(getattr(class_, other_key), "set", _no_change, active_history=True)
+        attribute: Any = mapper.class_manager[key]
+        # Its own class, so that it stays what SQLAlchemy made of it, with its listeners, and all
+        # that takes a mapped attribute takes it: refresh, defer, validates …
+        attribute.__class__ = _RowBound
+        event.listen(attribute, "set", partial(_bind, key), retval=True, raw=True)
+    if bound:
+        keys = [key for key, _ in bound]
+        event.listen(mapper, "before_insert", partial(_before_insert, keys))
+        event.listen(mapper, "before_update", partial(_before_update, keys))
+        event.listen(mapper, "after_update", partial(_after_update, keys))
+
+
+def _bound_attributes(mapper: Mapper[Any]) -> Iterator[tuple[str, Any]]:
+    """Give the row-bound attributes, by name, each with its column."""
+    for attribute in mapper.column_attrs:
+        column = attribute.columns[0]
+        # In a class that is mapped to a subquery, values stay sealed, as they are when selected.
+        if isinstance(column, Column) and isinstance(column.table, Table):
+            type_: Any = column.type
+            if isinstance(type_, EncryptedJSON) and type_.bound_to:
+                yield attribute.key, column
+
+
+def _binding_columns(mapper: Mapper[Any], key: str) -> list[tuple[str, Column[Any]]]:
+    """Return the binding columns, in order, each with the name of its attribute."""
+    column: Any = mapper.column_attrs[key].columns[0]
+    bound = [column.table.c[name] for name in column.type.bound_to]
+    return [(mapper.get_property_by_column(each).key, each) for each in bound]
 
 
 def _no_change(target: object, value: object, old: object, initiator: object) -> None:
     pass
 
 
-def _sealed_column(mapper: Mapper[Any], sealed_key: str) -> Any:
-    return mapper.column_attrs[sealed_key].columns[0]
+# -- on an object ----------------------------------------------------------------------------------
+
+
+def _bind(key: str, state: InstanceState[Any], value: Any, old: object, initiator: object) -> Any:
+    """Return what is stored in the object for a value that is set."""
+    if type(value) is Sealed:
+        return value  # by merge(), most likely: looked at when the row is written
+    if type(value) is Bound:
+        value = value.value  # of another object, which merge() copies from
+    return _bound(state, key, value)
+
+
+def _current_row(state: InstanceState[Any], key: str) -> list[RowPart]:
+    """The binding columns as the object has them now: what a new value is sealed for."""
+    target = state.obj()
+    return [getattr(target, other) for other, _ in _binding_columns(state.mapper, key)]
+
+
+def _stored_row(state: InstanceState[Any], key: str) -> list[RowPart]:
+    """The binding columns as the database has them: what a loaded value was sealed for."""
+    target = state.obj()
+    row = []
+    for other, _ in _binding_columns(state.mapper, key):
+        current = getattr(target, other)
+        replaced = state.attrs[other].history.deleted
+        row.append(replaced[0] if replaced else current)
+    return row
+
+
+@hide_locals
+def _open(key: str, given: list[Any]) -> Any:
+    """Open the value of an object; both are taken out of `given`."""
+    sealed, target = given.pop(), given.pop()
+    state = cast("InstanceState[Any]", inspect(target))
+    try:
+        return sealed._open_once(_stored_row(state, key))
+    except DecryptionError as error:
+        refusal = error
+    if state.identity is None:
+        raise refusal
+    raise type(refusal)(f"{refusal}. It is in the row with the primary key {state.identity}")
+
+
+# -- at flush --------------------------------------------------------------------------------------
+
+
+@hide_locals
+def _before_insert(keys: list[str], mapper: Mapper[Any], connection: object, target: Any) -> None:
+    state = cast("InstanceState[Any]", inspect(target))
+    for key in keys:
+        if key not in state.dict:
+            _apply_default(mapper, key, target)
+        stored = state.dict.get(key, _MISSING)
+        if type(stored) is Sealed:
+            # An object that was loaded and is inserted again: merged or made transient.
+            _rehome(state, key, stored, "the row is another one now")
+        elif stored is not _MISSING:
+            for other, _ in _binding_columns(mapper, key):
+                if getattr(target, other) is None:
+                    _apply_default(mapper, other, target)
+            if type(stored) is not Bound:
+                _set(state, key, stored)
+
+
+@hide_locals
+def _before_update(keys: list[str], mapper: Mapper[Any], connection: object, target: Any) -> None:
+    state = cast("InstanceState[Any]", inspect(target))
+    for key in keys:
+        moved = _moved(state, key)
+        if moved and key not in state.dict:
+            get_attribute(target, key)  # it may be NULL, and then nothing is sealed
+        stored = state.dict.get(key)
+        is_set = key in state.dict and state.attrs[key].history.has_changes()
+        if type(stored) is Sealed:
+            if moved:
+                _rehome(state, key, stored, f"{moved} of that row would change beneath it")
+            elif is_set:
+                _rehome(state, key, stored, "this value is that of another row")
+        elif type(stored) is Bound:
+            if moved and not is_set:  # still as it was set, and the row is another one now
+                _set(state, key, stored.value)
+        elif is_set:
+            _set(state, key, stored)
+
+
+@hide_locals
+def _after_update(keys: list[str], mapper: Mapper[Any], connection: object, target: Any) -> None:
+    """Refuse, too, what a listener of the model's own changed after :func:`_before_update`."""
+    state = cast("InstanceState[Any]", inspect(target))
+    for key in keys:
+        moved = _moved(state, key)
+        stored = get_attribute(target, key) if moved else None
+        if type(stored) is Sealed and not _opens_here(state, key, stored):
+            raise _refusal(mapper, key, f"{moved} of that row changed beneath it")
+
+
+def _moved(state: InstanceState[Any], key: str) -> str:
+    """Return the names of the binding columns that were changed."""
+    others = [other for other, _ in _binding_columns(state.mapper, key)]
+    return ", ".join(other for other in others if state.attrs[other].history.has_changes())
+
+
+def _set(state: InstanceState[Any], key: str, value: Any) -> None:
+    # Not as the application sets it: it was validated then, and SQLModel puts a value past the
+    # attribute.
+    state.dict[key] = _bound(state, key, value)
+    flag_modified(state.obj(), key)
+
+
+def _bound(state: InstanceState[Any], key: str, value: Any) -> Bound:
+    # Not the row itself: its columns may be set after this attribute, or only at flush.
+    return Bound(value, partial(_current_row, state, key))
+
+
+def _rehome(state: InstanceState[Any], key: str, stored: Sealed, why: str) -> None:
+    """Have a value that was loaded sealed for the row that the object has now."""
+    if stored._is_open():
+        _set(state, key, stored._opened)
+    elif _opens_here(state, key, stored):
+        _set(state, key, stored)
+    else:
+        raise _refusal(state.mapper, key, why)
+
+
+def _opens_here(state: InstanceState[Any], key: str, stored: Sealed) -> bool:
+    try:
+        stored.open(row=_current_row(state, key))
+    except TamperedError:
+        return False
+    return True
+
+
+def _refusal(mapper: Mapper[Any], key: str, why: str) -> UnsupportedOperationError:
+    return UnsupportedOperationError(
+        f"{mapper.column_attrs[key].columns[0]} is sealed for its row, and {why}: read the "
+        f"attribute {key!r} before you change the row, so that it is sealed again in the same "
+        "flush, or set it to a plain value"
+    )
+
+
+@hide_locals
+def _bind_row(mapper: Mapper[Any], key: str, row: MutableMapping[str, Any]) -> None:
+    """Bind the value in the dict of a bulk statement to the dict's own columns."""
+    if not isinstance(row[key], Bound):
+        columns = _binding_columns(mapper, key)
+        # No default is applied: the statement may be an UPDATE, where the row has a value.
+        parts = [row.get(other) for other, _ in columns]
+        encode_row(cast("Any", parts), [column.name for _, column in columns])
+        row[key] = Bound(row[key], cast("Any", parts))
 
 
 def _apply_default(mapper: Mapper[Any], key: str, target: Any) -> None:
     """Give the object its Python-side default now; SQLAlchemy would only when the row is written,
     and by then the value is sealed.
     """
-    if getattr(target, key) is not None:
-        return
     # With joined inheritance, the default is that of the parent table's column.
     for column in mapper.column_attrs[key].columns:
         default: Any = column.default
@@ -326,38 +373,6 @@ def _apply_default(mapper: Mapper[Any], key: str, target: Any) -> None:
             setattr(target, key, default.arg)
         elif default is not None and default.is_callable:
             setattr(target, key, default.arg(None))
-
-
-def _python_type(column: Column[Any]) -> type[Any] | None:
-    """Return the type of the column's values, where SQLAlchemy is sure of it."""
-    if isinstance(column.type, TypeDecorator):
-        return None
-    try:
-        return column.type.python_type
-    except NotImplementedError:
-        return None
-
-
-def _checked(column: Column[Any], value: Any) -> Any:
-    """Return `value` if the database gives it back as it is.
-
-    A UUID given as text would come back as a UUID, and its text form may be another.
-    """
-    expected = _python_type(column)
-    if value is not None and expected is not None and not isinstance(value, expected):
-        raise ConfigurationError(
-            f"binding column {column} has values of type {expected.__name__} and was given "
-            f"one of type {type(value).__name__}: the database would give back another value "
-            "than the one that the secret is sealed for"
-        )
-    return value
-
-
-def _fault_of_type(bound: Column[Any]) -> str | None:
-    type_ = _python_type(bound)
-    if type_ is None or (issubclass(type_, (str, int, uuid.UUID)) and type_ is not bool):
-        return None
-    return f"whose values are of type {type_.__name__}; bind to str, int or UUID columns"
 
 
 def _fault_of_origin(mapper: Mapper[Any], bound: Column[Any]) -> str | None:

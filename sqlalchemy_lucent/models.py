@@ -22,14 +22,21 @@ from sqlalchemy import (
     literal_column,
 )
 from sqlalchemy.engine import Dialect
-from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, validates
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    MappedAsDataclass,
+    declared_attr,
+    mapped_column,
+    validates,
+)
 from sqlalchemy.types import TypeDecorator
 
 from ._dialects import is_mysql
 from ._envelope import MAX_VERSION_LENGTH
 from ._sql import key_version
-from .binding import row_bound
-from .exceptions import SerializationError
+from .binding import is_pydantic, row_bound
+from .exceptions import ConfigurationError, SerializationError
 from .secret_key import KEY_PART_NAMES, MAX_PART_LENGTH, SecretKey, check_part
 from .types import EncryptedJSON
 
@@ -134,6 +141,17 @@ class LucentSecretMixin:
     updated_at: Mapped[datetime] = mapped_column(
         UTCDateTime, default=utc_now, onupdate=utc_now, sort_order=2
     )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse bases that would make fields of these columns."""
+        kind = "a dataclass" if issubclass(cls, MappedAsDataclass) else "a pydantic model"
+        if kind == "a dataclass" or is_pydantic(cls):
+            raise ConfigurationError(
+                f"LucentSecretMixin does not mix with {kind}, which would make fields of its "
+                "columns. Give the table a base of its own in the same metadata: "
+                "class SecretsBase(DeclarativeBase): metadata = Base.metadata"
+            )
+        super().__init_subclass__(**kwargs)
 
     @declared_attr
     def key_version(cls) -> Mapped[str | None]:  # noqa: N805

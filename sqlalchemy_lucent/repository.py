@@ -564,7 +564,8 @@ class LucentSecrets:
         codec: ColumnCodec | None = None,
     ) -> Sealed:
         codec = codec or _codec(self._table, self._dialect)
-        return Sealed(codec.seal(value, encode_row(key), keyring), codec)
+        row = encode_row(key)
+        return Sealed(codec.seal(value, row, keyring), codec, row)
 
     @staticmethod
     def _row(key: SecretKey, sealed: Sealed) -> dict[str, Any]:

@@ -20,7 +20,6 @@ it. The ORM's own writes, and parameters passed to ``execute()``, are in none of
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
@@ -59,9 +58,12 @@ from . import _sql
 from ._check import attach_check
 from ._dialects import is_mysql
 from ._driver_errors import HIDDEN, hide_row
-from ._envelope import Envelope, length_prefixed, parse
+from ._envelope import Envelope, parse
 from ._json import STRICT, Codec, EngineCodec, decode, same_document
 from ._redacted import REDACTED, redact
+from ._row import RowPart as RowPart
+from ._row import encode_row as encode_row
+from ._row import fault_of_type, value_check
 from ._schema import Schema
 from .exceptions import (
     ConfigurationError,
@@ -70,41 +72,9 @@ from .exceptions import (
     SerializationError,
     TamperedError,
     UnsupportedOperationError,
+    hide_locals,
 )
 from .keyring import Keyring, context_keys
-
-RowPart = str | int | uuid.UUID
-"""A value of a binding column: each has one exact text form."""
-
-
-def encode_row(parts: Sequence[RowPart], names: Sequence[str] = ()) -> bytes:
-    """Return the row context: each part's text form, length-prefixed.
-
-    :raises ConfigurationError: a part is missing or of another type. Floats, decimals and dates
-        are refused, because databases give them back in forms of their own.
-    """
-    texts = []
-    for position, part in enumerate(parts):  # no comprehension, which would be a call more
-        # Not str(): a subclass may print itself as something else, as an Enum member does.
-        if isinstance(part, str):
-            texts.append(part.encode("utf-8", "surrogatepass"))
-        else:
-            texts.append(_exact_text(part, position, names))
-    return length_prefixed(*texts)
-
-
-def _exact_text(part: object, position: int, names: Sequence[str]) -> bytes:
-    if isinstance(part, int) and not isinstance(part, bool):
-        return int.__repr__(part).encode("ascii")
-    if isinstance(part, uuid.UUID):
-        return str(part).encode("ascii")
-    name = names[position] if position < len(names) else f"number {position + 1}"
-    fault = "has no value yet" if part is None else f"is of type {type(part).__name__}"
-    raise ConfigurationError(
-        f"binding column {name} {fault}; a row-bound value needs a str, int or UUID that is "
-        "known before the row is written (a natural key, or a UUID made in Python)"
-    )
-
 
 _JSON_NULL: Final = b"null"
 
@@ -162,6 +132,13 @@ class ColumnCodec:
                 return value if wrapper is None else wrapper(value)
         return self._open_through_the_layers(data, row, keyring)
 
+    def __reduce__(self) -> tuple[type[ColumnCodec], tuple[object, ...]]:
+        redacts = bool(self._redacted)
+        return type(self), (self.contexts, self.codec, self.bound_to, redacts, self.schema)
+
+    def __deepcopy__(self, memo: object) -> ColumnCodec:
+        return self
+
     def _open_through_the_layers(self, data: Any, row: bytes, keyring: Keyring | None) -> Any:
         document = open_in_contexts(self.contexts, data, row, keyring)
         if self.schema is None:
@@ -208,13 +185,15 @@ class Sealed:
     Holds ciphertext only; ``repr`` and pickles show no plaintext. Equal and hashed by its bytes.
     """
 
-    __slots__ = ("_codec", "_data", "_opened")
+    __slots__ = ("_codec", "_data", "_opened", "_sealed_for")
 
     _opened: Any
 
-    def __init__(self, data: bytes, codec: ColumnCodec) -> None:
+    def __init__(self, data: bytes, codec: ColumnCodec, sealed_for: bytes | None = None) -> None:
         self._data = data
         self._codec = codec
+        self._sealed_for = sealed_for
+        """The row context that this process has just sealed it with, if it has."""
 
     def open(self, *, row: Sequence[RowPart] | None = None, keyring: Keyring | None = None) -> Any:
         """Open the value.
@@ -284,6 +263,7 @@ class Sealed:
 
     def __setstate__(self, state: tuple[bytes, ColumnCodec]) -> None:
         self._data, self._codec = state
+        self._sealed_for = None
 
 
 class Bound:
@@ -401,6 +381,8 @@ class EncryptedJSON(TypeDecorator[Any]):
     create_constraint: bool
 
     tracks_changes = False
+    _owner: Table | None = None
+    """The table whose columns values are bound to, once the column has joined it."""
 
     # The statement cache's key is made of the attributes that are named like these parameters, so
     # everything that changes what a processor does must be one of them, and no key may be. They
@@ -428,6 +410,8 @@ class EncryptedJSON(TypeDecorator[Any]):
         self._context_is_derived = False
         if schema is not None:
             Schema(schema)  # refuses here what it cannot convert
+        if self.bound_to:
+            _watch_mappers()
 
     @classmethod
     def mutable(cls, none_as_null: bool = False, **options: Any) -> EncryptedJSON:
@@ -484,21 +468,25 @@ class EncryptedJSON(TypeDecorator[Any]):
             else:
                 event.listen(parent, "after_parent_attach", _derive_context)
 
-    def _attached(self, context: str) -> EncryptedJSON:
+    def _attached(self, context: str, owner: Table) -> EncryptedJSON:
         """Return the type for a column of this name: a copy, so that one instance may be given
         to any number of columns.
         """
-        if self.context is not None and (not self._context_is_derived or self.context == context):
+        is_given = self.context is not None and not self._context_is_derived
+        if (is_given or self.context == context) and not self.bound_to:
             return self
-        if context.count(".") > 1:
+        if not is_given and context.count(".") > 1:
             raise ConfigurationError(
                 f"{context!r} may be the context of another column too, because a name in it has "
                 "a dot: give the column a context of its own, EncryptedJSON(context=...). If it "
                 f"has sealed values already, context={context!r} opens them"
             )
         attached = self.copy()
-        attached.context = context
-        attached._context_is_derived = True
+        if not is_given:
+            attached.context = context
+            attached._context_is_derived = True
+        if self.bound_to:
+            attached._owner = owner
         return attached
 
     @property
@@ -529,6 +517,19 @@ class EncryptedJSON(TypeDecorator[Any]):
         schema = None if self.schema is None else Schema(self.schema)
         return ColumnCodec(self.contexts, codec, self.bound_to, self.redact, schema)
 
+    def _row_checks(self, dialect: Dialect) -> list[Callable[[Any], str | None]]:
+        """Return what tells of each binding column why a value would not come back from it."""
+        checks: list[Callable[[Any], str | None]] = []
+        if self._owner is None:
+            return checks
+        for name in self.bound_to:
+            column = self._owner.columns.get(name)
+            fault = "which its table does not have" if column is None else fault_of_type(column)
+            if column is None or fault is not None:
+                raise ConfigurationError(f"{self.context} is bound to {name!r}, {fault}")
+            checks.append(value_check(column, dialect))
+        return checks
+
     # `process_bind_param` would run behind LargeBinary's own processor, which wraps every value in
     # a memoryview that no supported driver needs.
     def bind_processor(self, dialect: Dialect) -> Callable[[Any], bytes | None]:
@@ -538,28 +539,20 @@ class EncryptedJSON(TypeDecorator[Any]):
         none_as_null, json_null = self.none_as_null, JSON.NULL
         context, dumps = column.contexts[0], column.codec.dumps
         usual = _USUAL_KINDS if column.is_plain and not bound_to else frozenset()
+        checks = self._row_checks(dialect)
 
-        def process(value: Any) -> bytes | None:
+        @hide_locals
+        def unusual(value: Any) -> bytes | None:
             row = b""
             kind = type(value)
-            # What is usual is sealed without the layers between this column and its key; whatever
-            # else there is, and whatever is wrong, goes through them.
-            if kind in usual:
-                try:
-                    return context_keys(context).primary.seal(dumps(value))
-                except SerializationError as error:
-                    fault = str(error)
-                except LucentError:
-                    fault = ""  # raised again below, where more is said, and with nothing behind it
-                if fault:
-                    del value  # a tracker of errors would send it
-                    raise SerializationError(f"{context}: {fault}")
             if kind is Bound:
-                row = _row_of(value, column)
+                row = _row_of(value, column, checks)
                 value = value.value
                 kind = type(value)
+                if kind is Sealed:
+                    return _reuse(value, column, row)
             elif kind is Sealed:
-                return _reuse(value, column)
+                return _reuse(value, column, None)
             elif bound_to:
                 if value is None or kind is Null:
                     return None
@@ -573,7 +566,23 @@ class EncryptedJSON(TypeDecorator[Any]):
                 return None
             return seal(value, row)
 
-        return process
+        def process(value: Any) -> bytes | None:
+            # What is usual is sealed without the layers between this column and its key; whatever
+            # else there is, and whatever is wrong, goes through them.
+            if type(value) in usual:
+                try:
+                    return context_keys(context).primary.seal(dumps(value))
+                except SerializationError as error:
+                    fault = str(error)
+                except LucentError:
+                    fault = ""  # raised again below, where more is said, and with nothing behind it
+                if fault:
+                    del value  # a tracker of errors would send it
+                    raise SerializationError(f"{context}: {fault}")
+            given, value = [value], None  # nor hold it here while it is refused there
+            return unusual(given.pop())
+
+        return process if usual else unusual
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:
         """Return the function that opens results."""
@@ -688,6 +697,16 @@ def _names(parameter: str, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _watch_mappers() -> None:
+    """Have mapped attributes of row-bound columns bind their values. One listener serves all."""
+    from sqlalchemy.orm import Mapper  # only for whoever has such a column
+
+    from .binding import bind_attributes
+
+    if not event.contains(Mapper, "mapper_configured", bind_attributes):
+        event.listen(Mapper, "mapper_configured", bind_attributes)
+
+
 def _derive_context(column: Column[Any], table: Any) -> None:
     """Give the column's type its context, now that the column has joined its table."""
     if not isinstance(table, Table):
@@ -695,10 +714,10 @@ def _derive_context(column: Column[Any], table: Any) -> None:
     context = f"{table.name}.{column.name}"
     type_ = column.type
     if isinstance(type_, EncryptedJSON):
-        column.type = type_ = type_._attached(context)
+        column.type = type_ = type_._attached(context, table)
         _refuse_unsealed_defaults(column, type_)
     variants = {
-        dialect: variant._attached(context)
+        dialect: variant._attached(context, table)
         for dialect, variant in type_._variant_mapping.items()
         if isinstance(variant, EncryptedJSON)
     }
@@ -915,22 +934,50 @@ def _hide_unsealed_parameters(context: ExceptionContext) -> None:
         error.add_detail(HIDDEN)
 
 
-def _row_of(value: Bound, column: ColumnCodec) -> bytes:
-    row = value.row
-    if len(row) != len(column.bound_to):
+def _row_of(
+    value: Bound, column: ColumnCodec, checks: Sequence[Callable[[Any], str | None]]
+) -> bytes:
+    row, names = value.row, column.bound_to
+    if len(row) != len(names):
         raise ConfigurationError(
-            f"{column.contexts[0]} is bound to {len(column.bound_to)} columns of its row, "
+            f"{column.contexts[0]} is bound to {len(names)} columns of its row, "
             f"and was given {len(row)} values for them"
         )
-    return encode_row(row, column.bound_to)
+    for name, part, check in zip(names, row, checks, strict=False):  # no table, no checks
+        fault = check(part)
+        if fault is not None:
+            raise ConfigurationError(
+                f"{column.contexts[0]} is sealed for its row, and binding column {name} {fault}: "
+                "the database would give back another value than the one that the secret is "
+                "sealed for, and the secret would never open"
+            )
+    return encode_row(row, names)
 
 
-def _reuse(value: Sealed, column: ColumnCodec) -> bytes:
+def _reuse(value: Sealed, column: ColumnCodec, row: bytes | None) -> bytes:
+    """Return the bytes of a value that is sealed already, if they open where they go."""
     given = value._codec
     if not set(given.contexts) <= set(column.contexts) or given.bound_to != column.bound_to:
         raise SerializationError(
             f"a Sealed value of {given.contexts[0]} was given to {column.contexts[0]}, "
             "where it would not open; open() it and pass what it holds"
+        )
+    if column.bound_to and value._sealed_for is None:
+        if row is None:
+            raise SerializationError(
+                f"a Sealed value was given to {column.contexts[0]}, which is bound to its row; "
+                f"pass Bound(sealed, row=({', '.join(column.bound_to)})), or open() it and pass "
+                "what it holds in a Bound"
+            )
+        try:
+            open_in_contexts(column.contexts, value._data, row, None)
+        except TamperedError:
+            pass
+        else:
+            return value._data
+        raise SerializationError(
+            f"a Sealed value of another row was given to {column.contexts[0]}, which is bound to "
+            "its row, and where it would not open; open() it and pass what it holds"
         )
     return value._data
 

@@ -26,11 +26,11 @@ from sqlalchemy import (
     JSON,
     Column,
     Connection,
-    Integer,
     LargeBinary,
     MetaData,
     String,
     Table,
+    Uuid,
     literal,
     select,
 )
@@ -39,6 +39,7 @@ from sqlalchemy.exc import NoSuchTableError, UnreflectableTableError
 from sqlalchemy.types import _Binary
 
 from .. import _sql
+from .._row import tells_its_values
 from ..keyring import default_keyring
 from ..rotation import needs_rotation
 from ..rotation._relations import relation_of
@@ -387,7 +388,8 @@ def _bound_to_with_types(column: Column[Any]) -> BoundTo:
     bound = [column.table.c[key] for key in type_.bound_to]
     if all(
         type(c.type).__mro__[0].__module__.startswith("sqlalchemy.")
-        and isinstance(c.type, (Integer, String))
+        and tells_its_values(c.type)
+        and not isinstance(c.type, Uuid)
         for c in bound
     ):
         return [c.name for c in bound]

@@ -101,6 +101,9 @@ class Secret(LucentSecretMixin, Base):
 
 MODELS: list[type[Any]] = [Plain, Lazy, Mutable, Typed, RowBound, Secret]
 
+OPENED = (Plain, Mutable, RowBound, Secret)
+"""Models whose attribute gives a value that is opened, and no type of its own."""
+
 VALUES: dict[str, Any] = {
     "dict": {"token": MARKER, "scopes": ["read"]},
     "list": [MARKER, {"token": MARKER}],

@@ -77,7 +77,10 @@ def test_who_edits_another_field_leaves_the_credential_as_it_is(
         assert value == before
         # It answers an error that is not its own, such as ours, with a page of status 500.
         assert (answer.status_code, note) in [(303, "after"), (500, "before")]
-        assert (answer.status_code == 303) is (kind == "str" and model in (Plain, Mutable))
+        is_text = kind == "str" and model in (Plain, Mutable)
+        # It leaves out an attribute whose class is not SQLAlchemy's own; and it would write the
+        # column of a Secret that the database computes.
+        assert (answer.status_code == 303) is (is_text or model is RowBound)
 
     visit(engine, ModelView(model), edit)
 

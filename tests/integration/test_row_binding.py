@@ -21,15 +21,22 @@ from sqlalchemy.orm import (
     MappedAsDataclass,
     Session,
     aliased,
+    column_property,
+    defer,
+    load_only,
     make_transient,
     mapped_column,
     relationship,
+    synonym,
     undefer,
+    validates,
 )
+from sqlalchemy.orm.attributes import flag_modified, get_attribute
 
 from sqlalchemy_lucent import (
     Bound,
     ConfigurationError,
+    EncryptedJSON,
     Keyring,
     Sealed,
     SerializationError,
@@ -258,7 +265,7 @@ def test_value_survives_refresh_and_expire(session: Session) -> None:
     session.refresh(vault)
     assert vault.secret == {"n": 1}
     vault.secret = {"n": 3}
-    session.refresh(vault, ["_sealed_secret"])
+    session.refresh(vault, ["secret"])
     assert vault.secret == {"n": 1}
     vault.secret = {"n": 3}
     session.expire(vault)
@@ -302,6 +309,238 @@ def test_flush_of_another_attribute_does_not_touch_the_value(session: Session) -
     session.scalars(select(SingleAccount)).one().extra = "f"
     session.commit()
     assert stored(session, Account.secret) == before
+
+
+# -- all that takes a mapped attribute -------------------------------------------------------------
+
+
+@pytest.fixture
+def vault(session: Session) -> Vault:
+    """A loaded object whose value somebody else has changed in the database."""
+    vault = Vault(id="x", note="of x", secret={"n": 1})
+    session.add(vault)
+    session.commit()
+    assert (vault.note, vault.secret) == ("of x", {"n": 1})
+    session.execute(
+        update(Vault)
+        .values(secret=Bound({"n": 2}, row=("x",)))
+        .execution_options(synchronize_session=False)
+    )
+    assert vault.secret == {"n": 1}
+    return vault
+
+
+@pytest.mark.parametrize(
+    "renew",
+    [
+        lambda s, v: s.refresh(v, ["secret"]),
+        lambda s, v: s.refresh(v, ["secret"], with_for_update=True),
+        lambda s, v: s.refresh(v, attribute_names=["id", "secret"]),
+        lambda s, v: s.expire(v, ["secret"]),
+        lambda s, v: s.scalars(
+            select(Vault).options(load_only(Vault.secret)),
+            execution_options={"populate_existing": True},
+        ).one(),
+        lambda s, v: s.get_one(Vault, "x", options=[undefer(Vault.secret)], populate_existing=True),
+    ],
+)
+def test_value_is_loaded_again_by_its_name(
+    session: Session, vault: Vault, renew: Callable[[Session, Vault], Any]
+) -> None:
+    renew(session, vault)
+    assert vault.secret == {"n": 2}
+
+
+@pytest.mark.parametrize("option", [lambda: defer(Vault.secret), lambda: load_only(Vault.note)])
+def test_loader_options_defer_the_value(
+    session: Session, vault: Vault, option: Callable[[], Any]
+) -> None:
+    session.expunge_all()
+    loaded = session.scalars(select(Vault).options(option())).one()
+    assert "secret" in sqlalchemy.inspect(loaded).unloaded
+    assert loaded.secret == {"n": 2}
+
+
+def test_value_that_must_not_be_loaded_is_not(session: Session, vault: Vault) -> None:
+    session.expunge_all()
+    loaded = session.scalars(select(Vault).options(defer(Vault.secret, raiseload=True))).one()
+    with pytest.raises(sqlalchemy.exc.InvalidRequestError, match="raiseload"):
+        assert loaded.secret
+
+
+def test_a_lost_value_is_set_through_an_object_that_never_loaded_it(
+    session: Session, vault: Vault
+) -> None:
+    vault.note = "kept"
+    session.flush()
+    lost = stored(session, Vault.secret)[0][:-1]
+    session.execute(update(Vault).values(secret=coerce(lost, LargeBinary())))
+    session.commit()
+    session.expunge_all()
+    with pytest.raises(TamperedError, match=r"primary key \('x',\)"):
+        assert session.get_one(Vault, "x").secret
+    session.expunge_all()
+    found = session.get_one(Vault, "x", options=[defer(Vault.secret)])
+    found.secret = {"n": 3}
+    session.commit()
+    assert (found.note, found.secret) == ("kept", {"n": 3})
+
+
+def test_attribute_is_inspected_and_flagged_by_its_name(session: Session, vault: Vault) -> None:
+    session.refresh(vault)
+    before = stored(session, Vault.secret)
+    attribute = sqlalchemy.inspect(vault).attrs["secret"]
+    assert attribute.value == {"n": 2}
+    assert not attribute.history.has_changes()
+    flag_modified(vault, "secret")
+    assert sqlalchemy.inspect(vault).modified
+    session.commit()
+    assert vault.secret == {"n": 2}
+    assert stored(session, Vault.secret) != before
+    session.refresh(vault)
+    flag_modified(vault, "secret")
+    session.commit()  # was not opened, and is written as it is
+    assert vault.secret == {"n": 2}
+
+
+def test_attribute_is_filtered_by_and_selected_with_others(session: Session, vault: Vault) -> None:
+    query = session.query(Vault)
+    assert query.filter_by(secret=None).all() == []
+    with pytest.raises(UnsupportedOperationError):
+        query.filter_by(secret={"n": 2})
+    row = session.execute(select(Vault.id, Vault.secret, Vault.secret.key_version)).one()
+    assert row.secret.open(row=[row.id]) == {"n": 2}
+    assert row[2] == "v1"
+
+
+def test_deleted_attribute_is_sql_null(session: Session) -> None:
+    found = Integration(tenant_id="a", credentials={}, backup={"n": 1})
+    session.add(found)
+    session.commit()
+    del found.backup
+    session.commit()
+    assert session.scalars(select(Integration.backup)).all() == [None]
+    del found.credentials
+    with pytest.raises(DBAPIError):
+        session.flush()
+
+
+def test_validators_synonyms_and_column_properties_see_plain_values(engine: Engine) -> None:
+    class Own(DeclarativeBase):
+        pass
+
+    class Model(Own):
+        __tablename__ = "models"
+
+        id: Mapped[str] = mapped_column(String(9), primary_key=True)
+        secret: Mapped[Any] = row_bound("id")
+        other_name: Mapped[Any] = synonym("secret")
+
+        @validates("secret")
+        def check(self, name: str, value: Any) -> Any:
+            seen.append(value)
+            return {**value, "checked": True}
+
+    seen: list[Any] = []
+    Model.version = column_property(Model.secret.key_version)
+    Own.metadata.create_all(engine)
+    with Session(engine) as session:
+        session.add(Model(id="x", other_name={"n": 1}))
+        session.commit()
+        found = session.scalars(select(Model)).one()
+        assert seen == [{"n": 1}]
+        assert found.secret == found.other_name == {"n": 1, "checked": True}
+        assert found.version == "v1"  # type: ignore[attr-defined]
+    Own.registry.dispose()
+
+
+def test_columns_that_are_bound_without_row_bound_behave_alike(engine: Engine) -> None:
+    class Own(DeclarativeBase):
+        pass
+
+    class Declared(Own):
+        __tablename__ = "declared"
+
+        id: Mapped[str] = mapped_column(String(9), primary_key=True)
+        secret: Mapped[Any] = mapped_column(EncryptedJSON(bound_to=["id"]))
+
+    class Imperative:
+        def __init__(self, **values: Any) -> None:
+            vars(self)  # before any value is set
+            for name, value in values.items():
+                setattr(self, name, value)
+
+    table = sqlalchemy.Table(
+        "imperative",
+        Own.metadata,
+        sqlalchemy.Column("id", String(9), primary_key=True),
+        sqlalchemy.Column("secret", EncryptedJSON(bound_to=["id"])),
+    )
+    Own.registry.map_imperatively(Imperative, table)
+    Own.metadata.create_all(engine)
+    with Session(engine) as session:
+        for model in (Declared, Imperative):
+            session.add(model(id="x", secret={"n": 1}))
+            session.commit()
+            found: Any = session.scalars(select(model)).one()
+            assert found.secret == {"n": 1}
+            found.id = "y"
+            session.commit()
+            assert found.secret == {"n": 1}
+    Own.registry.dispose()
+
+
+def test_class_mapped_to_a_subquery_gives_sealed_values(session: Session, vault: Vault) -> None:
+    class Own(DeclarativeBase):
+        pass
+
+    class View(Own):
+        __table__ = select(Vault.id, Vault.secret).subquery()
+        __mapper_args__ = {"primary_key": [__table__.c.id]}  # noqa: RUF012
+
+    view: Any = session.scalars(select(View)).one()
+    assert view.secret.open(row=("x",)) == {"n": 2}
+    Own.registry.dispose()
+
+
+# -- sealed values that are set --------------------------------------------------------------------
+
+
+def test_sealed_value_of_the_same_row_is_stored_as_it_is(session: Session, vault: Vault) -> None:
+    sealed = session.scalars(select(Vault.secret)).one()
+    before = stored(session, Vault.secret)
+    vault.secret = sealed
+    session.commit()
+    assert vault.secret == {"n": 2}
+    statement = update(Vault).values(secret=Bound(sealed, row=("x",)))
+    session.execute(statement)
+    session.commit()
+    assert vault.secret == {"n": 2}
+    assert stored(session, Vault.secret) == before
+
+
+def test_sealed_value_of_another_row_is_refused(session: Session, vault: Vault) -> None:
+    sealed = session.scalars(select(Vault.secret)).one()
+    other = Vault(id="y", secret=sealed)
+    session.add(other)
+    with pytest.raises(UnsupportedOperationError, match="sealed for its row"):
+        session.flush()
+    session.rollback()
+    session.add(Vault(id="y", secret={"n": 3}))
+    session.commit()
+    session.get_one(Vault, "y").secret = session.scalars(
+        select(Vault.secret).where(Vault.id == "x")
+    ).one()
+    with pytest.raises(UnsupportedOperationError, match="of another row"):
+        session.flush()
+    session.rollback()
+    table = Vault.metadata.tables["vaults"]
+    for value in (sealed, Bound(sealed, row=("y",))):
+        with pytest.raises((SerializationError, ConfigurationError)):
+            session.execute(table.update().values(secret=value))
+        with pytest.raises((SerializationError, ConfigurationError)):
+            session.execute(insert(Vault), [{"id": "z", "secret": value}])
+    assert session.get_one(Vault, "y").secret == {"n": 3}
 
 
 # -- merge, detached objects, pickles --------------------------------------------------------------
@@ -414,7 +653,7 @@ def test_bytes_copied_to_another_row_column_or_table_do_not_open(session: Sessio
         for name in names
     ]
     assert len(places) == 10
-    sealed = [bytes(getattr(place[1], f"_sealed_{place[2]}")) for place in places]
+    sealed = [bytes(get_attribute(row, name)) for _, row, name in places]
     for (index, source), (other, place) in itertools.product(enumerate(sealed), enumerate(places)):
         model, row, name = place
         table = model.__table__
@@ -612,8 +851,7 @@ def test_attribute_works_in_aliases_and_its_column_in_loader_options(
     sealed = session.scalars(select(other.secret).where(other.secret.key_version == "v1")).one()
     assert sealed.open(row=("a", 1)) == 1
     session.expunge_all()
-    column = Left.__mapper__.column_attrs["_sealed_secret"].class_attribute
-    found = session.scalars(select(Left).options(undefer(column))).one()
+    found = session.scalars(select(Left).options(undefer(Left.secret))).one()
     session.expunge(found)
     assert found.secret == 1
     with pytest.raises(UnsupportedOperationError):
@@ -697,7 +935,7 @@ def test_bulk_insert_and_update_of_plain_rows(session: Session) -> None:
 
 @pytest.mark.skipif(AT_LEAST_2_1, reason="SQLAlchemy 2.1 seals these rows")
 def test_bulk_insert_of_plain_rows_never_stores_them_on_sqlalchemy_2_0(session: Session) -> None:
-    with pytest.raises(DBAPIError):
+    with pytest.raises(ConfigurationError, match="bound to its row"):
         session.execute(insert(Left), ROWS)
 
 
@@ -785,6 +1023,8 @@ def test_async_session(
             assert found.backup is None
             await session.commit()
             await session.refresh(found)
+            assert found.credentials == {"n": 1}
+            await session.refresh(found, attribute_names=["credentials"])
             assert found.credentials == {"n": 1}
             await session.execute(insert(Left), bound_rows(Left, ROWS))
             sealed = (await session.scalars(select(Left.secret).where(Left.number == 3))).one()

@@ -8,7 +8,8 @@ import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import (
@@ -21,7 +22,9 @@ from sqlalchemy import (
     Integer,
     Numeric,
     String,
+    create_engine,
     func,
+    insert,
     select,
     text,
     update,
@@ -30,6 +33,7 @@ from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
     MappedAsDataclass,
+    Session,
     configure_mappers,
     declared_attr,
     mapped_column,
@@ -39,12 +43,14 @@ from sqlalchemy.schema import FetchedValue
 from sqlalchemy_lucent import (
     Bound,
     ConfigurationError,
+    LucentError,
     PicklingRefusedError,
     bound_rows,
     row_bound,
 )
 from sqlalchemy_lucent._redacted import RedactedStr
 from sqlalchemy_lucent.types import encode_row
+from tests.frames import frames_of_ours, texts_in_frames
 
 
 class Base(DeclarativeBase):
@@ -267,3 +273,80 @@ def test_plain_model_refuses_dataclass_options() -> None:
 
 def test_fixed_width_text_counts_as_text() -> None:
     _mapping_of(lambda: mapped_column(CHAR(32)))
+
+
+# -- frames ----------------------------------------------------------------------------------------
+
+MARKER = "sk_live_51H8"
+
+
+class Kept(Base):
+    __tablename__ = "kept"
+
+    id: Mapped[str] = mapped_column(String(9), primary_key=True)
+    number: Mapped[int] = mapped_column()
+    secret: Mapped[Any] = row_bound("id", "number")
+    other: Mapped[Any] = row_bound("id", nullable=True)
+
+
+def _flush(**values: Any) -> Callable[[Session], object]:
+    def work(session: Session) -> None:
+        session.add(Kept(**{"id": "a", "number": 1, "secret": MARKER, **values}))
+        session.flush()
+
+    return work
+
+
+def _change(session: Session, **values: Any) -> None:
+    session.add(Kept(id="a", number=1, secret={"n": 1}, other=MARKER))
+    session.commit()
+    kept = session.get_one(Kept, "a")
+    assert kept.other == MARKER
+    for name, value in values.items():
+        setattr(kept, name, value)
+    session.flush()
+
+
+def _read(session: Session) -> None:
+    session.add(Kept(id="a", number=1, secret={"n": 1}, other=MARKER))
+    session.commit()
+    session.execute(update(Kept).values(number=2))
+    kept = session.get_one(Kept, "a")
+    assert kept.other == MARKER
+    assert kept.secret
+
+
+def _core(**values: Any) -> Callable[[Session], object]:
+    given = {"id": "a", "number": 1, **values}
+    return lambda session: session.execute(insert(cast("Any", Kept.__table__)), [given])
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        _flush(number="1"),
+        _flush(number=None),
+        _flush(other=object()),
+        _flush(other=[MARKER, object()]),
+        partial(_change, id="b"),
+        partial(_change, secret=object()),
+        _read,
+        _core(secret=MARKER),
+        _core(secret=Bound(MARKER, row=("a",))),
+        _core(secret=Bound(MARKER, row=("a", "1"))),
+        _core(secret=Bound([MARKER, object()], row=("a", 1))),
+        lambda _: bound_rows(Kept, [{"id": "a", "secret": MARKER}]),
+    ],
+)
+def test_no_frame_of_ours_holds_a_value_that_is_refused(
+    work: Callable[[Session], object],
+) -> None:
+    engine = create_engine("sqlite://")
+    Base.metadata.create_all(engine)
+    with Session(engine) as session, pytest.raises(LucentError) as caught:
+        work(session)
+    assert list(frames_of_ours(caught.value))
+    held = [name for name, text in texts_in_frames(caught.value) if MARKER.encode() in text]
+    assert held == []
+    assert MARKER not in str(caught.value)
+    engine.dispose()

@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import io
+import json
 import pickle
 import textwrap
 import tracemalloc
@@ -495,6 +496,42 @@ def test_a_pickled_sealed_value_opens(sealed: Sealed) -> None:
     restored = pickle.loads(pickle.dumps(sealed))
     assert restored == sealed
     assert restored.open() == {"a": "plaintext"}
+
+
+def a_reader(text_: str) -> Any:
+    return {"read": json.loads(text_)}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"json_serializer": lambda value: json.dumps(value)}, {"n": 1}),
+        ({"json_deserializer": json.loads}, {"n": 1}),
+        ({"json_serializer": lambda v: json.dumps(v["read"]), "json_deserializer": a_reader},
+         {"read": {"n": 1}}),
+        ({"json_deserializer": lambda text_: json.loads(text_)}, None),
+    ],
+)  # fmt: skip
+def test_a_pickle_names_the_function_that_reads_and_leaves_out_the_one_that_writes(
+    options: dict[str, Any], expected: Any, protocol: int
+) -> None:
+    engine = create_engine("sqlite://", **options)
+    table = Table("lazies", MetaData(), Column("c", EncryptedJSON(lazy=True)))
+    table.create(engine)
+    with engine.connect() as connection:
+        connection.execute(insert(table), {"c": expected or {"n": 1}})
+        sealed = connection.scalars(select(table.c.c)).one()
+    engine.dispose()
+    for copied in (copy.copy(sealed), copy.deepcopy(sealed)):
+        assert copied.open() == sealed.open()
+    pickled = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(sealed, protocol)), protocol))
+    assert pickled == sealed
+    if expected is not None:
+        assert pickled.open() == expected
+        return
+    with pytest.raises(SerializationError, match="make that function one of a module"):
+        pickled.open()
 
 
 def test_a_sealed_value_of_another_column_is_not_stored() -> None:

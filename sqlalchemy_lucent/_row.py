@@ -1,0 +1,242 @@
+"""The row context: what ties a value to its row, and the columns that it is made of.
+
+A value is sealed for what Python passed to the database and opened with what the database gives
+back. Where the two differ by a letter the value is lost, so a column is refused if it may change
+its values, and a value is refused if it would not come back as it was given.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from sqlalchemy import (
+    CHAR,
+    NCHAR,
+    Column,
+    Enum,
+    Integer,
+    String,
+    Uuid,
+    bindparam,
+    literal_column,
+)
+from sqlalchemy.engine import Dialect
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from ._dialects import is_mysql
+from ._envelope import length_prefixed
+from .exceptions import ConfigurationError
+
+RowPart = str | int | uuid.UUID
+"""A value of a binding column: each has one exact text form."""
+
+
+def encode_row(parts: Sequence[RowPart], names: Sequence[str] = ()) -> bytes:
+    """Return the row context: each part's text form, length-prefixed.
+
+    :raises ConfigurationError: a part is missing or of another type. Floats, decimals and dates
+        are refused, because databases give them back in forms of their own.
+    """
+    texts = []
+    for position, part in enumerate(parts):  # no comprehension, which would be a call more
+        text = part.encode("utf-8", "surrogatepass") if type(part) is str else _text_of(part)
+        if text is None:
+            raise _no_part(part, position, names)
+        texts.append(text)
+    return length_prefixed(*texts)
+
+
+def _text_of(part: object) -> bytes | None:
+    """Return the exact text of a value; ``None`` if it has none."""
+    # Not str(): a subclass may print itself as something else, as an Enum member does.
+    if isinstance(part, str):
+        return str.encode(part, "utf-8", "surrogatepass")
+    if isinstance(part, int) and not isinstance(part, bool):
+        return int.__repr__(part).encode("ascii")
+    if isinstance(part, uuid.UUID):
+        return str(part).encode("ascii")
+    return None
+
+
+def _no_part(part: object, position: int, names: Sequence[str]) -> ConfigurationError:
+    name = names[position] if position < len(names) else f"number {position + 1}"
+    fault = "has no value yet" if part is None else f"is of type {type(part).__name__}"
+    return ConfigurationError(
+        f"binding column {name} {fault}; a row-bound value needs a str, int or UUID that is "
+        "known before the row is written (a natural key, or a UUID made in Python)"
+    )
+
+
+# -- columns ---------------------------------------------------------------------------------------
+
+_ANY_CASE: Final = re.compile(r"_ci$|^(nocase|rtrim)$", re.IGNORECASE)
+
+
+def fault_of_type(column: Column[Any]) -> str | None:
+    """Say why values cannot be bound to `column`, whatever they are; ``None`` if they can."""
+    type_ = column.type
+    if type_.bind_expression(bindparam(None, type_=type_)) is not None or (
+        type_.column_expression(literal_column("x", type_)) is not None
+    ):
+        return "whose type has SQL change its values on their way; bind to another column"
+    collation = getattr(type_, "collation", None)
+    if type_.__visit_name__ == "CITEXT" or (collation and _ANY_CASE.search(collation)):
+        return (
+            "where the database takes several spellings for one value; give it a collation that "
+            "compares bytes, or bind to another column"
+        )
+    if isinstance(type_, TypeDecorator):
+        return None  # each of its values is tried, see `value_check`
+    python_type = _python_type(type_)
+    if python_type is None:
+        return (
+            f"whose type {type(type_).__name__} does not tell its Python values; bind to str, int "
+            "or UUID columns"
+        )
+    if issubclass(python_type, (str, int, uuid.UUID)) and python_type is not bool:
+        return None
+    return f"whose values are of type {python_type.__name__}; bind to str, int or UUID columns"
+
+
+def _python_type(type_: TypeEngine[Any]) -> type[Any] | None:
+    try:
+        return type_.python_type
+    except NotImplementedError:
+        return None
+
+
+def tells_its_values(type_: TypeEngine[Any]) -> bool:
+    """Say whether a type, as the database describes it, gives the values that the model has.
+
+    A CHAR may hold a UUID, without its hyphens, and an ENUM the names of members.
+    """
+    return isinstance(type_, (Integer, String, Uuid)) and not isinstance(type_, (CHAR, NCHAR, Enum))
+
+
+def type_as_bound(
+    name: str, given: TypeEngine[Any] | None, reflected: TypeEngine[Any]
+) -> TypeEngine[Any]:
+    """Return the type to read binding column `name` by: the one given, or the database's."""
+    if given is not None or tells_its_values(reflected):
+        return given or reflected
+    raise ConfigurationError(
+        f"binding column {name} is of type {reflected!r} in the database, which does not tell how "
+        "the model sees its values, and a value sealed for another form would never open. Give "
+        f"its type as the model has it: bound_to={{{name!r}: Uuid()}}"
+    )
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+_EXACT: Final = frozenset({str, int, uuid.UUID})
+
+_DDL: Final = re.compile(
+    r"(?:NATIONAL )?(?P<word>[A-Z]+)(?:\((?P<size>\d+)\))?(?P<rest>.*)", re.DOTALL
+)
+_MYSQL_BITS: Final = {"TINYINT": 8, "SMALLINT": 16, "MEDIUMINT": 24, "INT": 32, "INTEGER": 32}
+_MYSQL_CHARACTERS: Final = {"TINYTEXT": 63, "TEXT": 16_383}
+"""What fits these types, which are limited in bytes, whatever the characters are."""
+_SQLITE_TEXT: Final = re.compile("CHAR|CLOB|TEXT|BLOB")
+
+
+def value_check(column: Column[Any], dialect: Dialect) -> Callable[[Any], str | None]:
+    """Return what says why a value would not come back from `column` as it was given, if so."""
+    type_ = column.type
+    impl = type_.dialect_impl(dialect)
+    bind, result = impl.bind_processor(dialect), impl.result_processor(dialect, None)
+    expected = None if isinstance(type_, TypeDecorator) else _python_type(type_)
+    fault_when_stored = _fault_when_stored(type_, dialect)
+
+    def check(value: Any) -> str | None:
+        if type(value) is expected and bind is None and result is None:
+            return fault_when_stored(value)  # as most are
+        if value is None:
+            return None  # `encode_row` says it
+        kind, text = type(value), _text_of(value)
+        if expected is not None and not isinstance(value, expected):
+            return (
+                f"has values of type {expected.__name__} and was given one of type {kind.__name__}"
+            )
+        try:
+            sent = value if bind is None else bind(value)
+        except Exception:  # noqa: BLE001
+            return None  # the statement fails of it too
+        try:
+            back = sent if result is None else result(sent)
+        except Exception:  # noqa: BLE001
+            if expected is not None and isinstance(sent, str):
+                return "has a type that cannot read back what it was given"
+            back = _returned(impl, value, dialect)
+        if back is not value and _text_of(back) != text:
+            return "has a type that makes another value of the one that it was given"
+        if type(sent) not in _EXACT and _text_of(sent) not in (None, _text_of(str(sent))):
+            # Drivers differ on which of the two they take.
+            return f"was given a {kind.__name__} that prints itself as another text than it holds"
+        return fault_when_stored(sent)
+
+    return check
+
+
+def _returned(type_: Any, value: Any, dialect: Dialect) -> Any:
+    """Return what a type makes of a value in both directions, apart from the driver's own forms."""
+    try:
+        return type_.process_result_value(type_.process_bind_param(value, dialect), dialect)
+    except Exception:  # noqa: BLE001
+        return value  # it takes only what the driver gives, and that is not at hand
+
+
+def _fault_when_stored(type_: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], str | None]:
+    """Return what says how the database changes a value, from the type that it gives a column."""
+    try:
+        ddl = _DDL.match(type_.compile(dialect))
+    except Exception:  # noqa: BLE001  (a type that only exists in Python, or lacks a length)
+        ddl = None
+    if ddl is None:
+        return lambda value: None
+    word, rest = ddl["word"], ddl["rest"]
+    pads = word in ("CHAR", "NCHAR")
+    on_sqlite, on_mysql = dialect.name == "sqlite", is_mysql(dialect)
+    size = int(ddl["size"]) if ddl["size"] else 1 if pads else None
+    if on_mysql:
+        size = _MYSQL_CHARACTERS.get(word, size)
+    is_number_there = _SQLITE_TEXT.search(word) is None
+    bits = _MYSQL_BITS.get(word, 64)
+    is_unsigned = "UNSIGNED" in rest or "ZEROFILL" in rest
+
+    def fault(value: Any) -> str | None:
+        if isinstance(value, int):
+            if on_mysql and not 0 <= value + (0 if is_unsigned else 2**bits // 2) < 2**bits:
+                return "was given an integer that it cannot hold"
+        elif not isinstance(value, str):
+            return None
+        elif on_sqlite:
+            if is_number_there and _is_number(value):
+                return f"is of the type {word}, and SQLite would make a number of the text"
+        elif word == "UUID":
+            if value != _canonical(value):
+                return "has the UUID in another spelling than str(uuid.UUID(text))"
+        elif size is not None and len(value) > size:
+            return "was given a text that is longer than it can hold"
+        elif pads and (value.endswith(" ") if on_mysql else len(value) != size):
+            return "is a CHAR, where the database adds or drops spaces at the end; use VARCHAR"
+        return None
+
+    return fault
+
+
+def _canonical(text: str) -> str | None:
+    try:
+        return str(uuid.UUID(text))
+    except ValueError:
+        return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
