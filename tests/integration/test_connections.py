@@ -222,6 +222,17 @@ def test_a_wrong_password_is_told_at_once(databases: Databases) -> None:
     engine.dispose()
 
 
+@pytest.mark.parametrize("own_url", ["psycopg", "pymysql"], indirect=True)
+def test_a_pool_without_a_free_connection_is_told(direct: Engine, promoted: Keyring) -> None:
+    small = create_engine(direct.url, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    with small.connect():
+        for name in ("rotate", "status"):
+            with pytest.raises(RotationError, match=r"QueuePool limit.*an engine of its own"):
+                WORKS[name][0](small, keyring=promoted)
+    assert WORKS["rotate"][0](small, keyring=promoted)
+    small.dispose()
+
+
 # -- operations ------------------------------------------------------------------------------------
 
 OPERATIONS: dict[str, Callable[[Operations], object]] = {
