@@ -11,6 +11,7 @@ from sqlalchemy import (
     Connection,
     Dialect,
     LargeBinary,
+    String,
     and_,
     cast,
     func,
@@ -20,6 +21,7 @@ from sqlalchemy import (
     tuple_,
 )
 from sqlalchemy.sql.expression import TableClause
+from sqlalchemy.types import TypeEngine
 
 from ._dialects import is_mysql
 
@@ -43,6 +45,14 @@ def is_behind(
             for last in range(len(columns))
         )
     )
+
+
+def key_type(type_: TypeEngine[Any]) -> TypeEngine[Any]:
+    """Return the type to read and compare a key column of `type_` with.
+
+    SQLAlchemy writes the members of MySQL's SET in any order, and the database compares their text.
+    """
+    return String() if type_.__visit_name__ == "SET" else type_
 
 
 _ORDERED_BY_POSITION: Final = text(

@@ -141,12 +141,15 @@ class PostgreSQL:
 
 
 @contextmanager
-def private_postgresql(settings: Mapping[str, Any] | None = None) -> Iterator[PostgreSQL]:
+def private_postgresql(
+    settings: Mapping[str, Any] | None = None, programs: Path | None = None
+) -> Iterator[PostgreSQL]:
     """Run a new PostgreSQL.
 
     :param settings: those of ``postgresql.conf`` that are to differ.
+    :param programs: the directory of its programs; by default that of Debian's newest.
     """
-    programs = _postgresql_programs()
+    programs = _postgresql_programs() if programs is None else programs
     with private_directory() as directory:
         data = directory / "data"
         initdb = (programs / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8")

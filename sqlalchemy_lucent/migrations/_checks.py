@@ -34,6 +34,7 @@ from ..exceptions import RotationError
 from ..rotation._link import Link, is_in_transaction
 from ..rotation._visible import refuse_hidden_rows
 from ..types import EncryptedJSON
+from ._reflect import reflect_columns
 
 logger = logging.getLogger("alembic.runtime.migration.lucent")
 
@@ -124,16 +125,12 @@ def create_check(
 def _require_column(
     connection: Connection, table_name: str, column_name: str, schema: str | None
 ) -> None:
-    inspector = inspect(connection)
-    where = ".".join(filter(None, (schema, table_name)))
-    if not inspector.has_table(table_name, schema=schema):
-        raise RotationError(f"there is no table {where} in this database")
-    types = {c["name"]: c["type"] for c in inspector.get_columns(table_name, schema=schema)}
-    if column_name not in types:
-        raise RotationError(f"table {where} has no column {column_name}")
-    if not isinstance(types[column_name], (_Binary, NullType)):
+    columns = reflect_columns(connection, table_name, schema, [column_name])
+    type_ = columns[column_name]["type"]
+    if not isinstance(type_, (_Binary, NullType)):
+        where = ".".join(filter(None, (schema, table_name)))
         raise RotationError(
-            f"{where}.{column_name} is a column of the type {types[column_name]}, and not an "
+            f"{where}.{column_name} is a column of the type {type_}, and not an "
             "encrypted one; op.encrypt_column() makes it one"
         )
 

@@ -36,9 +36,7 @@ from sqlalchemy import (
     cast,
     column,
     func,
-    inspect,
     literal,
-    or_,
     select,
     text,
 )
@@ -50,14 +48,13 @@ from sqlalchemy.types import TypeEngine, _Binary
 
 from .. import _sql
 from .._dialects import is_mysql
-from .._row import type_as_bound
 from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..rotation import RotationProgress
+from ..rotation._faults import refuses_a_row, said
 from ..rotation._link import Link
 from ..rotation._pace import Pace
-from ..rotation._table import PrimaryKey
-from ..rotation._visible import refuse_hidden_rows
+from ..rotation._table import PrimaryKey, Reach, Rows
 from ..rotation.convert import BackfillWorker, PlainColumn, Reader, Writer
 from ..rotation.engine import run_workers
 from ..rotation.report import FailedRow, Failures
@@ -71,12 +68,16 @@ from ._checks import (
     schema_on_sqlite,
     without_foreign_keys,
 )
+from ._reflect import dependents, reflect_table
 
 logger = logging.getLogger("alembic.runtime.migration.lucent")
 
 Content = Literal["plain", "sealed"]
 
 _FAILURES_LOGGED: Final = 20
+
+_SAMPLE: Final = 100
+"""Values that are looked at where a type does not say what they are in Python."""
 
 
 @dataclass(frozen=True)
@@ -118,22 +119,6 @@ def convert_column(operations: Operations, plan: Plan) -> None:
     _Conversion(Operations(operations.migration_context), plan).run()
 
 
-# What `pg_depend` has beside constraints and indexes that reflection shows: those of expressions,
-# conditions and INCLUDE, checks, views, policies, triggers. Not the column's own default, nor
-# PostgreSQL 18's NOT NULL, nor the CHECK of a sealed column, which is dropped before it.
-_DEPENDS_ON_COLUMN: Final = text(
-    "SELECT pg_describe_object(d.classid, d.objid, d.objsubid) FROM pg_depend AS d"
-    " JOIN pg_attribute AS a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid"
-    " LEFT JOIN pg_attrdef AS f ON d.classid = 'pg_attrdef'::regclass AND f.oid = d.objid"
-    " LEFT JOIN pg_constraint AS c ON d.classid = 'pg_constraint'::regclass AND c.oid = d.objid"
-    " WHERE d.refclassid = 'pg_class'::regclass"
-    " AND d.refobjid = to_regclass(coalesce(quote_ident(CAST(:schema AS text)) || '.', '')"
-    " || quote_ident(CAST(:name AS text))) AND a.attname = CAST(:column AS name)"
-    " AND f.adnum IS DISTINCT FROM a.attnum AND c.contype IS DISTINCT FROM 'n'"
-    " AND coalesce(c.conname <> CAST(:check AS name), true) LIMIT 1"
-)
-
-
 class _Conversion:
     def __init__(self, operations: Operations, plan: Plan) -> None:
         self._operations = operations
@@ -141,7 +126,7 @@ class _Conversion:
         self._connection: Connection = operations.get_bind()
         self._dialect: Dialect = self._connection.dialect
         self._keyring = cache(default_keyring)
-        self._columns: dict[str, Any] = {}
+        self._columns: Mapping[str, Any] = {}
         self._owner = Table(plan.table_name, MetaData(), schema=plan.schema)
         preparer = self._dialect.identifier_preparer
         self._quote: Callable[[str], str] = preparer.quote
@@ -167,7 +152,8 @@ class _Conversion:
             logger.info("%s is %s already; nothing to do", plan.full_name, wanted)
             self._finish_check()
             return
-        self._refuse_what_would_be_lost()
+        self._refuse_values_that_are_not_json()
+        self._refuse_what_would_be_lost(plan.column_name)
         if not has_through:
             self._add()
         if plan.swap:
@@ -185,35 +171,15 @@ class _Conversion:
     def _look(self) -> None:
         """Read the table's columns; refuse what there is no way to convert."""
         plan = self._plan
-        inspector = inspect(self._connection)
-        where = (plan.table_name, plan.schema)
-        if not inspector.has_table(*where):
-            raise RotationError(f"there is no table {self._owner.fullname} in this database")
-        refuse_hidden_rows(self._connection, plan.table_name, plan.schema)
+        needed = (plan.column_name, *plan.bound_types)
+        reflected = reflect_table(self._connection, plan.table_name, plan.schema, needed)
         if len(plan.through.encode("utf-8")) > self._dialect.max_identifier_length:
             raise RotationError(
                 f"the name of {plan.full_name} is too long for a second column beside it, "
                 f"{plan.through}; rename the column in a revision before this one"
             )
-        self._columns = {found["name"]: found for found in inspector.get_columns(*where)}
-        missing = {plan.column_name, *plan.bound_types} - self._columns.keys()
-        if missing:
-            raise RotationError(
-                f"table {self._owner.fullname} has no column {', '.join(sorted(missing))}"
-            )
-        keys = inspector.get_pk_constraint(*where)["constrained_columns"]
-        if not keys:
-            raise RotationError(
-                f"table {self._owner.fullname} has no primary key; a conversion needs one to go "
-                "through the rows in order"
-            )
-        if self._dialect.name == "sqlite" and self._any(
-            or_(*(column(name).is_(None) for name in keys))
-        ):
-            raise RotationError(
-                f"table {self._owner.fullname} has a row with NULL in its primary key; give such "
-                "rows a primary key, so that they can be read in order and named"
-            )
+        self._columns = reflected.columns
+        keys = reflected.primary_key
         if plan.column_name in keys or plan.column_name in plan.bound_types:
             raise RotationError(f"{plan.full_name} is a column that identifies its row")
         if plan.reader is None and plan.writer is not None and not plan.to_sealed:
@@ -223,22 +189,14 @@ class _Conversion:
             )
         if plan.batch_size < 1:
             raise RotationError("batch_size is a whole number of rows, 1 or more")
-        names = dict.fromkeys([*keys, *plan.bound_types])
         self._owner = Table(
             plan.table_name,
             MetaData(),
-            *(
-                Column(
-                    name,
-                    type_as_bound(name, plan.bound_types[name], self._columns[name]["type"])
-                    if name in plan.bound_types
-                    else self._columns[name]["type"],
-                    primary_key=name in keys,
-                )
-                for name in names
-            ),
+            *reflected.identity(self._connection, plan.bound_types),
             schema=plan.schema,
         )
+        key = tuple(self._owner.primary_key.columns)
+        Rows(self._owner.fullname, self._owner, key, self._dialect).check_keys(self._connection)
 
     def _content(self, name: str) -> Content | None:
         """Say what a column holds; `None` if it may be either, having no value."""
@@ -265,45 +223,44 @@ class _Conversion:
         statement = select(literal(1)).select_from(owner).where(*conditions).limit(1)
         return self._connection.execute(statement).first() is not None
 
-    def _refuse_what_would_be_lost(self) -> None:
-        """Refuse constraints and indexes that would go with the column, or mean nothing on it."""
+    def _refuse_what_would_be_lost(self, name: str) -> None:
+        """Refuse what would go with a column, or mean nothing on it."""
         plan = self._plan
-        inspector = inspect(self._connection)
-        where = (plan.table_name, plan.schema)
-        having = [
-            *(
-                ("foreign key", found["name"], found["constrained_columns"])
-                for found in inspector.get_foreign_keys(*where)
-            ),
-            *(
-                ("unique constraint", found["name"], found["column_names"])
-                for found in inspector.get_unique_constraints(*where)
-            ),
-            *(
-                ("index", found["name"], [c for c in found["column_names"] if c is not None])
-                for found in inspector.get_indexes(*where)
-            ),
-        ]
-        for kind, name, columns in having:
-            if plan.column_name in columns:
-                raise RotationError(
-                    f"the {kind} {name} has {plan.full_name}; sealed values are all different, so "
-                    "it would say nothing about them. Drop it in a revision before this one"
-                )
-        if self._dialect.name == "postgresql":
-            check = self._check(plan.column_name)
-            names = {
-                "name": plan.table_name,
-                "schema": plan.schema,
-                "column": plan.column_name,
-                "check": check and check["name"],
-            }
-            found = self._connection.scalar(_DEPENDS_ON_COLUMN, names)
-            if found is not None:
-                raise RotationError(
-                    f"the {found} depends on {plan.full_name}, and would go with it. Drop it in a "
-                    "revision before this one, and make one that sealed values can have after it"
-                )
+        check = self._check(name)  # that of a sealed column is dropped with it
+        found = dependents(
+            self._connection, plan.table_name, plan.schema, name, ours=check and check["name"]
+        )
+        if found:
+            raise RotationError(
+                f"{self._owner.fullname}.{name} is used by {', '.join(found)}, which would be lost "
+                "with it or mean nothing on its new values. Drop these in an earlier revision, and "
+                "create what fits the new values in a later one"
+            )
+
+    def _refuse_values_that_are_not_json(self) -> None:
+        """Refuse a type whose values have no JSON form, unless functions give them one."""
+        plan = self._plan
+        if plan.reader is not None and (plan.to_sealed or plan.writer is not None):
+            return
+        plain = self._plain_column(plan.column_name)
+        kind = None if plain.has_json_values else type(plain.type).__name__
+        if plain.has_json_values is None:
+            kind = self._kind_of_values(plain) if plan.to_sealed else None
+        if kind is not None:
+            raise RotationError(
+                f"the values of {plan.full_name} are of the type {kind}, which JSON does not have. "
+                "Pass functions that make JSON of them and undo it, such as reader=str and a "
+                "writer= that reads such text"
+            )
+
+    def _kind_of_values(self, plain: PlainColumn) -> str | None:
+        """Return the name of the type of the first values, if none of them is a JSON value."""
+        plan = self._plan
+        owner = table_clause(plan.table_name, schema=plan.schema)
+        statement = select(plain.expression()).select_from(owner).limit(_SAMPLE)
+        values = self._connection.scalars(statement.where(column(plan.column_name).is_not(None)))
+        kinds = [plain.kind_unless_json(value) for value in values]
+        return kinds[0] if kinds and all(kinds) else None
 
     @property
     def _final(self) -> tuple[str, str, str | None]:
@@ -355,20 +312,18 @@ class _Conversion:
         return BackfillWorker(
             owner,
             owner.c[sealed],
-            PlainColumn(
-                plain,
-                plan.existing_type,
-                plan.sealed_type.column_codec(self._dialect).codec,
-                self._dialect,
-                plan.reader,
-                plan.writer,
-            ),
+            self._plain_column(plain),
             self._keyring,
             self._dialect,
             to_sealed=plan.to_sealed,
             compare=compare,
             written_since=written_since,
         )
+
+    def _plain_column(self, name: str) -> PlainColumn:
+        plan = self._plan
+        codec = plan.sealed_type.column_codec(self._dialect).codec
+        return PlainColumn(name, plan.existing_type, codec, self._dialect, plan.reader, plan.writer)
 
     def _fill(
         self, *, compare: bool = False, passes: int | None = None, final: bool = True
@@ -466,8 +421,8 @@ class _Conversion:
                 else:
                     self._rename_on_mysql()
         except DBAPIError as error:
-            reason = (str(error.orig).splitlines() or [""])[0]
-            fault = f"{type(error.orig).__name__}: {reason}"
+            fault = said(error, self._dialect)
+            is_refused = refuses_a_row(error, self._dialect)
         else:
             logger.info(
                 "%s holds %s values now; the others are %s",
@@ -477,6 +432,8 @@ class _Conversion:
             )
             self._finish_check()
             return
+        if is_refused:  # a value that was written meanwhile; this names its row
+            self._stop_if_failed(self._fill(compare=True, passes=1))
         raise RotationError(
             f"the database refused to swap {plan.full_name} and {plan.through}: {fault}. The "
             "column is as it was. Run it again to go on"
@@ -506,17 +463,27 @@ class _Conversion:
     def _reconcile(self, written_since: ColumnElement[bool] | None) -> Failures:
         """Fill again what no longer agrees with its source: all rows, or those `written_since`."""
         worker = self._worker(compare=True, written_since=written_since)
+        worker.prepare(self._connection)
         pace = Pace(self._plan.batch_size, None, None, 0, time.sleep)
         failures = Failures()
+        pending = worker.count_pending(self._connection)
         after: PrimaryKey | None = None
         more = True
         while more:
             limit = pace.limit
-            batch = worker.batch(self._connection, after, limit)
+            batch = worker.work(self._connection, after, Reach(None, False, limit), limit)
             failures.add(batch.failed)
+            pending -= batch.rows
             more = batch.more
-            after = batch.last
+            after = worker.advanced(after, batch.last)
             pace.after(batch.rows, batch.size, 0)
+        # Nobody writes now, so that a row which was not looked at, or looked at twice, is a fault
+        # of the order of the primary key; and the value of one which was not is lost by the swap.
+        if pending:
+            raise RotationError(
+                f"the rows of table {self._owner.fullname} cannot be gone through in the order of "
+                "their primary key, as with an inexact type (FLOAT). The column is as it was"
+            )
         # Whatever became of the passes: with this lock, a value that is not there is lost.
         failures.count = max(failures.count, worker.count_stale(self._connection))
         return failures
@@ -618,6 +585,7 @@ class _Conversion:
         """The swap is done: drop the other column, unless it is to be kept."""
         plan = self._plan
         if plan.swap and plan.drop:
+            self._refuse_what_would_be_lost(plan.through)
             self._drop_column(plan.through)
             logger.info("dropped %s, which %s had replaced", plan.through, plan.full_name)
         else:

@@ -6,6 +6,7 @@ import inspect as python_inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from alembic.operations import Operations, ops, toimpl
@@ -17,7 +18,6 @@ from sqlalchemy import (
     MetaData,
     Table,
     func,
-    inspect,
     literal,
     select,
 )
@@ -26,7 +26,6 @@ from sqlalchemy import table as table_clause
 from sqlalchemy.types import NullType, TypeEngine, _Binary, to_instance
 
 from .. import _sql
-from .._row import type_as_bound
 from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
@@ -52,6 +51,7 @@ from ._operations import (
     SealedCheckOp,
     bound_types,
 )
+from ._reflect import reflect_table, translated
 
 logger = logging.getLogger("alembic.runtime.migration.lucent")
 
@@ -71,9 +71,11 @@ def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp)
                 f"offline, nothing can tell whether {name} holds secrets; "
                 "to drop it whatever it holds, pass force=True"
             )
-        refuse_hidden_rows(operations.get_bind(), name, operation.schema)
-        counted = select(func.count()).select_from(table_clause(name, schema=operation.schema))
-        count = operations.get_bind().scalar(counted)
+        connection = operations.get_bind()
+        schema = translated(connection, operation.schema)
+        refuse_hidden_rows(connection, name, schema)
+        counted = select(func.count()).select_from(table_clause(name, schema=schema))
+        count = connection.scalar(counted)
         if count:
             raise RotationError(
                 f"{name} holds {count} secrets, which nothing could bring back; "
@@ -91,14 +93,14 @@ def _in_our_words(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
     name = implementation.__name__.removeprefix("_")
 
     def carry_out(operations: Operations, operation: _Op) -> None:
-        connection = operations.migration_context.connection
-        errors: tuple[type[Exception], ...] = ()
-        if connection is not None:
-            errors = (Fault, *errors_of(connection.dialect))
+        context = operations.migration_context
+        connection = context.connection
+        if context.as_sql or connection is None:
+            return implementation(operations, operation)
+        errors: tuple[type[Exception], ...] = (Fault, *errors_of(connection.dialect))
         try:
             return implementation(operations, operation)
         except errors as error:
-            assert connection is not None
             fault = (
                 error
                 if isinstance(error, Fault)
@@ -163,7 +165,9 @@ def _convert(operations: Operations, operation: ConvertColumnOp, what: str) -> N
     context = operations.migration_context
     _refuse_where_batches_cannot_commit(context, what)
     with _autocommit_block(context):
-        convert_column(operations, operation.plan())
+        plan = operation.plan()
+        schema = translated(operations.get_bind(), plan.schema)
+        convert_column(operations, replace(plan, schema=schema))
 
 
 @Operations.implementation_for(CreateSealedCheckOp)
@@ -199,7 +203,10 @@ def _place_of_check(
         _refuse_where_batches_cannot_commit(
             context, f"{operation.name} of {operation.table_name}.{operation.column_name}"
         )
-    return operation.table_name, operation.column_name, operation.schema
+    schema = operation.schema
+    if not context.as_sql:
+        schema = translated(operations.get_bind(), schema)
+    return operation.table_name, operation.column_name, schema
 
 
 @Operations.implementation_for(RebindEncryptedColumnOp)
@@ -288,7 +295,9 @@ def is_empty(connection: Connection, column: Column[Any]) -> bool:
     return connection.execute(statement).first() is None
 
 
-def _is_plain(connection: Connection, operation: ColumnOp, type_: TypeEngine[Any]) -> bool:
+def _is_plain(
+    connection: Connection, operation: ColumnOp, schema: str | None, type_: TypeEngine[Any]
+) -> bool:
     """Say whether the column never held a sealed value, as far as its type tells."""
     if isinstance(getattr(type_, "data_type", type_), (_Binary, NullType)):  # of a domain
         return False
@@ -296,7 +305,7 @@ def _is_plain(connection: Connection, operation: ColumnOp, type_: TypeEngine[Any
         return True
     # Whatever type is declared there, a value may be of another.
     value: ColumnElement[Any] = column_clause(operation.column_name)
-    owner = table_clause(operation.table_name, schema=operation.schema)
+    owner = table_clause(operation.table_name, schema=schema)
     sealed = _sql.key_version(value).is_not(None)
     statement = select(func.count(), func.count().filter(sealed)).select_from(owner)
     has, has_sealed = connection.execute(statement.where(value.is_not(None))).one()
@@ -329,43 +338,26 @@ def _reflect(
     connection: Connection, operation: ColumnOp, accept_contexts: Iterable[str]
 ) -> Column[Any]:
     """Return the column, in its table as the database has it, with the type of the migration."""
-    inspector = inspect(connection)
-    full_name = ".".join(filter(None, (operation.schema, operation.table_name)))
-    if not inspector.has_table(operation.table_name, schema=operation.schema):
-        raise RotationError(f"there is no table {full_name} in this database")
-    types = {
-        column["name"]: column["type"]
-        for column in inspector.get_columns(operation.table_name, schema=operation.schema)
-    }
-    missing = {operation.column_name, *operation.bound_to} - types.keys()
-    if missing:
-        raise RotationError(f"table {full_name} has no column {', '.join(sorted(missing))}")
-    key = inspector.get_pk_constraint(operation.table_name, schema=operation.schema)
-    keys = key["constrained_columns"]
-    if not keys:
-        raise RotationError(
-            f"table {full_name} has no primary key; a rotation needs one to go through the rows "
-            "in order"
-        )
-    name, type_ = operation.full_name, types[operation.column_name]
-    if _is_plain(connection, operation, type_):
+    schema = translated(connection, operation.schema)
+    needed = (operation.column_name, *operation.bound_to)
+    reflected = reflect_table(connection, operation.table_name, schema, needed)
+    name, type_ = operation.full_name, reflected.columns[operation.column_name]["type"]
+    if _is_plain(connection, operation, schema, type_):
         raise RotationError(
             f"{name} is a column of the type {type(type_).__name__}, and not an encrypted one; "
             "op.encrypt_column() makes it one"
         )
-    for bound, given in bound_types(operation.bound_to).items():
-        types[bound] = type_as_bound(bound, given, types[bound])
-    types[operation.column_name] = EncryptedJSON(
+    sealed_type = EncryptedJSON(
         context=operation.own_context,
         accept_contexts=accept_contexts,
         bound_to=tuple(operation.bound_to),
     )
-    names = dict.fromkeys([*keys, *operation.bound_to, operation.column_name])
     table = Table(
         operation.table_name,
         MetaData(),
-        *(Column(name, types[name], primary_key=name in keys) for name in names),
-        schema=operation.schema,
+        *reflected.identity(connection, bound_types(operation.bound_to)),
+        Column(operation.column_name, sealed_type),
+        schema=schema,
     )
     return table.c[operation.column_name]
 

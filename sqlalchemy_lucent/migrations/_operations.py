@@ -140,7 +140,8 @@ def encrypt_column(
     ``NOT NULL`` under a lock of the table, in which every row is compared once more. Killed at any
     instant, it goes on when it is run again; a column that is encrypted already is left alone. A
     value that cannot be read is logged by primary key (the first 20 are), and ends it before
-    anything is swapped.
+    anything is swapped. What uses the column (an index, check, generated column, view, trigger …)
+    is named, and ends it before the first write.
 
     A document in a text column is sealed to the letter; other values as their type reads them.
 
@@ -153,7 +154,7 @@ def encrypt_column(
     :param bound_to: the columns that a row-bound value is bound to, in order; or a dict that has
         the type of each, for columns whose type the database does not tell (``sa.Uuid()``).
     :param reader: turns a value, as `existing_type` gives it, into the JSON value to seal:
-        ``str`` for text that is not JSON.
+        ``str`` for text that is not JSON, and for numbers and dates that JSON does not have.
     :param writer: what the reverse needs to undo `reader`.
     :param through: name of the second column; ``<column>__sealed`` if left out.
     :param swap: ``False`` ends when the second column is filled and agrees with the first one.

@@ -6,7 +6,7 @@ import re
 from typing import Any, Final
 
 from sqlalchemy import Dialect
-from sqlalchemy.exc import DBAPIError, PendingRollbackError, StatementError
+from sqlalchemy.exc import DataError, DBAPIError, PendingRollbackError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from .._dialects import is_mysql
@@ -41,10 +41,11 @@ _TOO_LARGE: Final = 1153  # a packet, by max_allowed_packet
 # PostgreSQL, appendix A: data exception, integrity constraint violation, check option violation,
 # an exception that PL/pgSQL raised.
 _REFUSING_SQLSTATES: Final = ("22", "23", "44", "P0")
-# Column cannot be NULL, duplicate, foreign key (2), out of range, wrong value, too long, SIGNAL,
-# check constraint (MySQL, MariaDB), a packet that is too large.
+# MySQL and MariaDB. Column cannot be NULL, duplicate, foreign key (2), SIGNAL, check constraint
+# (2), a packet that is too large; out of range, cut off, wrong value (4), too long, not JSON.
 _REFUSING_MYSQL_CODES: Final = frozenset(
-    {_TOO_LARGE, 1048, 1062, 1451, 1452, 1264, 1366, 1406, 1644, 3819, 4025}
+    {_TOO_LARGE, 1048, 1062, 1451, 1452, 1644, 3819, 4025}
+    | {1264, 1265, 1292, 1300, 1366, 1367, 1406, 3140}
 )
 
 # Messages in which MySQL and MariaDB quote names of the schema, or a trigger's own words. Any other
@@ -154,7 +155,9 @@ def refuses_a_row(error: DBAPIError, dialect: Dialect) -> bool:
         return str(code).startswith(("SQLITE_CONSTRAINT", "SQLITE_TOOBIG"))
     if is_mysql(dialect):
         return code in _REFUSING_MYSQL_CODES
-    return str(code).startswith(_REFUSING_SQLSTATES)
+    # psycopg's own has no code: a value that Python has nothing for, as an endless date.
+    of_driver = code is None and isinstance(error, DataError)
+    return of_driver or str(code).startswith(_REFUSING_SQLSTATES)
 
 
 def breaks_off(error: BaseException, dialect: Dialect) -> bool:
@@ -178,7 +181,7 @@ def said(error: Exception, dialect: Dialect) -> str:
     words = str(original)
     lines = re.sub(r"^<class '[^']*'>: ", "", words).splitlines()
     first = _first_line("\n".join(lines))
-    if str(_code(error, dialect)).startswith("22"):
+    if isinstance(error, DataError) or str(_code(error, dialect)).startswith("22"):
         first = _without_values(first)
     hint = next((line for line in lines[1:] if line.startswith("HINT:")), None)
     return f"{name}: {first}" + (f" ({' '.join(hint.split())})" if hint else "")

@@ -30,6 +30,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.sql.expression import ColumnClause, TableClause
 
 from .._dialects import is_mysql
 from .._envelope import LONGEST_PREFIX, parse
@@ -71,8 +72,8 @@ class Batch(NamedTuple):
 class Reach(NamedTuple):
     """How far a batch goes at most. Found by looking, before anything is locked."""
 
-    last: PrimaryKey
-    """The primary key of its last row."""
+    last: PrimaryKey | None
+    """The primary key of its last row; ``None`` if nothing but the number of rows ends it."""
     more: bool
     """Whether there may be rows behind it."""
     rows: int
@@ -169,65 +170,45 @@ def _holds(connection_set: str, column_set: str) -> bool:
     return connection_set == "utf8mb4" or column_set in (connection_set, "ascii")
 
 
-class TableWorker:
-    """Reads, opens and re-seals the rows of one table. The caller has the transaction."""
+class Rows:
+    """The rows of one table in primary-key order: everything that pages through a table by its key.
+
+    The caller has the transaction.
+    """
 
     upto: PrimaryKey | None = None
-    """The primary key up to which :meth:`batch` and :meth:`rehearse` go; to the end if ``None``.
-    Not for SQLite's worker, which gets no ranges."""
+    """The primary key up to which batches go; to the end if ``None``. Not for SQLite's worker,
+    which gets no ranges."""
 
-    def __init__(self, target: TargetTable, keyring: Keyring | None, dialect: Dialect) -> None:
-        self.target = target
-        self.name = target.name
-        self.primary_key = target.primary_key
+    def __init__(
+        self,
+        name: str,
+        clause: TableClause,
+        primary_key: Sequence[ColumnClause[Any]],
+        dialect: Dialect,
+        sizes: Sequence[ColumnElement[int]] = (),
+    ) -> None:
+        """Take the table, its key, and what tells how long the values are that a batch holds."""
+        self.name = name
+        self.primary_key = tuple(primary_key)
+        self._clause = clause
         self._dialect = dialect
+        self._sizes = sizes
         self._locking = dialect.name in ROW_LOCKING
-        clause = target.clause
-        sealed = {found.name for found in target.columns}
-        plain = [c for c in clause.c if c.name not in sealed]
-        plain_first = [*target.primary_key, *(c for c in plain if c not in target.primary_key)]
-        values: list[ColumnElement[Any]] = [clause.c[found.name] for found in target.columns]
-        if dialect.name == "sqlite":
-            # The driver would decode text that was never sealed, and fail if it is not UTF-8.
-            values = [cast(value, LargeBinary) for value in values]
-        self.selected: list[ColumnElement[Any]] = [*plain_first, *values]
-        names = [*(c.name for c in plain_first), *(found.name for found in target.columns)]
-        # Without a keyring, the rows can be found and counted, but not opened.
-        self.columns = (
-            [SealedColumn(found, keyring, names) for found in target.columns] if keyring else []
-        )
-        self._order: Sequence[ColumnElement[Any]] = target.primary_key
-        self._bound_types = [without_limits(part.type, dialect) for part in target.primary_key]
+        self._order: Sequence[ColumnElement[Any]] = self.primary_key
+        self._bound_types = [without_limits(part.type, dialect) for part in primary_key]
         self._stretch = 1
-        self._key_size = len(target.primary_key)
-        self._writer: Writer | None = None
-        self._in_binary = False
+        self._key_size = len(primary_key)
         # Kept, because building a statement costs SQLAlchemy as much as running it.
         self._statements: dict[tuple[object, ...], Select[Any]] = {}
-
-    # -- statements ------------------------------------------------------------------------------
-
-    def prepare(self, connection: Connection, *, lock: bool = True) -> None:
-        """Fail now if the table or a column is missing or not ours to lock; write nothing."""
-        check_rights(connection, self.target)
-        self._writer = writer_for(connection, self.target)
-        self.check_keys(connection)
-        statement = self._reading(None, None, 0, stale_only=True, lock=lock)
-        result = connection.execute(statement, self.parameters(None, None, 0))
-        if self._dialect.driver == "psycopg" and not self._dialect.is_async:
-            described = result.cursor.description or ()
-            known = {column[1] for column in described} <= _BINARY_OIDS
-            # A cursor that puts parameters into the text has no binary results.
-            self._in_binary = known and not hasattr(result.cursor, "mogrify")
-        result.close()
 
     def look(self, connection: Connection) -> None:
         """Learn what the order of the rows needs.
 
         :raises RotationError: some rows are not seen, because of row-level security.
         """
-        refuse_hidden_rows(connection, self.target.clause.name, self.target.clause.schema)
-        self._order = order_of(connection, self.target.clause, self.primary_key)
+        refuse_hidden_rows(connection, self._clause.name, self._clause.schema)
+        self._order = order_of(connection, self._clause, self.primary_key)
 
     @property
     def lost(self) -> ColumnElement[bool]:
@@ -244,10 +225,10 @@ class TableWorker:
         """
         self.look(connection)
         self._check_character_sets(connection)
-        statement = select(literal(1)).select_from(self.target.clause).where(self.lost).limit(1)
+        statement = select(literal(1)).select_from(self._clause).where(self.lost).limit(1)
         if connection.execute(statement).first() is not None:
             raise RotationError(
-                f"table {self.target.name} has a row with NULL in its primary key; give such rows "
+                f"table {self.name} has a row with NULL in its primary key; give such rows "
                 "a primary key, so that they can be read in order and named"
             )
 
@@ -259,7 +240,7 @@ class TableWorker:
         """
         if not is_mysql(self._dialect):
             return
-        clause = self.target.clause
+        clause = self._clause
         names = {"name": str(clause.name), "schema": clause.schema}
         has, *sets = connection.execute(_CONNECTION_SETS).one()
         lossy = [
@@ -273,48 +254,6 @@ class TableWorker:
                 f"the connection speaks {has}, which cannot tell all texts of {self.name}."
                 f"{', '.join(lossy)} apart, by which rows are found. Connect with charset=utf8mb4"
             )
-
-    def is_stale(self, sealed: SealedColumn) -> ColumnElement[bool]:
-        """The condition that a value is not under the primary key."""
-        value = self.target.clause.c[sealed.name]
-        if self._dialect.name == "sqlite":
-            # The same without a call per row; bytes are more than all that is not bytes.
-            behind = (int.from_bytes(sealed.header) + 1).to_bytes(len(sealed.header))
-            header, end = (literal(bound, LargeBinary) for bound in (sealed.header, behind))
-            return or_(value < header, value >= end)
-        prefix = func.substr(value, 1, len(sealed.header), type_=LargeBinary)
-        return and_(value.is_not(None), prefix != literal(sealed.header, LargeBinary))
-
-    def any_stale(self) -> ColumnElement[bool]:
-        """The condition that a row has a value which is not under the primary key."""
-        return or_(*map(self.is_stale, self.columns))
-
-    def count_stale(self, connection: Connection, within: Within = EVERYWHERE) -> int:
-        """Count the values that are not under the primary key."""
-        counted = select(func.count()).select_from(self.target.clause).where(*within.conditions)
-        return sum(
-            connection.scalar(counted.where(self.is_stale(sealed)), within.parameters) or 0
-            for sealed in self.columns
-        )
-
-    def read(
-        self,
-        connection: Connection,
-        after: PrimaryKey | None,
-        limit: int | None,
-        *,
-        upto: PrimaryKey | None = None,
-        stale_only: bool = False,
-        lock: bool = True,
-    ) -> Sequence[Row[Any]]:
-        """Return rows behind the primary key `after`, in order; stale ones are locked.
-
-        :raises RotationError: a value of a key or binding column is none of its type.
-        """
-        statement = self._reading(after, upto, limit, stale_only=stale_only, lock=lock)
-        parameters = self.parameters(after, upto, limit)
-        with _binary_results(connection) if self._in_binary else nullcontext():
-            return self._all(connection, statement, parameters)
 
     def _all(
         self, connection: Connection, statement: Select[Any], parameters: dict[str, Any]
@@ -360,11 +299,7 @@ class TableWorker:
     def _reaching(self, after: PrimaryKey | None) -> Select[Any]:
         kind = ("reach", after is None, self.upto is None)
         if kind not in self._statements:
-            clause = self.target.clause
-            # The length of bytes is known without reading them, also where they are out of the row.
-            sizes = (
-                func.coalesce(func.length(clause.c[found.name]), 0) for found in self.target.columns
-            )
+            sizes = (func.coalesce(size, 0) for size in self._sizes)
             order = [each.label(f"lucent_order_{n}") for n, each in enumerate(self._order)]
             batch = (
                 select(
@@ -386,31 +321,6 @@ class TableWorker:
                 last_first = (batch.c[each.name].desc() for each in order)
                 statement = select(*keys, *(count.over() for count in counts)).limit(1)
                 statement = statement.order_by(*last_first)
-            self._statements[kind] = statement
-        return self._statements[kind]
-
-    def any_value(self) -> ColumnElement[bool]:
-        """The condition that a row has a value."""
-        clause = self.target.clause
-        return or_(*(clause.c[sealed.name].is_not(None) for sealed in self.columns))
-
-    def _reading(
-        self,
-        after: PrimaryKey | None,
-        upto: PrimaryKey | None,
-        limit: int | None,
-        *,
-        stale_only: bool,
-        lock: bool,
-    ) -> Select[Any]:
-        kind = (after is None, upto is None, limit is None, stale_only, lock)
-        if kind not in self._statements:
-            condition = self.any_stale() if stale_only else self.any_value()
-            statement = self.in_order(select(*self.selected).where(condition), after, upto, limit)
-            if stale_only and lock and self._locking:
-                # Rows that another rotator has in hand are left to it. `key_share` is PostgreSQL's
-                # lock that leaves alone those who insert rows with a foreign key to this one.
-                statement = statement.with_for_update(skip_locked=True, key_share=True)
             self._statements[kind] = statement
         return self._statements[kind]
 
@@ -456,11 +366,148 @@ class TableWorker:
         }
         return parameters if limit is None else {**parameters, "lucent_limit": limit}
 
-    # -- rows ------------------------------------------------------------------------------------
-
     def primary_key_of(self, row: Sequence[Any]) -> PrimaryKey:
         """Return the primary key of `row`."""
         return tuple(row[: self._key_size])
+
+    def advanced(self, after: PrimaryKey | None, last: PrimaryKey | None) -> PrimaryKey | None:
+        """Return the key to go on behind, `last`.
+
+        :raises RotationError: a batch behind `after` ended there too.
+        """
+        if last is not None and last == after:
+            raise RotationError(
+                f"the rows of {self.name} cannot be gone through in order: the database does not "
+                "find its primary key behind itself, as with an inexact type (FLOAT)"
+            )
+        return last
+
+    def _batch(
+        self,
+        rows: Sequence[Sequence[Any]],
+        reach: Reach,
+        limit: int,
+        written: int,
+        failed: Sequence[FailedRow],
+        size: int,
+    ) -> Batch:
+        if len(rows) == limit:
+            self._stretch = 1
+            return Batch(len(rows), self.primary_key_of(rows[-1]), True, written, failed, size)
+        if 2 * len(rows) < limit:
+            self._stretch = min(2 * self._stretch, MAX_STRETCH)
+        return Batch(len(rows), reach.last, reach.more, written, failed, size)
+
+
+class TableWorker(Rows):
+    """Reads, opens and re-seals the rows of one table."""
+
+    def __init__(self, target: TargetTable, keyring: Keyring | None, dialect: Dialect) -> None:
+        clause = target.clause
+        # The length of bytes is known without reading them, also where they are out of the row.
+        sizes = [func.length(clause.c[found.name]) for found in target.columns]
+        super().__init__(target.name, clause, target.primary_key, dialect, sizes)
+        self.target = target
+        sealed = {found.name for found in target.columns}
+        plain = [c for c in clause.c if c.name not in sealed]
+        plain_first = [*target.primary_key, *(c for c in plain if c not in target.primary_key)]
+        values: list[ColumnElement[Any]] = [clause.c[found.name] for found in target.columns]
+        if dialect.name == "sqlite":
+            # The driver would decode text that was never sealed, and fail if it is not UTF-8.
+            values = [cast(value, LargeBinary) for value in values]
+        self.selected: list[ColumnElement[Any]] = [*plain_first, *values]
+        names = [*(c.name for c in plain_first), *(found.name for found in target.columns)]
+        # Without a keyring, the rows can be found and counted, but not opened.
+        self.columns = (
+            [SealedColumn(found, keyring, names) for found in target.columns] if keyring else []
+        )
+        self._writer: Writer | None = None
+        self._in_binary = False
+
+    # -- statements ------------------------------------------------------------------------------
+
+    def prepare(self, connection: Connection, *, lock: bool = True) -> None:
+        """Fail now if the table or a column is missing or not ours to lock; write nothing."""
+        check_rights(connection, self.target)
+        self._writer = writer_for(connection, self.target)
+        self.check_keys(connection)
+        statement = self._reading(None, None, 0, stale_only=True, lock=lock)
+        result = connection.execute(statement, self.parameters(None, None, 0))
+        if self._dialect.driver == "psycopg" and not self._dialect.is_async:
+            described = result.cursor.description or ()
+            known = {column[1] for column in described} <= _BINARY_OIDS
+            # A cursor that puts parameters into the text has no binary results.
+            self._in_binary = known and not hasattr(result.cursor, "mogrify")
+        result.close()
+
+    def is_stale(self, sealed: SealedColumn) -> ColumnElement[bool]:
+        """The condition that a value is not under the primary key."""
+        value = self.target.clause.c[sealed.name]
+        if self._dialect.name == "sqlite":
+            # The same without a call per row; bytes are more than all that is not bytes.
+            behind = (int.from_bytes(sealed.header) + 1).to_bytes(len(sealed.header))
+            header, end = (literal(bound, LargeBinary) for bound in (sealed.header, behind))
+            return or_(value < header, value >= end)
+        prefix = func.substr(value, 1, len(sealed.header), type_=LargeBinary)
+        return and_(value.is_not(None), prefix != literal(sealed.header, LargeBinary))
+
+    def any_stale(self) -> ColumnElement[bool]:
+        """The condition that a row has a value which is not under the primary key."""
+        return or_(*map(self.is_stale, self.columns))
+
+    def count_stale(self, connection: Connection, within: Within = EVERYWHERE) -> int:
+        """Count the values that are not under the primary key."""
+        counted = select(func.count()).select_from(self.target.clause).where(*within.conditions)
+        return sum(
+            connection.scalar(counted.where(self.is_stale(sealed)), within.parameters) or 0
+            for sealed in self.columns
+        )
+
+    def read(
+        self,
+        connection: Connection,
+        after: PrimaryKey | None,
+        limit: int | None,
+        *,
+        upto: PrimaryKey | None = None,
+        stale_only: bool = False,
+        lock: bool = True,
+    ) -> Sequence[Row[Any]]:
+        """Return rows behind the primary key `after`, in order; stale ones are locked.
+
+        :raises RotationError: a value of a key or binding column is none of its type.
+        """
+        statement = self._reading(after, upto, limit, stale_only=stale_only, lock=lock)
+        parameters = self.parameters(after, upto, limit)
+        with _binary_results(connection) if self._in_binary else nullcontext():
+            return self._all(connection, statement, parameters)
+
+    def any_value(self) -> ColumnElement[bool]:
+        """The condition that a row has a value."""
+        clause = self.target.clause
+        return or_(*(clause.c[sealed.name].is_not(None) for sealed in self.columns))
+
+    def _reading(
+        self,
+        after: PrimaryKey | None,
+        upto: PrimaryKey | None,
+        limit: int | None,
+        *,
+        stale_only: bool,
+        lock: bool,
+    ) -> Select[Any]:
+        kind = (after is None, upto is None, limit is None, stale_only, lock)
+        if kind not in self._statements:
+            condition = self.any_stale() if stale_only else self.any_value()
+            statement = self.in_order(select(*self.selected).where(condition), after, upto, limit)
+            if stale_only and lock and self._locking:
+                # Rows that another rotator has in hand are left to it. `key_share` is PostgreSQL's
+                # lock that leaves alone those who insert rows with a foreign key to this one.
+                statement = statement.with_for_update(skip_locked=True, key_share=True)
+            self._statements[kind] = statement
+        return self._statements[kind]
+
+    # -- rows ------------------------------------------------------------------------------------
 
     def open_values(self, row: Sequence[Any]) -> Iterator[FailedRow | None]:
         """Open each value of `row`; give ``None`` for it, or how it failed."""
@@ -613,22 +660,6 @@ class TableWorker:
             and not as_bytes(row[sealed.position]).startswith(sealed.header)
         ]
         return self._batch(rows, reach, 1, 0, failed, 0)
-
-    def _batch(
-        self,
-        rows: Sequence[Sequence[Any]],
-        reach: Reach,
-        limit: int,
-        written: int,
-        failed: Sequence[FailedRow],
-        size: int,
-    ) -> Batch:
-        if len(rows) == limit:
-            self._stretch = 1
-            return Batch(len(rows), self.primary_key_of(rows[-1]), True, written, failed, size)
-        if 2 * len(rows) < limit:
-            self._stretch = min(2 * self._stretch, MAX_STRETCH)
-        return Batch(len(rows), reach.last, reach.more, written, failed, size)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ._pace import Pace
 from ._ranges import KeyRange, split
 from ._scan import count_stale
 from ._share import Sharing, check_executor
-from ._table import Batch, PrimaryKey, TableWorker
+from ._table import Batch, PrimaryKey, Reach, TableWorker
 from ._task import Outcome, TableDescription, Task, Workplace, check_goes_by_name, place_of
 from .report import FailedRow, Failures, RotationProgress, RotationReport
 from .targets import Target, TargetTable, resolve_targets, survey
@@ -333,17 +333,31 @@ class Worker(Protocol):
     def count_stale(self, connection: Connection) -> int:
         """Count what is left to do."""
 
+    def reach(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Reach | None:
+        """Return how far the next batch goes; ``None`` at the end."""
 
-class SimpleWorker(Worker, Protocol):
-    """One that finds its rows and changes them at once."""
+    def advanced(self, after: PrimaryKey | None, last: PrimaryKey | None) -> PrimaryKey | None:
+        """Return the key to go on behind; fail if it is no other."""
 
-    def batch(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Batch:
-        """Do the next `limit` rows behind `after`."""
+    def work(
+        self, connection: Connection, after: PrimaryKey | None, reach: Reach, limit: int
+    ) -> Batch:
+        """Do the next `limit` rows behind `after`, as far as `reach` goes."""
+
+    def refused(
+        self,
+        connection: Connection,
+        after: PrimaryKey | None,
+        reach: Reach,
+        error: DBAPIError,
+        reason: str,
+    ) -> Batch:
+        """Return what became of the next row, which the database does not let change."""
 
 
 def run_workers(
     connection: Connection,
-    workers: Sequence[SimpleWorker],
+    workers: Sequence[Worker],
     keyring: Keyring,
     *,
     batch_size: int,
@@ -400,7 +414,7 @@ class _Run:
         report = self.drive([self._worker(table) for table in known.tables])
         return replace(report, left_out=known.left_out)
 
-    def drive(self, workers: Sequence[TableWorker | SimpleWorker]) -> RotationReport:
+    def drive(self, workers: Sequence[Worker]) -> RotationReport:
         """Run `workers`, one after the other, until each is done."""
         # Whatever is missing in any of them shows before the first write.
         for worker in workers:
@@ -469,7 +483,7 @@ class _Run:
     def _prepare(self, worker: Worker) -> None:
         self._link.read(partial(worker.prepare, lock=not self._options.dry_run))
 
-    def _until_done(self, worker: TableWorker | SimpleWorker) -> tuple[Failures, int]:
+    def _until_done(self, worker: Worker) -> tuple[Failures, int]:
         """Pass over the table until a count finds nothing stale but what does not open."""
         failures = Failures()
         remaining = 0
@@ -525,9 +539,7 @@ class _Run:
         worker.upto = None
         return failures
 
-    def _one_pass(
-        self, worker: TableWorker | SimpleWorker, after: PrimaryKey | None = None
-    ) -> Failures:
+    def _one_pass(self, worker: Worker, after: PrimaryKey | None = None) -> Failures:
         """Go through the rows behind `after`; note where, if ``stop_when`` ends it before."""
         failures = Failures()
         self._pace.begin_table()
@@ -536,15 +548,10 @@ class _Run:
         while more:
             started = time.monotonic()
             batch = self._link.attempt(partial(self._batch, worker, after), self._pace.limit)
-            before, after = after, batch.last
+            after = worker.advanced(after, batch.last)
             self._rotated += batch.written
             failures.add(batch.failed)
             more = batch.more
-            if batch.last is not None and batch.last == before:
-                raise RotationError(
-                    f"the rows of {worker.name} cannot be gone through in order: the database does "
-                    "not find its primary key behind itself, as with an inexact type (FLOAT)"
-                )
             if batch.rows or more:  # a batch may look at many rows and find none that is stale
                 self._tell(worker, failures)
             if batch.rows:
@@ -554,17 +561,12 @@ class _Run:
                 more = False
         return failures
 
-    def _batch(
-        self, worker: TableWorker | SimpleWorker, after: PrimaryKey | None, limit: int
-    ) -> Batch:
-        if not isinstance(worker, TableWorker):
-            with self._link.transaction() as connection:
-                return worker.batch(connection, after, limit)
+    def _batch(self, worker: Worker, after: PrimaryKey | None, limit: int) -> Batch:
         with self._link.reading() as connection:
             reach = worker.reach(connection, after, limit)
             if reach is None:
                 return Batch(0, None, more=False, written=0, failed=(), size=0)
-            if self._options.dry_run:
+            if self._options.dry_run and isinstance(worker, TableWorker):
                 batch = worker.rehearse(connection, after, reach, limit)
                 self._raise_if_wanted(batch)
                 return batch

@@ -11,6 +11,7 @@ from sqlalchemy.orm import ColumnProperty, Mapper, QueryableAttribute, registry
 from sqlalchemy.sql.expression import ColumnClause, TableClause
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from .._keyset import key_type
 from .._sql import key_version
 from ..exceptions import RotationError
 from ..models import LucentBase
@@ -244,7 +245,7 @@ def _target_table(owner: Table, columns: list[Column[Any]], schema: str | None) 
         plain.update((c.name, c) for c in owner.columns if c.name in target.bound_to)
     clause = table(
         owner.name,
-        *(column(c.name, c.type) for c in plain.values()),
+        *(column(c.name, key_type(c.type)) for c in plain.values()),
         *(column(c.name) for c in columns),
         schema=schema,
     )

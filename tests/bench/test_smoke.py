@@ -15,7 +15,7 @@ pytest.importorskip("sqlalchemy_encrypted_field")
 with warnings.catch_warnings():
     # advanced-alchemy uses what SQLAlchemy 2.1 has deprecated.
     warnings.simplefilter("ignore", DeprecationWarning)
-    from tests.bench import bench_growth
+    from tests.bench import bench_check, bench_growth
     from tests.bench.page import BENCHES, PLOTS, Result, write_page
 
 FIGURES = {
@@ -52,6 +52,12 @@ def test_every_benchmark_runs_and_the_page_holds_every_figure(tmp_path: Path) ->
     for plot in PLOTS.values():
         assert f"](_static/{plot.file})" in page
         assert (tmp_path / "_static" / plot.file).stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_constraint_runs() -> None:
+    figures = list(bench_check.measure(smoke=True))
+    assert len(figures) == 3 * 2 * 2
 
 
 def test_the_page_in_the_documentation_is_of_these_benchmarks() -> None:

@@ -35,7 +35,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import IntegrityError, StatementError
+from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import TypeDecorator
 
@@ -66,6 +66,7 @@ from sqlalchemy_lucent import (
     verify,
 )
 
+from ..databases import create_unguarded
 from .pages import ROOT
 from .printers import PRINTERS
 from .printers import VALUES as PRINTED
@@ -139,7 +140,7 @@ def stored(session: Session, table: str, column: str) -> list[bytes]:
     return [bytes(value) for value in rows]
 
 
-def overwrite(session: Session, table: str, column: str, value: bytes) -> None:
+def overwrite(session: Session, table: str, column: str, value: bytes | None) -> None:
     """Do what somebody does who can write to the database."""
     session.execute(text(f"UPDATE {table} SET {column} = :value"), {"value": value})
     session.expire_all()
@@ -192,12 +193,18 @@ def test_the_size_of_a_value_is_in_clear(session: Session) -> None:
 def test_a_changed_byte_anywhere_does_not_open(session: Session) -> None:
     secrets = LucentSecrets(session)
     (original, _) = stored(session, "lucent_secrets", "payload")
-    for position in range(len(original)):
+
+    def read_changed(position: int) -> None:
         changed = bytearray(original)
         changed[position] ^= 1
-        overwrite(session, "lucent_secrets", "payload", bytes(changed))
-        with pytest.raises(DecryptionError):
+        with session.begin_nested():
+            overwrite(session, "lucent_secrets", "payload", bytes(changed))
             secrets.get(KEY)
+
+    for position in range(len(original)):
+        # In the header, the database refuses some of them itself.
+        with pytest.raises((DecryptionError, DBAPIError)):
+            read_changed(position)
 
 
 def test_bytes_of_another_secret_do_not_open(session: Session) -> None:
@@ -230,10 +237,22 @@ def test_a_row_whose_binding_columns_were_changed_does_not_open(session: Session
         _ = session.get_one(Bound, "row 3").first
 
 
-def test_plaintext_in_the_column_is_not_taken_for_a_value(session: Session) -> None:
-    overwrite(session, "integrations", "first", b'{"token": "planted"}')
-    with pytest.raises(NotSealedError):
-        session.get_one(Integration, 1)
+def test_plaintext_is_refused_by_the_database(session: Session) -> None:
+    for table, column in (("integrations", "first"), ("lucent_secrets", "payload")):
+        with pytest.raises(DBAPIError) as refused, session.begin_nested():
+            overwrite(session, table, column, b'{"token": "planted"}')
+        assert "planted" not in shown(refused.value)
+        assert b"planted".hex() not in shown(refused.value)
+
+
+def test_plaintext_in_the_column_is_not_taken_for_a_value(engine: Engine) -> None:
+    create_unguarded(Base.metadata, engine)
+    with Session(engine) as session:
+        session.add(Integration(id=1, first=VALUE))
+        session.commit()
+        overwrite(session, "integrations", "first", b'{"token": "planted"}')
+        with pytest.raises(NotSealedError):
+            session.get_one(Integration, 1)
 
 
 def test_bytes_of_another_row_open_in_a_plain_column(session: Session) -> None:
@@ -361,6 +380,20 @@ def test_a_database_error_shows_no_value(session: Session) -> None:
     ],
     ids=["plain", "row-bound"],
 )
+@pytest.mark.parametrize(("column", "value"), [("payload", b"planted"), ("created_at", None)])
+def test_the_error_of_a_refused_row_shows_no_value(
+    session: Session, column: str, value: bytes | None
+) -> None:
+    (original, _) = stored(session, "lucent_secrets", "payload")
+    with pytest.raises(DBAPIError) as refused, session.begin_nested():
+        overwrite(session, "lucent_secrets", column, value)
+    for text_shown in (shown(refused.value), repr(refused.value.orig)):
+        assert "planted" not in text_shown
+        assert b"planted".hex() not in text_shown
+        assert original.hex()[:40] not in text_shown
+    assert "tenant_123" not in repr(refused.value.orig)
+
+
 def test_an_error_of_another_column_shows_no_value(
     session: Session, new: Callable[[], object]
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import enum
 import json
 import time
 import uuid
@@ -22,7 +21,6 @@ from sqlalchemy import (
     Connection,
     DateTime,
     Engine,
-    Enum,
     Float,
     ForeignKey,
     Integer,
@@ -64,6 +62,7 @@ from sqlalchemy_lucent import (
     status,
     verify,
 )
+from tests.primary_keys import CASES, keys_of
 
 
 def documents_table(*columns: Column[Any], name: str = "documents", **options: Any) -> Table:
@@ -237,61 +236,32 @@ def test_a_synchronous_engine_is_refused_by_arotate_and_the_reverse() -> None:
 # -- Tables of every shape -------------------------------------------------------------------------
 
 
-class Colour(enum.Enum):
-    RED = "r"
-    GREEN = "g"
-    BLUE = "b"
-
-
 MOMENT = dt.datetime(2026, 1, 1, tzinfo=dt.UTC).replace(tzinfo=None)
-
-KEYS: dict[str, tuple[list[TypeEngine[Any]], list[tuple[Any, ...]]]] = {
-    "integer": ([Integer()], [(n,) for n in (-3, 0, 5, 2**31 - 1)]),
-    "text": ([String(50)], [("",), ("A",), ("a b",), ("ß'\"\\%s:x",), ("z" * 50,)]),
-    "uuid": ([Uuid()], [(uuid.UUID(int=n),) for n in (0, 7, 2**127)]),
-    "bytes": ([LargeBinary(20)], [(b"\x00",), (b"a'\\",), (b"\xff" * 9,)]),
-    "decimal": ([Numeric(10, 3)], [(Decimal("-1.500"),), (Decimal("2.250"),)]),
-    "moment": ([DateTime()], [(MOMENT + dt.timedelta(days=n),) for n in range(3)]),
-    "enum": ([Enum(Colour, name="colour")], [(c,) for c in Colour]),
-    "composite": (
-        [String(20), Integer(), Uuid()],
-        [(s, n, uuid.UUID(int=u)) for s in ("a", "b") for n in (1, 2) for u in (1, 2)],
-    ),
-}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("shape", list(KEYS))
+@pytest.mark.parametrize(("url", "shape"), CASES, indirect=["url"])
 @pytest.mark.filterwarnings("ignore:Dialect sqlite.pysqlite does .not. support Decimal")
+@pytest.mark.filterwarnings("ignore:Type object .* does not refer to an OperatorClass")
 def test_any_primary_key_serves(
     engine: Engine, promoted: Keyring, shape: str, batch_size: int
 ) -> None:
-    types, keys = KEYS[shape]
-    if shape == "bytes" and engine.dialect.name == "mysql":
-        from sqlalchemy.dialects.mysql import VARBINARY
-
-        types = [VARBINARY(20)]
-    table = documents_table(
-        *(
-            Column(f"k{n}", type_, primary_key=True, autoincrement=False)
-            for n, type_ in enumerate(types)
-        )
-    )
-    table.metadata.create_all(engine)
+    keys = keys_of(shape)
+    table = documents_table(*keys.columns())
     with engine.begin() as connection:
+        if keys.extension is not None:
+            connection.exec_driver_sql(f"CREATE EXTENSION IF NOT EXISTS {keys.extension}")
+        table.metadata.create_all(connection)
         connection.execute(
             insert(table),
-            [
-                {**{f"k{n}": part for n, part in enumerate(key)}, "payload": {"key": repr(key)}}
-                for key in keys
-            ],
+            [{**keys.row(key), "payload": n} for n, key in enumerate(keys.values)],
         )
     report = rotate(engine, table, keyring=promoted, batch_size=batch_size)
-    assert (report.ok, report.rotated) == (True, len(keys))
+    assert (report.ok, report.rotated) == (True, len(keys.values))
     set_default_keyring(promoted.without("v1"))
     with engine.connect() as connection:
         for *key, payload in connection.execute(select(table)):
-            assert payload == {"key": repr(tuple(key))}
+            assert keys.values[payload] == tuple(key)
     table.metadata.drop_all(engine)
 
 

@@ -270,11 +270,11 @@ def keyed(*key: Column[Any]) -> Table:
 
 def derived_table_first(connection: Connection, target: TargetTable) -> JoinWriter:
     """The form that MySQL takes, and MariaDB where the model has another primary key."""
-    return JoinWriter(target, connection.dialect, (), rows_first=False)
+    return JoinWriter(target, connection.dialect, (), 16 << 20, rows_first=False)
 
 
-def row_by_row(_: Connection, target: TargetTable) -> RowWriter:
-    return RowWriter(target)
+def row_by_row(connection: Connection, target: TargetTable) -> RowWriter:
+    return RowWriter(target, connection.dialect)
 
 
 TYPES: dict[str, Any] = {

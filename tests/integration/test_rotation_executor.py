@@ -64,7 +64,7 @@ from sqlalchemy_lucent.rotation._task import Task
 from sqlalchemy_lucent.rotation.targets import resolve_targets
 from tests.conftest import KEY_1, KEY_2, Databases
 from tests.databases import drop_everything
-from tests.integration.test_rotation import KEYS, documents_table
+from tests.integration.test_rotation import documents_table
 from tests.integration.workers import (
     ROOT,
     contents,
@@ -76,6 +76,7 @@ from tests.integration.workers import (
     sharing,
     start,
 )
+from tests.primary_keys import KEYS
 
 SPAWN = multiprocessing.get_context("spawn")
 ROWS = 300
@@ -188,26 +189,12 @@ def test_any_primary_key_is_cut_and_sent(
     shape: str,
     updates: list[str],
 ) -> None:
-    types, primary_keys = KEYS[shape]
-    if shape == "bytes" and server_engine.dialect.name == "mysql":
-        from sqlalchemy.dialects.mysql import VARBINARY
-
-        types = [VARBINARY(20)]
-    table = documents_table(
-        *(
-            Column(f"k{n}", type_, primary_key=True, autoincrement=False)
-            for n, type_ in enumerate(types)
-        )
-    )
+    case = KEYS[shape]
+    table = documents_table(*case.columns())
     table.metadata.create_all(server_engine)
     with server_engine.begin() as connection:
-        connection.execute(
-            insert(table),
-            [
-                {**{f"k{n}": part for n, part in enumerate(key)}, "payload": {"key": repr(key)}}
-                for key in primary_keys
-            ],
-        )
+        rows = [{**case.row(key), "payload": {"key": repr(key)}} for key in case.values]
+        connection.execute(insert(table), rows)
     report = rotate(
         server_engine,
         table,
@@ -217,7 +204,7 @@ def test_any_primary_key_is_cut_and_sent(
         batch_size=1,
         connect=sharing.connect,
     )
-    assert (report.ok, report.rotated) == (True, len(primary_keys))
+    assert (report.ok, report.rotated) == (True, len(case.values))
     # MySQL orders an ENUM by position and compares it as text: the last passes find what is left.
     assert updates == [] or (shape == "enum" and server_engine.dialect.name == "mysql")
     set_default_keyring(promoted.without("v1"))
@@ -495,29 +482,15 @@ def ranges_of(engine: Engine, table: Table, ranges: int, least_rows: int = 1) ->
 @pytest.mark.parametrize("shape", list(KEYS))
 @pytest.mark.filterwarnings("ignore:Dialect sqlite.pysqlite does .not. support Decimal")
 def test_ranges_have_every_stale_row_once(engine: Engine, promoted: Keyring, shape: str) -> None:
-    types, primary_keys = KEYS[shape]
-    if shape == "bytes" and engine.dialect.name == "mysql":
-        from sqlalchemy.dialects.mysql import VARBINARY
-
-        types = [VARBINARY(20)]
-    columns = [
-        Column(f"k{n}", type_, primary_key=True, autoincrement=False)
-        for n, type_ in enumerate(types)
-    ]
-    table = documents_table(*columns)
+    case = KEYS[shape]
+    table = documents_table(*case.columns())
     table.metadata.create_all(engine)
     with engine.begin() as connection:
-        connection.execute(
-            insert(table),
-            [
-                {**{f"k{n}": part for n, part in enumerate(key)}, "payload": 1}
-                for key in primary_keys
-            ],
-        )
+        connection.execute(insert(table), [{**case.row(key), "payload": 1} for key in case.values])
     (target,) = resolve_targets(table, engine)
     for wanted in (1, 2, 3, 100):
         found = ranges_of(engine, table, wanted)
-        assert len(found) == min(wanted, len(primary_keys))
+        assert len(found) == min(wanted, len(case.values))
         assert [found[0].after, found[-1].upto] == [None, None]
         assert [r.after for r in found[1:]] == [r.upto for r in found[:-1]]
         with engine.connect() as connection:
@@ -529,7 +502,7 @@ def test_ranges_have_every_stale_row_once(engine: Engine, promoted: Keyring, sha
                 rows = worker.read(connection, range_.after, None, upto=range_.upto)
                 sizes.append(len(rows))
                 seen += [worker.primary_key_of(row) for row in rows]
-        assert sorted(map(repr, seen)) == sorted(map(repr, primary_keys))
+        assert sorted(map(repr, seen)) == sorted(map(repr, case.values))
         assert max(sizes[:-1], default=0) <= sizes[-1] < max(sizes) + len(found)
     table.metadata.drop_all(engine)
 

@@ -22,8 +22,9 @@ ledger = Table(
     "ledger",
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
-    Column("free", EncryptedJSON(lazy=True)),
-    Column("bound", EncryptedJSON(bound_to=["id"])),
+    # Without the CHECK constraint: some tests put what is not sealed into it.
+    Column("free", EncryptedJSON(lazy=True, create_constraint=False)),
+    Column("bound", EncryptedJSON(bound_to=["id"], create_constraint=False)),
 )
 
 
