@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import TypeDecorator, UserDefinedType
 
@@ -369,3 +370,38 @@ def test_copied_table_checks_the_values_of_its_own_columns() -> None:
         connection.execute(copied.insert().values(owner=7, secret=Bound(1, row=(7,))))
         with pytest.raises(ConfigurationError, match="was given one of type int"):
             connection.execute(table.insert().values(owner=7, secret=Bound(1, row=(7,))))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][2] is not None])
+def test_async_drivers_give_back_the_same(
+    run_async: Callable[[Callable[[AsyncEngine], Awaitable[None]]], None], name: str
+) -> None:
+    type_, value, expected = CASES[name]
+
+    async def work(engine: AsyncEngine) -> None:
+        class Base(DeclarativeBase):
+            pass
+
+        class Vault(Base):
+            __tablename__ = "vaults"
+
+            id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+            owner: Mapped[Any] = mapped_column(type_)
+            secret: Mapped[Any] = row_bound("owner")
+
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
+        async with AsyncSession(engine) as session:
+            session.add(Vault(id=1, owner=value, secret={"n": 1}))
+            if expected == REFUSED:
+                with pytest.raises((ConfigurationError, StatementError)):
+                    await session.commit()
+            else:
+                await session.commit()
+                session.expunge_all()
+                assert (await session.scalars(select(Vault))).one().secret == {"n": 1}
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.drop_all)
+        Base.registry.dispose()
+
+    run_async(work)
