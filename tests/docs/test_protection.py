@@ -372,14 +372,6 @@ def test_a_database_error_shows_no_value(session: Session) -> None:
     assert MARKER not in shown(caught.value)
 
 
-@pytest.mark.parametrize(
-    "new",
-    [
-        lambda: Integration(id=3, first=VALUE, second=VALUE, note="bad"),
-        lambda: Bound(id="row 3", first=VALUE, note="bad"),
-    ],
-    ids=["plain", "row-bound"],
-)
 @pytest.mark.parametrize(("column", "value"), [("payload", b"planted"), ("created_at", None)])
 def test_the_error_of_a_refused_row_shows_no_value(
     session: Session, column: str, value: bytes | None
@@ -394,6 +386,14 @@ def test_the_error_of_a_refused_row_shows_no_value(
     assert "tenant_123" not in repr(refused.value.orig)
 
 
+@pytest.mark.parametrize(
+    "new",
+    [
+        lambda: Integration(id=3, first=VALUE, second=VALUE, note="bad"),
+        lambda: Bound(id="row 3", first=VALUE, note="bad"),
+    ],
+    ids=["plain", "row-bound"],
+)
 def test_an_error_of_another_column_shows_no_value(
     session: Session, new: Callable[[], object]
 ) -> None:
