@@ -35,7 +35,12 @@ from sqlalchemy.sql.expression import ColumnClause, TableClause
 from .._dialects import is_mysql
 from .._envelope import LONGEST_PREFIX, parse
 from .._keyset import in_the_form_of, is_behind, order_of
-from ..exceptions import ConfigurationError, DecryptionError, RotationError
+from ..exceptions import (
+    ConfigurationError,
+    DecryptionError,
+    RotationError,
+    UnknownKeyVersionError,
+)
 from ..keyring import Keyring
 from ..types import as_bytes, encode_row, open_in_contexts
 from ._pace import BATCH_BYTES
@@ -125,6 +130,12 @@ class _Renewed:
         chosen.old = [self.old[place[number]] for number in numbers]
         chosen.new = [self.new[place[number]] for number in numbers]
         return chosen
+
+
+_SAME_KEY: Final = (
+    "it names the primary's own key by another version: a rotation between two names of one key "
+    "renews nothing. Give the new version a key of its own, from generate_master_key()"
+)
 
 
 class SealedColumn:
@@ -612,9 +623,16 @@ class TableWorker(Rows):
 
     def _failure(self, row: Sequence[Any], sealed: SealedColumn, error: Exception) -> FailedRow:
         envelope = parse(as_bytes(row[sealed.position]))
-        key = (envelope.version, envelope.key_id.hex()) if envelope else (None, None)
+        is_primary = envelope is not None and sealed.header.endswith(envelope.key_id)
+        reason = _SAME_KEY if is_primary and isinstance(error, UnknownKeyVersionError) else None
         return FailedRow(
-            self.target.name, sealed.name, self.primary_key_of(row), type(error).__name__, *key
+            self.target.name,
+            sealed.name,
+            self.primary_key_of(row),
+            type(error).__name__,
+            envelope.version if envelope else None,
+            envelope.key_id.hex() if envelope else None,
+            reason,
         )
 
     # -- batches ---------------------------------------------------------------------------------

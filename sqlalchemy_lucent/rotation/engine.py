@@ -288,20 +288,7 @@ class _Run:
         """Rotate `tables`."""
         known = self._link.read(lambda connection: survey(connection, tables))
         report = self.drive([self._worker(table) for table in known.tables])
-        self._refuse_one_key_under_two_versions(report)
         return replace(report, left_out=known.left_out)
-
-    def _refuse_one_key_under_two_versions(self, report: RotationReport) -> None:
-        """A keyring cannot hold both names, so their values failed for want of the other."""
-        fingerprint = self._keyring.fingerprint(self._keyring.primary)
-        for row in report.failed:
-            if row.fingerprint == fingerprint and row.key_version != self._keyring.primary:
-                raise RotationError(
-                    f"values of {row.table}.{row.column} are sealed under {row.key_version!r} with "
-                    f"the primary's key, {self._keyring.primary!r} (fingerprint {fingerprint}): "
-                    "a rotation between two names of one key renews nothing. Give the new version "
-                    "a key of its own, from generate_master_key()"
-                )
 
     def drive(self, workers: Sequence[Worker]) -> RotationReport:
         """Run `workers`, one after the other, until each is done."""

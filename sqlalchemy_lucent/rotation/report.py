@@ -25,7 +25,7 @@ class FailedRow:
     fingerprint: str | None = None
     """The fingerprint of that key."""
     reason: str | None = None
-    """What the database said, if it refused to change the row."""
+    """What the database said, if it refused to change the row; or why no rotation helps it."""
 
 
 class Failures:

@@ -42,7 +42,6 @@ from sqlalchemy.types import TypeDecorator
 from sqlalchemy_lucent import (
     DecryptionError,
     EncryptedJSON,
-    KeyInUseError,
     Keyring,
     LucentBase,
     LucentError,
@@ -58,7 +57,6 @@ from sqlalchemy_lucent import (
     WrongKeyError,
     generate_master_key,
     migrations,
-    retire_check,
     rotate,
     row_bound,
     set_default_keyring,
@@ -238,17 +236,19 @@ def test_a_row_whose_binding_columns_were_changed_does_not_open(session: Session
 
 
 def test_plaintext_is_refused_by_the_database(session: Session) -> None:
+    word = "planted"  # by name, because a traceback shows lines of code
+    plaintext = f'{{"token": "{word}"}}'.encode()
     for table, column in (("integrations", "first"), ("lucent_secrets", "payload")):
         with pytest.raises(DBAPIError) as refused, session.begin_nested():
-            overwrite(session, table, column, b'{"token": "planted"}')
-        assert "planted" not in shown(refused.value)
-        assert b"planted".hex() not in shown(refused.value)
+            overwrite(session, table, column, plaintext)
+        assert f'"{word}"' not in shown(refused.value).replace(f'word = "{word}"', "")
+        assert word.encode().hex() not in shown(refused.value)
 
 
 def test_plaintext_in_the_column_is_not_taken_for_a_value(engine: Engine) -> None:
     create_unguarded(Base.metadata, engine)
     with Session(engine) as session:
-        session.add(Integration(id=1, first=VALUE))
+        session.add(Integration(id=1, first=VALUE, second=VALUE))
         session.commit()
         overwrite(session, "integrations", "first", b'{"token": "planted"}')
         with pytest.raises(NotSealedError):
@@ -334,8 +334,6 @@ def test_tables_counts_and_lists_need_no_key(session: Session, engine: Engine) -
     set_default_keyring(no_keyring)
     LucentBase.metadata.create_all(engine)
     assert {row.count for row in status(engine).rows} == {2}
-    with pytest.raises(KeyInUseError, match=r"2 in lucent_secrets\.payload"):
-        retire_check(engine, "v1")
     assert [str(info.key) for info in LucentSecrets(session).list()] == [KEY, OTHER_KEY]
 
 

@@ -26,7 +26,9 @@ def count(*files: Path) -> int:
     return sum(file.read_bytes().count(MARK.encode()) for file in files)
 
 
-def encrypt_users(engine: Engine, *, nullable: bool = True, large: int = 3_000) -> None:
+def encrypt_users(
+    engine: Engine, *, nullable: bool = True, large: int = 3_000, constraint: bool = True
+) -> None:
     """Fill table ``users`` with plaintext, some of it `large`, and encrypt it."""
     table = Table(
         "users",
@@ -40,7 +42,13 @@ def encrypt_users(engine: Engine, *, nullable: bool = True, large: int = 3_000) 
         connection.execute(table.insert(), [{"credentials": value} for value in values])
     with engine.connect() as connection:
         operations = Operations(MigrationContext.configure(connection))
-        encrypt_column("users", "credentials", existing_type=sa.JSON(), operations=operations)
+        encrypt_column(
+            "users",
+            "credentials",
+            existing_type=sa.JSON(),
+            create_constraint=constraint,
+            operations=operations,
+        )
 
 
 def run(engine: Engine, *statements: str) -> None:
@@ -160,9 +168,9 @@ def mysql(databases: Databases) -> Iterator[Engine]:
     engine.dispose()
 
 
-@pytest.mark.parametrize("nullable", [True, False])
-def test_mariadb_keeps_a_nullable_column_in_the_rows_until_the_table_is_rebuilt(
-    mysql: Engine, nullable: bool
+@pytest.mark.parametrize(("nullable", "constraint"), [(True, False), (True, True), (False, False)])
+def test_mariadb_keeps_a_nullable_column_without_a_constraint_until_the_table_is_rebuilt(
+    mysql: Engine, nullable: bool, constraint: bool
 ) -> None:
     file = data_directory(mysql, "SELECT @@datadir") / str(mysql.url.database) / "users.ibd"
 
@@ -170,11 +178,11 @@ def test_mariadb_keeps_a_nullable_column_in_the_rows_until_the_table_is_rebuilt(
         run(mysql, "FLUSH TABLES users FOR EXPORT", "UNLOCK TABLES")  # writes what is in memory
         return count(file)
 
-    encrypt_users(mysql, nullable=nullable, large=20_000)
-    if nullable:
+    encrypt_users(mysql, nullable=nullable, large=20_000, constraint=constraint)
+    if nullable and not constraint:
         assert left() >= 100
     else:
-        assert not left()  # NOT NULL cannot be set in an instant
+        assert not left()  # neither NOT NULL nor a constraint is added in an instant
 
     run(mysql, "OPTIMIZE TABLE users")
     assert not left()

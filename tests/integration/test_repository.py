@@ -36,6 +36,7 @@ from sqlalchemy_lucent import (
     TamperedError,
     UnknownKeyVersionError,
 )
+from tests.databases import create_unguarded
 
 KEY = SecretKey("tenant", "t1", "stripe", "apiKey")
 OTHER = SecretKey("tenant", "t2", "stripe", "apiKey")
@@ -44,6 +45,14 @@ OTHER = SecretKey("tenant", "t2", "stripe", "apiKey")
 @pytest.fixture
 def session(engine: Engine) -> Iterator[Session]:
     LucentBase.metadata.create_all(engine)
+    with Session(engine) as session:
+        yield session
+
+
+@pytest.fixture
+def unguarded(engine: Engine) -> Iterator[Session]:
+    """A table that lets in what is not sealed."""
+    create_unguarded(LucentBase.metadata, engine)
     with Session(engine) as session:
         yield session
 
@@ -245,11 +254,10 @@ def test_bytes_of_another_secret_do_not_open(session: Session, secrets: LucentSe
     assert secrets.require(KEY) == 1
 
 
-def test_plaintext_in_the_table_is_refused_and_listed(
-    session: Session, secrets: LucentSecrets
-) -> None:
+def test_plaintext_in_the_table_is_refused_and_listed(unguarded: Session) -> None:
+    secrets = LucentSecrets(unguarded)
     secrets.set(KEY, 1)
-    overwrite(session, KEY, b'{"token": "hunter2"}')
+    overwrite(unguarded, KEY, b'{"token": "hunter2"}')
     with pytest.raises(NotSealedError) as caught:
         secrets.require(KEY)
     assert "hunter2" not in str(caught.value)
@@ -329,10 +337,11 @@ def test_part_of_a_token_is_no_token(secrets: LucentSecrets, cut: int) -> None:
     assert secrets.require(KEY) == 1
 
 
-def test_bytes_that_are_not_sealed_have_no_token(secrets: LucentSecrets, session: Session) -> None:
+def test_bytes_that_are_not_sealed_have_no_token(unguarded: Session) -> None:
+    secrets = LucentSecrets(unguarded)
     secrets.set(KEY, 1)
     for foreign in (b"", b"v1:", b'{"a": 1}'):
-        overwrite(session, KEY, foreign)
+        overwrite(unguarded, KEY, foreign)
         (info,) = secrets.list()
         assert (info.token, info.key_version) == (None, None)
 
