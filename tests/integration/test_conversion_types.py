@@ -10,12 +10,14 @@ import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
+from packaging.version import Version
 from sqlalchemy import Connection, MetaData, Table, create_engine
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -240,6 +242,8 @@ def each(of: dict[str, Case], labels: Iterable[str] = DRIVERS) -> pytest.MarkDec
 def test_a_type_with_json_values_is_converted_and_comes_back(
     database: Database, label: str, name: str
 ) -> None:
+    if (label, name) == ("asyncmy", "unsigned") and Version(version("asyncmy")) < Version("0.2.11"):
+        pytest.skip("asyncmy before 0.2.11 takes no integer past 63 bits")
     type_, values, _ = CONVERTED[name]
     plain = table_of(type_)
 
