@@ -140,6 +140,14 @@ def create_unguarded(metadata: MetaData, bind: Engine | Connection) -> None:
             type_.create_constraint = True
 
 
+def create_extension(connection: Connection, name: str) -> None:
+    """Create an extension of PostgreSQL, or skip where the server (that of the wheel) lacks it."""
+    available = text("SELECT count(*) FROM pg_available_extensions WHERE name = :name")
+    if not connection.scalar(available, {"name": name}):
+        pytest.skip(f"this PostgreSQL has no extension {name}")
+    connection.execute(text(f"CREATE EXTENSION IF NOT EXISTS {name}"))
+
+
 def drop_everything(engine: Engine) -> None:
     """Drop every table, so that the next test begins with none."""
     metadata = MetaData()

@@ -21,6 +21,7 @@ from sqlalchemy_lucent import (
     set_default_keyring,
     status,
 )
+from tests.databases import create_extension
 from tests.primary_keys import CASES, Keys, keys_of
 
 LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE", "mysql": "LOCK TABLES"}
@@ -45,7 +46,7 @@ def engine(request: pytest.FixtureRequest, keys: Keys, databases: Any) -> Iterat
     engine = create_engine(databases.url(kind))
     if keys.extension is not None:
         with engine.begin() as connection:
-            connection.exec_driver_sql(f"CREATE EXTENSION IF NOT EXISTS {keys.extension}")
+            create_extension(connection, keys.extension)
     yield engine
     table_of(keys, sa.JSON()).metadata.drop_all(engine)
     engine.dispose()

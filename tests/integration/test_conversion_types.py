@@ -25,7 +25,7 @@ from sqlalchemy.types import TypeEngine
 
 from sqlalchemy_lucent import EncryptedJSON, RotationError
 from sqlalchemy_lucent.migrations import decrypt_column, encrypt_column
-from tests.databases import ASYNC_DRIVERS, SYNC_DRIVERS
+from tests.databases import ASYNC_DRIVERS, SYNC_DRIVERS, create_extension
 
 DRIVERS = {kind: (kind, driver) for kind, driver in SYNC_DRIVERS.items()} | ASYNC_DRIVERS
 POSTGRESQL, MYSQL = ("postgresql",), ("mysql",)
@@ -189,7 +189,7 @@ def database(label: str, databases: Any, opened: dict[str, Database]) -> Iterato
 
 def _create_extensions(connection: Connection) -> None:
     for extension in ("hstore", "citext"):
-        connection.exec_driver_sql(f"CREATE EXTENSION IF NOT EXISTS {extension}")
+        create_extension(connection, extension)
 
 
 def filling(table: Table, values: list[Any]) -> Any:

@@ -62,6 +62,7 @@ from sqlalchemy_lucent import (
     status,
     verify,
 )
+from tests.databases import create_extension
 from tests.primary_keys import CASES, keys_of
 
 
@@ -251,7 +252,7 @@ def test_any_primary_key_serves(
     table = documents_table(*keys.columns())
     with engine.begin() as connection:
         if keys.extension is not None:
-            connection.exec_driver_sql(f"CREATE EXTENSION IF NOT EXISTS {keys.extension}")
+            create_extension(connection, keys.extension)
         table.metadata.create_all(connection)
         connection.execute(
             insert(table),
