@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import column as column_clause
 from sqlalchemy import table as table_clause
-from sqlalchemy.types import NullType, TypeEngine, _Binary, to_instance
+from sqlalchemy.types import TypeEngine, to_instance
 
 from .. import _sql
 from ..exceptions import RotationError
@@ -31,6 +31,7 @@ from ..keyring import default_keyring
 from ..models import secrets_table
 from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate
 from ..rotation._faults import Fault, errors_of, fault_of
+from ..rotation._relations import is_binary
 from ..rotation._visible import refuse_hidden_rows
 from ..rotation.convert import RebindWorker
 from ..rotation.engine import run_workers
@@ -299,7 +300,7 @@ def _is_plain(
     connection: Connection, operation: ColumnOp, schema: str | None, type_: TypeEngine[Any]
 ) -> bool:
     """Say whether the column never held a sealed value, as far as its type tells."""
-    if isinstance(getattr(type_, "data_type", type_), (_Binary, NullType)):  # of a domain
+    if is_binary(type_):
         return False
     if connection.dialect.name != "sqlite":
         return True

@@ -241,9 +241,8 @@ def _fingerprint(version: str, keyring: Keyring | None) -> str | None:
 
 
 def _raise_if_key_has_another_name(report: StatusReport, version: str, fingerprint: str) -> None:
-    same = [row for row in report.rows if row.fingerprint == fingerprint]
-    for row in same:
-        if row.key_version != version:
+    for row in report.rows:
+        if row.fingerprint == fingerprint and row.key_version != version:
             raise KeyInUseError(
                 f"the key of version {version!r} is still needed: {row.count} values in "
                 f"{row.table}.{row.column} are sealed with it under the name {row.key_version!r} "

@@ -5,7 +5,6 @@ The files of the database are searched, before and after what ``docs/alembic.md`
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,11 +12,12 @@ import pytest
 import sqlalchemy as sa
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Column, Engine, Integer, MetaData, Table, create_engine, event
+from sqlalchemy import Column, Engine, Integer, MetaData, Table, create_engine
 
 from sqlalchemy_lucent.migrations import encrypt_column
 from tests.conftest import Databases
 from tests.databases import drop_everything
+from tests.disk import data_directory, run, sqlite_engine
 
 MARK = "sk_live_PLAINTEXT"
 
@@ -51,31 +51,20 @@ def encrypt_users(
         )
 
 
-def run(engine: Engine, *statements: str) -> None:
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        for statement in statements:
-            connection.exec_driver_sql(statement)
-
-
 # -- SQLite ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def sqlite(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
-    engine = create_engine(f"sqlite:///{tmp_path}/app.db")
+    opened: list[Engine] = []
 
     def configured(**pragmas: str) -> Engine:
-        @event.listens_for(engine, "connect")
-        def configure(connection: sa.engine.interfaces.DBAPIConnection, _: object) -> None:
-            cursor = connection.cursor()
-            for name, value in pragmas.items():
-                cursor.execute(f"PRAGMA {name} = {value}")
-            cursor.close()
-
-        return engine
+        opened.append(sqlite_engine(tmp_path, **pragmas))
+        return opened[-1]
 
     yield configured
-    engine.dispose()
+    for engine in opened:
+        engine.dispose()
 
 
 def test_sqlite_keeps_it_in_free_pages_until_vacuum(
@@ -115,15 +104,6 @@ def test_sqlite_keeps_it_in_the_wal_until_a_checkpoint(
 
 
 # -- servers ---------------------------------------------------------------------------------------
-
-
-def data_directory(engine: Engine, statement: str) -> Path:
-    """The server's folder, if it is on this machine and may be read."""
-    with engine.connect() as connection:
-        folder = Path(str(connection.scalar(sa.text(statement))))
-    if not os.access(folder, os.R_OK | os.X_OK):
-        pytest.skip(f"{folder}, where the server keeps its data, cannot be read from here")
-    return folder
 
 
 @pytest.fixture

@@ -7,16 +7,14 @@ say to do.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Column, Engine, Index, Integer, MetaData, Table, create_engine, event
+from sqlalchemy import Column, Engine, Index, Integer, MetaData, Table
 
 from sqlalchemy_lucent import EncryptedJSON, Keyring, rotate
-from tests.conftest import Databases
-from tests.databases import drop_everything
+from tests.disk import data_directory, run, sqlite_engine
 
 ROWS = 2_000
 OLD = b"v1:\x01"
@@ -42,12 +40,6 @@ def fill(engine: Engine, *, fillfactor: int | None = None, indexed: bool = False
     return table.metadata
 
 
-def run(engine: Engine, *statements: str) -> None:
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        for statement in statements:
-            connection.exec_driver_sql(statement)
-
-
 def count(*files: Path) -> int:
     return sum(file.read_bytes().count(OLD) for file in files if file.exists())
 
@@ -55,23 +47,10 @@ def count(*files: Path) -> int:
 # -- SQLite ----------------------------------------------------------------------------------------
 
 
-def sqlite(directory: Path, **pragmas: str) -> Engine:
-    engine = create_engine(f"sqlite:///{directory}/app.db")
-
-    @event.listens_for(engine, "connect")
-    def configure(connection: sa.engine.interfaces.DBAPIConnection, _: object) -> None:
-        cursor = connection.cursor()
-        for name, value in pragmas.items():
-            cursor.execute(f"PRAGMA {name} = {value}")
-        cursor.close()
-
-    return engine
-
-
 def test_sqlite_overwrites_the_old_values_but_keeps_them_in_the_wal_until_a_truncating_checkpoint(
     tmp_path: Path, promoted: Keyring
 ) -> None:
-    engine = sqlite(tmp_path, secure_delete="OFF", journal_mode="WAL")
+    engine = sqlite_engine(tmp_path, secure_delete="OFF", journal_mode="WAL")
     with engine.connect():  # the last connection that closes removes the WAL
         metadata = fill(engine)
         assert rotate(engine, metadata, keyring=promoted).ok
@@ -84,7 +63,7 @@ def test_sqlite_overwrites_the_old_values_but_keeps_them_in_the_wal_until_a_trun
 
 
 def test_sqlite_without_a_wal_keeps_none_after_vacuum(tmp_path: Path, promoted: Keyring) -> None:
-    engine = sqlite(tmp_path, secure_delete="OFF", journal_mode="DELETE")
+    engine = sqlite_engine(tmp_path, secure_delete="OFF", journal_mode="DELETE")
     metadata = fill(engine)
     assert count(*tmp_path.iterdir()) >= ROWS
     assert rotate(engine, metadata, keyring=promoted).ok
@@ -96,39 +75,31 @@ def test_sqlite_without_a_wal_keeps_none_after_vacuum(tmp_path: Path, promoted: 
 # -- PostgreSQL ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def postgresql(databases: Databases) -> Iterator[Engine]:
-    engine = create_engine(databases.url("postgresql"))
-    yield engine
-    drop_everything(engine)
-    engine.dispose()
+on_postgresql = pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 
 
-def postgresql_files(engine: Engine) -> list[Path]:
+def postgresql_file(engine: Engine) -> Path:
+    folder = data_directory(engine, "SHOW data_directory")
     with engine.connect() as connection:
-        folder = Path(str(connection.scalar(sa.text("SHOW data_directory"))))
         file = connection.scalar(sa.text("SELECT pg_relation_filepath('accounts')"))
-    try:
-        (folder / str(file)).stat()
-    except OSError:
-        pytest.skip(f"{folder}, where the server keeps its data, cannot be read from here")
-    return [folder / str(file)]
+    return folder / str(file)
 
 
+@on_postgresql
 def test_postgresql_keeps_most_old_values_after_vacuum_and_none_after_vacuum_full(
-    postgresql: Engine, promoted: Keyring
+    engine: Engine, promoted: Keyring
 ) -> None:
     def left() -> int:
-        run(postgresql, "CHECKPOINT")
-        return count(*postgresql_files(postgresql))
+        run(engine, "CHECKPOINT")
+        return count(postgresql_file(engine))
 
-    metadata = fill(postgresql)
+    metadata = fill(engine)
     assert left() == ROWS
-    assert rotate(postgresql, metadata, keyring=promoted).ok
-    run(postgresql, "VACUUM accounts")
+    assert rotate(engine, metadata, keyring=promoted).ok
+    run(engine, "VACUUM accounts")
     assert left() > ROWS / 2
 
-    run(postgresql, "VACUUM FULL accounts")
+    run(engine, "VACUUM FULL accounts")
     assert left() == 0
 
 
@@ -157,56 +128,50 @@ def growth(engine: Engine, metadata: MetaData, keyring: Keyring) -> float:
     return float(after / before)
 
 
-def test_postgresql_doubles_a_full_table(postgresql: Engine, promoted: Keyring) -> None:
-    metadata = fill(postgresql)
-    assert growth(postgresql, metadata, promoted) > 1.8
-    updated, hot = updates(postgresql)
+@on_postgresql
+def test_postgresql_doubles_a_full_table(engine: Engine, promoted: Keyring) -> None:
+    metadata = fill(engine)
+    assert growth(engine, metadata, promoted) > 1.8
+    updated, hot = updates(engine)
     assert (updated, hot < ROWS / 10) == (ROWS, True)
 
 
+@on_postgresql
 def test_postgresql_grows_nothing_where_pages_were_half_empty(
-    postgresql: Engine, promoted: Keyring
+    engine: Engine, promoted: Keyring
 ) -> None:
-    metadata = fill(postgresql, fillfactor=50)
-    assert growth(postgresql, metadata, promoted) < 1.05
-    updated, hot = updates(postgresql)
+    metadata = fill(engine, fillfactor=50)
+    assert growth(engine, metadata, promoted) < 1.05
+    updated, hot = updates(engine)
     assert (updated, hot > ROWS * 0.95) == (ROWS, True)
 
 
+@on_postgresql
 def test_an_index_on_the_key_version_leaves_no_update_within_its_page(
-    postgresql: Engine, promoted: Keyring
+    engine: Engine, promoted: Keyring
 ) -> None:
-    metadata = fill(postgresql, fillfactor=50, indexed=True)
-    growth(postgresql, metadata, promoted)
-    assert updates(postgresql) == (ROWS, 0)
+    metadata = fill(engine, fillfactor=50, indexed=True)
+    growth(engine, metadata, promoted)
+    assert updates(engine) == (ROWS, 0)
 
 
 # -- MariaDB ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("url", ["mysql"], indirect=True)
 def test_mariadb_keeps_some_old_values_until_the_table_is_rebuilt(
-    databases: Databases, promoted: Keyring
+    engine: Engine, promoted: Keyring
 ) -> None:
-    engine = create_engine(databases.url("mysql"))
-    try:
-        with engine.connect() as connection:
-            folder = Path(str(connection.scalar(sa.text("SELECT @@datadir"))))
-        file = folder / str(engine.url.database) / "accounts.ibd"
+    file = data_directory(engine, "SELECT @@datadir") / str(engine.url.database) / "accounts.ibd"
 
-        def left() -> int:
-            run(engine, "FLUSH TABLES accounts FOR EXPORT", "UNLOCK TABLES")
-            return count(file)
+    def left() -> int:
+        run(engine, "FLUSH TABLES accounts FOR EXPORT", "UNLOCK TABLES")
+        return count(file)
 
-        metadata = fill(engine)
-        try:
-            assert left() >= ROWS
-        except PermissionError:
-            pytest.skip(f"{folder}, where the server keeps its data, cannot be read from here")
-        assert rotate(engine, metadata, keyring=promoted).ok
-        assert left() < ROWS / 2  # most are overwritten in place
+    metadata = fill(engine)
+    assert left() >= ROWS
+    assert rotate(engine, metadata, keyring=promoted).ok
+    assert left() < ROWS / 2  # most are overwritten in place
 
-        run(engine, "OPTIMIZE TABLE accounts")
-        assert left() == 0
-    finally:
-        drop_everything(engine)
-        engine.dispose()
+    run(engine, "OPTIMIZE TABLE accounts")
+    assert left() == 0
