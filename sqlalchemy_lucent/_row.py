@@ -26,8 +26,8 @@ from sqlalchemy import (
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from ._dialects import is_mysql
 from ._envelope import length_prefixed
+from ._sql import is_mysql
 from .exceptions import ConfigurationError
 
 RowPart = str | int | uuid.UUID

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
 
-from sqlalchemy import BinaryExpression, Boolean, CompoundSelect, Select, String
+from sqlalchemy import BinaryExpression, Boolean, CompoundSelect, Dialect, Select, String
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import elements
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -20,6 +20,11 @@ from sqlalchemy.sql.selectable import ScalarSelect, SelectStatementGrouping
 
 from ._envelope import FORMAT_AES_256_GCM, KEY_ID_SIZE, MAX_VERSION_LENGTH
 from .exceptions import UnsupportedOperationError
+
+
+def is_mysql(dialect: Dialect) -> bool:
+    """Say whether it is MySQL or MariaDB: one dialect, which SQLAlchemy knows by both names."""
+    return dialect.name in ("mysql", "mariadb")
 
 
 class key_version(FunctionElement[str]):  # noqa: N801  (named as it is used: a SQL function)

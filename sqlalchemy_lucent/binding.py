@@ -266,7 +266,7 @@ def _before_insert(keys: list[str], mapper: Mapper[Any], connection: object, tar
         stored = state.dict.get(key, _MISSING)
         if type(stored) is Sealed:
             # An object that was loaded and is inserted again: merged or made transient.
-            _rehome(state, key, stored, "the row is another one now")
+            _reseal_for_current_row(state, key, stored, "the row is another one now")
         elif stored is not _MISSING:
             for other, _ in _binding_columns(mapper, key):
                 if getattr(target, other) is None:
@@ -286,9 +286,11 @@ def _before_update(keys: list[str], mapper: Mapper[Any], connection: object, tar
         is_set = key in state.dict and state.attrs[key].history.has_changes()
         if type(stored) is Sealed:
             if moved:
-                _rehome(state, key, stored, f"{moved} of that row would change beneath it")
+                _reseal_for_current_row(
+                    state, key, stored, f"{moved} of that row would change beneath it"
+                )
             elif is_set:
-                _rehome(state, key, stored, "this value is that of another row")
+                _reseal_for_current_row(state, key, stored, "this value is that of another row")
         elif type(stored) is Bound:
             if moved and not is_set:  # still as it was set, and the row is another one now
                 _set(state, key, stored.value)
@@ -325,7 +327,7 @@ def _bound(state: InstanceState[Any], key: str, value: Any) -> Bound:
     return Bound(value, partial(_current_row, state, key))
 
 
-def _rehome(state: InstanceState[Any], key: str, stored: Sealed, why: str) -> None:
+def _reseal_for_current_row(state: InstanceState[Any], key: str, stored: Sealed, why: str) -> None:
     """Have a value that was loaded sealed for the row that the object has now."""
     if stored._is_open():
         _set(state, key, stored._opened)

@@ -100,7 +100,7 @@ def _read_keys(pairs: Collection[tuple[object, object]]) -> dict[str, _aead.Mast
 class ContextKeys:
     """The subkeys of one context under every key of a keyring. Internal; made by `Keyring`."""
 
-    __slots__ = ("_context", "_keyring", "primary", "subkeys", "usual_size")
+    __slots__ = ("_context", "_keyring", "primary", "primary_header_size", "subkeys")
 
     def __init__(self, keyring: Keyring, context: str) -> None:
         encoded = context.encode("utf-8", "surrogatepass")
@@ -111,7 +111,7 @@ class ContextKeys:
         subkeys = {v: key.subkey(v, encoded) for v, key in keyring._master_keys.items()}
         self.subkeys = {subkey.header: subkey for subkey in subkeys.values()}
         self.primary = subkeys[keyring.primary]
-        self.usual_size = len(self.primary.header)
+        self.primary_header_size = len(self.primary.header)
 
     def seal(self, plaintext: bytes, row: bytes = b"") -> bytes:
         """Seal `plaintext` under the primary key."""
@@ -120,7 +120,7 @@ class ContextKeys:
     def open(self, sealed: bytes, row: bytes = b"") -> bytes:
         """Return the plaintext of `sealed`, or raise the `DecryptionError` that says why not."""
         # Most headers are as long as the primary's, which saves looking for where this one ends.
-        subkey = self.subkeys.get(sealed[: self.usual_size])
+        subkey = self.subkeys.get(sealed[: self.primary_header_size])
         if subkey is None:
             subkey = self.subkeys.get(sealed[: header_size(sealed)])
             if subkey is None:

@@ -32,9 +32,8 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.types import TypeDecorator
 
-from ._dialects import is_mysql
 from ._envelope import MAX_VERSION_LENGTH
-from ._sql import key_version
+from ._sql import is_mysql, key_version
 from .binding import is_pydantic, row_bound
 from .exceptions import ConfigurationError, SerializationError
 from .secret_key import KEY_PART_NAMES, MAX_PART_LENGTH, SecretKey, check_part

@@ -46,10 +46,10 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import Mapper, Session, scoped_session
 from sqlalchemy.sql.dml import Insert
 
-from ._dialects import is_mysql
 from ._envelope import LONGEST_PREFIX, NONCE_SIZE, header_size, parse
-from ._keyset import is_behind
+from ._pagination import row_after
 from ._schema import Schema
+from ._sql import is_mysql
 from .events import AccessHandler, Action, SecretAccess
 from .exceptions import (
     ConfigurationError,
@@ -185,7 +185,7 @@ class LucentSecrets:
         if self._on_access is None:  # without the calls of a context manager
             written = self._store(key, sealed, expected, dialect)
         else:
-            with self._undone_by_handler():
+            with self._savepoint_if_audited():
                 written = self._store(key, sealed, expected, dialect)
                 self._tell("write", key, sealed, "ok" if written else "conflict")
         if not written:
@@ -247,7 +247,7 @@ class LucentSecrets:
             statement = statement.where(
                 self._has_token(literal(_token_bytes(expected), LargeBinary))
             )
-        with self._undone_by_handler():
+        with self._savepoint_if_audited():
             deleted = self._write([key], statement).rowcount > 0
             refused = "missing" if expected is _UNSET else "conflict"
             self._tell("delete", key, None, "ok" if deleted else refused)
@@ -264,7 +264,7 @@ class LucentSecrets:
         source, target = _two_keys(source, target)
         value = self._read(source, self._load_required(source))
         renewed = self._seal(target, value, self._keyring)
-        with self._undone_by_handler():
+        with self._savepoint_if_audited():
             written = self._insert_absent(target, renewed)
             self._tell("write", target, renewed, "ok" if written else "conflict")
         if not written:
@@ -282,7 +282,7 @@ class LucentSecrets:
         sealed = self._load_required(source, lock=True)
         renewed = self._seal(target, self._read(source, sealed), self._keyring)
         taken = self.exists(target)
-        with self._undone_by_handler():
+        with self._savepoint_if_audited():
             moved = not taken and self._replace(source, _prefix(bytes(sealed)), renewed, target)
             outcome = "ok" if moved else "conflict"
             self._tell("write", target, renewed, outcome)
@@ -325,7 +325,7 @@ class LucentSecrets:
         }
         # In key order, so that two callers lock the same rows in the same order.
         rows = [self._row(key, sealed[key]) for key in sorted(sealed)]
-        with self._undone_by_handler():
+        with self._savepoint_if_audited():
             self._write(sealed, _upsert(self._table, dialect.name), rows)
             for key, each in sealed.items():
                 self._tell("write", key, each, "ok")
@@ -355,7 +355,7 @@ class LucentSecrets:
         keyring = to or self._keyring
         wanted = _distinct(keys)
         versions: dict[SecretKey, str] = {}
-        with self._undone_by_handler():
+        with self._savepoint_if_audited():
             waiting = wanted
             for _ in range(_ROTATE_ATTEMPTS):
                 stored = self._load_many(waiting, lock=True)
@@ -396,7 +396,7 @@ class LucentSecrets:
             selected = select(*self._key_columns).where(condition).with_for_update()
             keys = [_stored_key(row) for row in self._execute(selected)]
             deleted = 0
-            with self._undone_by_handler():
+            with self._savepoint_if_audited():
                 for size, parameters in _batches(keys):
                     statement = delete(self._table).where(
                         _is_one_of(self._table, self._dialect.name, size)
@@ -478,7 +478,7 @@ class LucentSecrets:
         columns, parts = self._key_columns[fixed:], key[fixed:]
         if not columns:
             return false()
-        return is_behind(columns, [literal(part) for part in parts], self._dialect)
+        return row_after(columns, [literal(part) for part in parts], self._dialect)
 
     def _has_token(self, token: ColumnElement[bytes]) -> ColumnElement[bool]:
         size = func.length(token)
@@ -699,7 +699,7 @@ class LucentSecrets:
             self._on_access(access, session() if isinstance(session, scoped_session) else session)
 
     @contextmanager
-    def _undone_by_handler(self) -> Iterator[None]:
+    def _savepoint_if_audited(self) -> Iterator[None]:
         """Undo what is written inside if it raises, which with a handler it may do late."""
         if self._on_access is None:
             yield

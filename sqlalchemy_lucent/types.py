@@ -56,7 +56,6 @@ from sqlalchemy.types import NullType, TypeDecorator, TypeEngine
 
 from . import _sql
 from ._check import attach_check
-from ._dialects import is_mysql
 from ._driver_errors import HIDDEN, hide_row
 from ._envelope import Envelope, parse
 from ._json import STRICT, Codec, EngineCodec, decode, same_document
@@ -65,6 +64,7 @@ from ._row import RowPart as RowPart
 from ._row import encode_row as encode_row
 from ._row import fault_of_type, value_check
 from ._schema import Schema
+from ._sql import is_mysql
 from .exceptions import (
     ConfigurationError,
     LucentError,
@@ -124,7 +124,9 @@ class ColumnCodec:
         if self.is_plain:
             try:
                 keys = context_keys(self._context, keyring)
-                value = decode(keys.subkeys[data[: keys.usual_size]].open(data, row) or b"")
+                value = decode(
+                    keys.subkeys[data[: keys.primary_header_size]].open(data, row) or b""
+                )
             except Exception:  # noqa: BLE001, S110  (raised again by what follows, which says more)
                 pass
             else:
@@ -544,7 +546,7 @@ class EncryptedJSON(TypeDecorator[Any]):
         seal, bound_to = column.seal, column.bound_to
         none_as_null, json_null = self.none_as_null, JSON.NULL
         context, dumps = column.contexts[0], column.codec.dumps
-        usual = _USUAL_KINDS if column.is_plain and not bound_to else frozenset()
+        usual = _PLAIN_TYPES if column.is_plain and not bound_to else frozenset()
         checks = self._row_checks(dialect)
 
         @hide_locals
@@ -680,7 +682,7 @@ class EncryptedJSON(TypeDecorator[Any]):
         return f"{type(self).__name__}({', '.join(arguments)})"
 
 
-_USUAL_KINDS: Final = frozenset({dict, list, str, int, float, bool})
+_PLAIN_TYPES: Final = frozenset({dict, list, str, int, float, bool})
 """Types of values that are a document, and none of the forms that mean something else."""
 
 _READING_OPTIONS: Final = ("lazy", "redact", "bound_to", "schema")

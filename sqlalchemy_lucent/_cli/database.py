@@ -33,8 +33,8 @@ from sqlalchemy.orm import Mapper, registry
 from sqlalchemy.pool import NullPool
 from sqlalchemy.types import TypeEngine
 
+from .._database.relations import relation_of
 from ..models import LucentBase, LucentSecretMixin
-from ..rotation._relations import relation_of
 from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets, tables_in
 from .terminal import CommandError
 

@@ -17,12 +17,12 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine, _Binary
 
 from .._aead import MASTER_KEY_SIZE
-from .._dialects import is_mysql
+from .._database.relations import relation_of
+from .._database.visibility import require_primary
+from .._sql import is_mysql
 from ..exceptions import ConfigurationError, RotationError
 from ..keyring import Keyring, default_keyring
 from ..rotation import StatusRow, status
-from ..rotation._relations import relation_of
-from ..rotation._visible import require_primary
 from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets
 from .database import alembic_config, connected, holds_text, where
 from .terminal import counted

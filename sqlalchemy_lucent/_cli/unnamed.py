@@ -26,11 +26,11 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 
 from .. import _sql
-from .._dialects import is_mysql
+from .._database.relations import relation_of
+from .._database.visibility import require_full_visibility
 from .._envelope import FORMAT_AES_256_GCM, MAX_VERSION_LENGTH
+from .._sql import is_mysql
 from ..exceptions import RotationError
-from ..rotation._relations import relation_of
-from ..rotation._visible import refuse_hidden_rows
 from ..rotation.targets import TargetTable
 
 
@@ -72,7 +72,7 @@ def unnamed_values(engine: Engine, targets: list[TargetTable]) -> Iterator[Unnam
                 by_table.setdefault((each.schema, each.table), []).append(each)
         for (schema, name), columns in sorted(by_table.items()):
             try:
-                refuse_hidden_rows(connection, name, schema)
+                require_full_visibility(connection, name, schema)
                 yield from _in_table(connection, columns)
             except (DBAPIError, RotationError) as error:
                 if isinstance(error, DBAPIError) and error.connection_invalidated:

@@ -22,9 +22,10 @@ their own, apart from changes of the schema, and configure ``transaction_per_mig
 
 from __future__ import annotations
 
-from . import _implementations as _implementations
+from . import _run as _run
 from ._autogenerate import LINT_PLUGIN_NAME, PLUGIN_NAME, setup
-from ._operations import (
+from ._render import render_item
+from .operations import (
     BoundTo,
     CreateLucentSecretsOp,
     CreateSealedCheckOp,
@@ -43,7 +44,6 @@ from ._operations import (
     rebind_encrypted_column,
     rotate_encrypted_column,
 )
-from ._render import render_item
 
 __all__ = [
     "LINT_PLUGIN_NAME",

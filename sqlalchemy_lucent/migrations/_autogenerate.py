@@ -39,16 +39,16 @@ from sqlalchemy.exc import NoSuchTableError, UnreflectableTableError
 from sqlalchemy.types import _Binary
 
 from .. import _sql
+from .._database.relations import relation_of
 from .._row import tells_its_values
 from ..keyring import default_keyring
 from ..rotation import needs_rotation
-from ..rotation._relations import relation_of
-from ..rotation.convert import RebindWorker
+from ..rotation.jobs import RebindWorker
 from ..rotation.targets import resolve_targets
 from ..types import EncryptedJSON, has_check
 from ._checks import find_check
-from ._implementations import is_empty
-from ._operations import (
+from ._run import is_empty
+from .operations import (
     BoundTo,
     ColumnOp,
     ConvertColumnOp,

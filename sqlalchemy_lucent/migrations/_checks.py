@@ -30,9 +30,9 @@ from sqlalchemy.schema import conv
 from sqlalchemy.types import NullType, _Binary
 
 from .. import _sql
+from .._database.connection import Link, is_in_transaction
+from .._database.visibility import require_full_visibility
 from ..exceptions import RotationError
-from ..rotation._link import Link, is_in_transaction
-from ..rotation._visible import refuse_hidden_rows
 from ..types import EncryptedJSON
 from ._reflect import reflect_columns
 
@@ -138,7 +138,7 @@ def _require_column(
 def _refuse_unsealed(
     connection: Connection, table_name: str, column_name: str, schema: str | None
 ) -> None:
-    refuse_hidden_rows(connection, table_name, schema)
+    require_full_visibility(connection, table_name, schema)
     value: ColumnElement[Any] = column_clause(column_name)
     unsealed = select(func.count()).select_from(table_clause(table_name, schema=schema))
     count = connection.scalar(unsealed.where(value.is_not(None), _sql.key_version(value).is_(None)))

@@ -12,7 +12,7 @@ from sqlalchemy.sql.expression import ColumnClause
 from .._sql import key_version
 from ..models import UTCDateTime
 from ..types import EncryptedJSON
-from ._operations import (
+from .operations import (
     ColumnOp,
     ConvertColumnOp,
     CreateLucentSecretsOp,

@@ -18,10 +18,10 @@ from sqlalchemy import (
     select,
 )
 
+from .._database.connection import Link
 from .._sql import key_version
 from ..exceptions import RotationError
-from ._link import Link
-from ._table import EVERYWHERE, PrimaryKey, TableWorker, Within
+from .rows import EVERYWHERE, PrimaryKey, TableWorker, Within
 from .targets import TargetColumn, TargetTable
 
 _SECONDS: Final = 0.25
@@ -47,15 +47,15 @@ def ranges_of(link: Link, worker: TableWorker) -> Iterator[Within]:
     more = True
     while more:
         started = time.monotonic()
-        reach = link.read(partial(worker.reach, after=after, limit=rows, most_bytes=None))
-        more = reach is not None and reach.more
+        bounds = link.read(partial(worker.find_bounds, after=after, limit=rows, most_bytes=None))
+        more = bounds is not None and bounds.more
         if after is None:
             if not more:
                 yield EVERYWHERE
                 return
             yield Within([worker.lost], {})
         # Without a bound at the end: a key of an inexact type may not be found by its own value.
-        upto = reach.last if more and reach is not None else None
+        upto = bounds.last if more and bounds is not None else None
         yield worker.within(after, upto)
         after = upto
         factor = min(max(_SECONDS / max(time.monotonic() - started, 1e-6), 0.5), 2.0)

@@ -11,12 +11,12 @@ from sqlalchemy.orm import ColumnProperty, Mapper, QueryableAttribute, registry
 from sqlalchemy.sql.expression import ColumnClause, TableClause
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from .._keyset import key_type
+from .._database.relations import Relation, binary_columns, relation_of, tables_beneath
+from .._pagination import key_type
 from .._sql import key_version
 from ..exceptions import RotationError
 from ..models import LucentBase
 from ..types import EncryptedJSON
-from ._relations import Relation, binary_columns, relation_of, tables_beneath
 
 Target: TypeAlias = (
     "MetaData | registry | type[Any] | Table | Column[Any] | QueryableAttribute[Any]"

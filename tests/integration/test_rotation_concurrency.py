@@ -37,14 +37,14 @@ from sqlalchemy_lucent import (
     status,
     verify,
 )
-from sqlalchemy_lucent.rotation._table import TableWorker
-from sqlalchemy_lucent.rotation._write import (
+from sqlalchemy_lucent.rotation._updates import (
     BinaryArrayWriter,
     JoinWriter,
     RowWriter,
     Writer,
     writer_for,
 )
+from sqlalchemy_lucent.rotation.rows import TableWorker
 from sqlalchemy_lucent.rotation.targets import TargetTable, resolve_targets
 from tests.databases import SYNC_DRIVERS
 from tests.integration.workers import contents, fill, finish, ledger, reap, start
@@ -360,7 +360,7 @@ def test_a_writer_with_the_old_primary_cannot_keep_a_run_going_for_ever(
     engine: Engine, promoted: Keyring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(engine, 10)
-    monkeypatch.setattr("sqlalchemy_lucent.rotation.engine.MAX_PASSES", 4)
+    monkeypatch.setattr("sqlalchemy_lucent.rotation._run.MAX_PASSES", 4)
     own = create_engine(engine.url)
 
     def write_behind_the_cursor(_: Any) -> None:

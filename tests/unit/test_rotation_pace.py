@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqlalchemy_lucent.rotation._pace import Pace
+from sqlalchemy_lucent.rotation.throttle import Throttle
 
 MEBIBYTE = 1 << 20
 
@@ -26,9 +26,9 @@ def pace(
     batch_time: float | None = None,
     max_rate: float | None = None,
     pause: float = 0,
-) -> tuple[Pace, Clock]:
+) -> tuple[Throttle, Clock]:
     clock = Clock()
-    return Pace(batch_size, batch_time, max_rate, pause, clock.sleep), clock
+    return Throttle(batch_size, batch_time, max_rate, pause, clock.sleep), clock
 
 
 def test_a_table_begins_with_a_small_batch_and_goes_on_with_whole_ones() -> None:
@@ -106,7 +106,7 @@ def test_a_batch_has_a_row_at_least_and_not_more_than_allowed(
 
 def test_where_one_may_write_others_get_their_turn_each_second() -> None:
     clock = Clock()
-    paced = Pace(1000, None, None, 0.0, clock.sleep, has_one_writer=True)
+    paced = Throttle(1000, None, None, 0.0, clock.sleep, has_one_writer=True)
     for _ in range(25):
         paced.after(100, 100, 0.1)
     assert [round(slept, 2) for slept in clock.waits] == [0.12, 0.12]
@@ -114,7 +114,7 @@ def test_where_one_may_write_others_get_their_turn_each_second() -> None:
 
 def test_a_pause_is_a_turn_for_others_too() -> None:
     clock = Clock()
-    paced = Pace(1000, None, None, 0.2, clock.sleep, has_one_writer=True)
+    paced = Throttle(1000, None, None, 0.2, clock.sleep, has_one_writer=True)
     for _ in range(25):
         paced.after(100, 100, 0.1)
     assert clock.waits == [0.2] * 25

@@ -42,14 +42,14 @@ from sqlalchemy.types import NullType, TypeDecorator, TypeEngine
 
 from .._envelope import LONGEST_PREFIX
 from .._json import Codec, JSONValue, same_value
-from .._keyset import key_type
+from .._pagination import key_type
 from ..exceptions import DecryptionError, LucentError, SerializationError
 from ..keyring import Keyring
 from ..types import EncryptedJSON, as_bytes, encode_row, open_in_contexts
-from ._pace import BATCH_BYTES
-from ._table import Batch, PrimaryKey, Reach, Rows
-from ._write import self_updating
+from ._updates import on_update_columns
 from .report import FailedRow
+from .rows import Batch, BatchBounds, PrimaryKey, Rows
+from .throttle import BATCH_BYTES
 
 Reader = Callable[[Any], JSONValue]
 """Turns a value, as the plaintext column's type gives it, into the JSON value to seal."""
@@ -282,23 +282,23 @@ class _Worker(Rows):
     def prepare(self, connection: Connection, *, lock: bool = True) -> None:
         """Fail now if a column is missing, or the rows are not ours to lock; write nothing."""
         self.check_keys(connection)
-        self._kept = {name: column(name) for name in self_updating(connection, self._clause)}
+        self._kept = {name: column(name) for name in on_update_columns(connection, self._clause)}
         for own in self._kept.values():
             if own.name not in self._clause.c:
                 self._clause.append_column(own)
         self._rows(connection, None, None, 0, lock=lock)
 
-    def reach(
+    def find_bounds(
         self,
         connection: Connection,
         after: PrimaryKey | None,
         limit: int,
         most_bytes: int | None = BATCH_BYTES,
-    ) -> Reach | None:
+    ) -> BatchBounds | None:
         """Return how far a batch goes; on SQLite, which locks no rows, nothing but their number."""
         if self._locking:
-            return super().reach(connection, after, limit, most_bytes)
-        return Reach(None, False, limit)
+            return super().find_bounds(connection, after, limit, most_bytes)
+        return BatchBounds(None, False, limit)
 
     def count_pending(self, connection: Connection) -> int:
         """Count the rows that are to be looked at."""
@@ -306,10 +306,10 @@ class _Worker(Rows):
         return connection.scalar(statement) or 0
 
     def work(
-        self, connection: Connection, after: PrimaryKey | None, reach: Reach, limit: int
+        self, connection: Connection, after: PrimaryKey | None, bounds: BatchBounds, limit: int
     ) -> Batch:
-        """Convert the next `limit` rows behind `after`, as far as `reach` goes."""
-        rows = self._rows(connection, after, reach.last, limit, lock=True)
+        """Convert the next `limit` rows behind `after`, as far as `bounds` goes."""
+        rows = self._rows(connection, after, bounds.last, limit, lock=True)
         written, failed = self._convert_all(connection, rows, after)
         size = sum(
             len(held.raw)
@@ -317,7 +317,7 @@ class _Worker(Rows):
             for held in row[self._first_value :]
             if hasattr(held, "raw") and hasattr(held.raw, "__len__")
         )
-        return self._batch(rows, reach, limit, written, failed, size)
+        return self._batch(rows, bounds, limit, written, failed, size)
 
     def _convert_all(
         self, connection: Connection, rows: Sequence[Sequence[Any]], after: PrimaryKey | None
@@ -329,17 +329,17 @@ class _Worker(Rows):
         self,
         connection: Connection,
         after: PrimaryKey | None,
-        reach: Reach,
+        bounds: BatchBounds,
         error: DBAPIError,
         reason: str,
     ) -> Batch:
         """Return what became of the next row, which the database does not let change."""
         # Without its values: the driver may have failed to read them.
         statement = select(*self.primary_key).where(self._is_pending)
-        statement = self.in_order(statement, after, reach.last, 1)
-        rows = self._all(connection, statement, self.parameters(after, reach.last, 1))
+        statement = self.in_order(statement, after, bounds.last, 1)
+        rows = self._all(connection, statement, self.parameters(after, bounds.last, 1))
         failed = [replace(self._failure(self._source, row, error), reason=reason) for row in rows]
-        return self._batch(rows, reach, 1, 0, failed, 0)
+        return self._batch(rows, bounds, 1, 0, failed, 0)
 
     def _rows(
         self,

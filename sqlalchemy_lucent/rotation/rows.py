@@ -32,9 +32,10 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.expression import ColumnClause, TableClause
 
-from .._dialects import is_mysql
+from .._database.visibility import require_full_visibility
 from .._envelope import LONGEST_PREFIX, parse
-from .._keyset import in_the_form_of, is_behind, order_of
+from .._pagination import as_sort_value, row_after, sort_columns
+from .._sql import is_mysql
 from ..exceptions import (
     ConfigurationError,
     DecryptionError,
@@ -43,11 +44,10 @@ from ..exceptions import (
 )
 from ..keyring import Keyring
 from ..types import as_bytes, encode_row, open_in_contexts
-from ._pace import BATCH_BYTES
-from ._visible import refuse_hidden_rows
-from ._write import Changes, Writer, check_rights, without_limits, writer_for
+from ._updates import Changes, Writer, check_rights, without_limits, writer_for
 from .report import FailedRow
 from .targets import TargetColumn, TargetTable
+from .throttle import BATCH_BYTES
 
 PrimaryKey = tuple[Any, ...]
 
@@ -74,7 +74,7 @@ class Batch(NamedTuple):
     """Bytes of the values that were read."""
 
 
-class Reach(NamedTuple):
+class BatchBounds(NamedTuple):
     """How far a batch goes at most. Found by looking, before anything is locked."""
 
     last: PrimaryKey | None
@@ -94,7 +94,7 @@ class Within(NamedTuple):
 
 EVERYWHERE: Final = Within((), {})
 
-MAX_STRETCH: Final = 50
+MAX_LOOKAHEAD: Final = 50
 """Times its own rows that a batch looks at, where few of them are stale: what it has locked stays
 locked until it has looked at all."""
 
@@ -150,7 +150,7 @@ class SealedColumn:
         """Returns the plaintext of (sealed bytes, row context), or raises a `DecryptionError`."""
         self.seal: Callable[[bytes, bytes], bytes] = self.keys.primary.seal
         """Seals a plaintext, with its row context, under the primary key."""
-        self.usual, self.usual_size = self.keys.subkeys, self.keys.usual_size
+        self.usual, self.primary_header_size = self.keys.subkeys, self.keys.primary_header_size
         """The subkeys by their headers, and the size of most of these."""
         if len(self.contexts) > 1:
             self.open = partial(_open_in_contexts, self.contexts, keyring)
@@ -204,7 +204,7 @@ class Rows:
         self._locking = dialect.name in ROW_LOCKING
         self._order: Sequence[ColumnElement[Any]] = self.primary_key
         self._bound_types = [without_limits(part.type, dialect) for part in primary_key]
-        self._stretch = 1
+        self._lookahead = 1
         self._key_size = len(primary_key)
         # Kept, because building a statement costs SQLAlchemy as much as running it.
         self._statements: dict[tuple[object, ...], Select[Any]] = {}
@@ -214,8 +214,8 @@ class Rows:
 
         :raises RotationError: some rows are not seen, because of row-level security.
         """
-        refuse_hidden_rows(connection, self._clause.name, self._clause.schema)
-        self._order = order_of(connection, self._clause, self.primary_key)
+        require_full_visibility(connection, self._clause.name, self._clause.schema)
+        self._order = sort_columns(connection, self._clause, self.primary_key)
 
     @property
     def lost(self) -> ColumnElement[bool]:
@@ -279,32 +279,32 @@ class Rows:
         """Return the rows behind `after`, and not behind `upto`."""
         return Within(self.key_range(after, upto), self.parameters(after, upto))
 
-    def reach(
+    def find_bounds(
         self,
         connection: Connection,
         after: PrimaryKey | None,
         limit: int,
         most_bytes: int | None = BATCH_BYTES,
-    ) -> Reach | None:
+    ) -> BatchBounds | None:
         """Return how far a batch behind `after` goes that is to have `limit` rows at most.
 
         It has `most_bytes` at most too, unless one row has more. Nothing is locked, nor a value
         looked at but for its length. Without this bound, a batch would look for stale rows through
         the whole table while it holds those found first.
         """
-        rows = limit * self._stretch
+        rows = limit * self._lookahead
         while True:
             parameters = self.parameters(after, None, rows)
-            found = self._all(connection, self._reaching(after), parameters)
+            found = self._all(connection, self._finding_bounds(after), parameters)
             *last, count, size = tuple(found[0]) if found else (0, 0)
             if not count:
                 return None
             if most_bytes is None or size <= most_bytes or count == 1:
-                return Reach(tuple(last), count == rows, count)
+                return BatchBounds(tuple(last), count == rows, count)
             rows = max(1, count * most_bytes // int(size))
 
-    def _reaching(self, after: PrimaryKey | None) -> Select[Any]:
-        kind = ("reach", after is None)
+    def _finding_bounds(self, after: PrimaryKey | None) -> Select[Any]:
+        kind = ("bounds", after is None)
         if kind not in self._statements:
             sizes = (func.coalesce(size, 0) for size in self._sizes)
             order = [each.label(f"lucent_order_{n}") for n, each in enumerate(self._order)]
@@ -348,15 +348,15 @@ class Rows:
         """The conditions that a row is behind `after`, and not behind `upto`."""
         conditions = []
         if after is not None:
-            conditions.append(is_behind(self._order, self._bounds("after"), self._dialect))
+            conditions.append(row_after(self._order, self._bounds("after"), self._dialect))
         if upto is not None:
-            conditions.append(not_(is_behind(self._order, self._bounds("upto"), self._dialect)))
+            conditions.append(not_(row_after(self._order, self._bounds("upto"), self._dialect)))
         return conditions
 
     def _bounds(self, name: str) -> list[ColumnElement[Any]]:
         """Return the parameters of a key that :meth:`parameters` gives, in the form compared."""
         return [
-            in_the_form_of(order, bindparam(f"lucent_{name}_{position}", type_=type_))
+            as_sort_value(order, bindparam(f"lucent_{name}_{position}", type_=type_))
             for position, (type_, order) in enumerate(
                 zip(self._bound_types, self._order, strict=True)
             )
@@ -392,18 +392,18 @@ class Rows:
     def _batch(
         self,
         rows: Sequence[Sequence[Any]],
-        reach: Reach,
+        bounds: BatchBounds,
         limit: int,
         written: int,
         failed: Sequence[FailedRow],
         size: int,
     ) -> Batch:
         if len(rows) == limit:
-            self._stretch = 1
+            self._lookahead = 1
             return Batch(len(rows), self.primary_key_of(rows[-1]), True, written, failed, size)
         if 2 * len(rows) < limit:
-            self._stretch = min(2 * self._stretch, MAX_STRETCH)
-        return Batch(len(rows), reach.last, reach.more, written, failed, size)
+            self._lookahead = min(2 * self._lookahead, MAX_LOOKAHEAD)
+        return Batch(len(rows), bounds.last, bounds.more, written, failed, size)
 
 
 class TableWorker(Rows):
@@ -546,7 +546,12 @@ class TableWorker(Rows):
         """Return the usual batch sealed anew: one column, in which all is stale, and opens."""
         if len(self.columns) > 1 or sealed.bound_columns:
             return None
-        position, usual, size, seal = sealed.position, sealed.usual, sealed.usual_size, sealed.seal
+        position, usual, size, seal = (
+            sealed.position,
+            sealed.usual,
+            sealed.primary_header_size,
+            sealed.seal,
+        )
         values = [row[position] for row in rows]
         if set(map(type, values)) != {bytes}:
             return None
@@ -638,34 +643,34 @@ class TableWorker(Rows):
     # -- batches ---------------------------------------------------------------------------------
 
     def work(
-        self, connection: Connection, after: PrimaryKey | None, reach: Reach, limit: int
+        self, connection: Connection, after: PrimaryKey | None, bounds: BatchBounds, limit: int
     ) -> Batch:
-        """Re-seal the next `limit` stale rows behind `after`, as far as `reach` goes."""
-        rows = self.read(connection, after, limit, upto=reach.last, stale_only=True)
+        """Re-seal the next `limit` stale rows behind `after`, as far as `bounds` goes."""
+        rows = self.read(connection, after, limit, upto=bounds.last, stale_only=True)
         changes, failed, size = self.reseal(rows)
         assert self._writer is not None
         written = sum(self._writer.write(connection, change) for change in changes)
-        return self._batch(rows, reach, limit, written, failed, size)
+        return self._batch(rows, bounds, limit, written, failed, size)
 
     def rehearse(
-        self, connection: Connection, after: PrimaryKey | None, reach: Reach, limit: int
+        self, connection: Connection, after: PrimaryKey | None, bounds: BatchBounds, limit: int
     ) -> Batch:
         """Do what :meth:`work` does, but lock nothing and write nothing."""
-        rows = self.read(connection, after, limit, upto=reach.last, stale_only=True, lock=False)
+        rows = self.read(connection, after, limit, upto=bounds.last, stale_only=True, lock=False)
         changes, failed, size = self.reseal(rows)
         written = sum(len(each) * len(each.names) for each in changes)
-        return self._batch(rows, reach, limit, written, failed, size)
+        return self._batch(rows, bounds, limit, written, failed, size)
 
     def refused(
         self,
         connection: Connection,
         after: PrimaryKey | None,
-        reach: Reach,
+        bounds: BatchBounds,
         error: DBAPIError,
         reason: str,
     ) -> Batch:
         """Return what became of the next stale row, which the database does not let change."""
-        rows = self.read(connection, after, 1, upto=reach.last, stale_only=True)
+        rows = self.read(connection, after, 1, upto=bounds.last, stale_only=True)
         failed = [
             replace(self._failure(row, sealed, error), reason=reason)
             for row in rows
@@ -673,7 +678,7 @@ class TableWorker(Rows):
             if row[sealed.position] is not None
             and not as_bytes(row[sealed.position]).startswith(sealed.header)
         ]
-        return self._batch(rows, reach, 1, 0, failed, 0)
+        return self._batch(rows, bounds, 1, 0, failed, 0)
 
 
 @contextmanager

@@ -26,19 +26,20 @@ from sqlalchemy import table as table_clause
 from sqlalchemy.types import TypeEngine, to_instance
 
 from .. import _sql
+from .._database.faults import Fault, errors_of, fault_of
+from .._database.relations import is_binary
+from .._database.visibility import require_full_visibility
 from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
 from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate
-from ..rotation._faults import Fault, errors_of, fault_of
-from ..rotation._relations import is_binary
-from ..rotation._visible import refuse_hidden_rows
-from ..rotation.convert import RebindWorker
-from ..rotation.engine import run_workers
+from ..rotation._run import run_workers
+from ..rotation.jobs import RebindWorker
 from ..types import EncryptedJSON, refuse_server_default
 from ._checks import create_check, declared_check, drop_check
-from ._conversion import convert_column, log_failures
-from ._operations import (
+from ._convert import convert_column, log_failures
+from ._reflect import reflect_table, translated
+from .operations import (
     ColumnOp,
     ConvertColumnOp,
     CreateLucentSecretsOp,
@@ -52,7 +53,6 @@ from ._operations import (
     SealedCheckOp,
     bound_types,
 )
-from ._reflect import reflect_table, translated
 
 logger = logging.getLogger("alembic.runtime.migration.lucent")
 
@@ -74,7 +74,7 @@ def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp)
             )
         connection = operations.get_bind()
         schema = translated(connection, operation.schema)
-        refuse_hidden_rows(connection, name, schema)
+        require_full_visibility(connection, name, schema)
         counted = select(func.count()).select_from(table_clause(name, schema=schema))
         count = connection.scalar(counted)
         if count:
@@ -291,7 +291,7 @@ def _finish(report: RotationReport, name: str, connection: Connection, column: C
 
 def is_empty(connection: Connection, column: Column[Any]) -> bool:
     """Say whether there is nothing that a key could be needed for, as in a database made anew."""
-    refuse_hidden_rows(connection, column.table.name, column.table.schema)
+    require_full_visibility(connection, column.table.name, column.table.schema)
     statement = select(literal(1)).where(column.is_not(None)).limit(1)
     return connection.execute(statement).first() is None
 

@@ -37,7 +37,7 @@ from sqlalchemy import (
 from sqlalchemy.sql.expression import ColumnClause, TableClause
 from sqlalchemy.types import TypeEngine, _Binary
 
-from .._dialects import is_mysql
+from .._sql import is_mysql
 from .targets import TargetTable
 
 
@@ -89,7 +89,7 @@ def writer_for(connection: Connection, target: TargetTable) -> Writer:
     if not is_mysql(dialect):
         return RowWriter(target, dialect)
     names = {"name": str(target.clause.name), "schema": target.clause.schema}
-    kept = self_updating(connection, target.clause)
+    kept = on_update_columns(connection, target.clause)
     if dialect.paramstyle in ("format", "pyformat") and all(
         _compares_alike(column.type, dialect) for column in target.primary_key
     ):
@@ -120,7 +120,7 @@ _SELF_UPDATING: Final = text(
 )
 
 
-def self_updating(connection: Connection, clause: TableClause) -> Sequence[str]:
+def on_update_columns(connection: Connection, clause: TableClause) -> Sequence[str]:
     """Return the columns that an UPDATE has to set to themselves, if they are to stay."""
     if not is_mysql(connection.dialect):
         return ()

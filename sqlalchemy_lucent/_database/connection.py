@@ -12,11 +12,11 @@ from typing import Any, Final, Self, TypeVar
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from .._dialects import is_mysql
+from .._sql import is_mysql
 from ..exceptions import RotationError
-from ._async import wait_for
-from ._faults import Fault, breaks_off, errors_of, fault_of
-from ._visible import require_primary
+from .async_bridge import wait_for
+from .faults import Fault, breaks_off, errors_of, fault_of
+from .visibility import require_primary
 
 DEFAULT_RETRIES: Final = 12
 """Further attempts at a batch, with half the rows each: about half a minute in all."""
@@ -139,7 +139,7 @@ class Link:
         attempt = 0
         while True:
             try:
-                self.renew()
+                self.reconnect()
                 return work(limit)
             except self._errors as error:
                 fault, is_retried = self._fault(error)
@@ -179,7 +179,7 @@ class Link:
             fault.advice = "Pass the engine, whose connection is replaced when it is lost"
         return fault, fault.passes and not self._is_borrowed and not is_gone
 
-    def renew(self) -> None:
+    def reconnect(self) -> None:
         """Connect, or replace a connection of the engine's that is lost."""
         if self._connection is not None:
             if self._engine is None or not self._connection.invalidated:

@@ -10,16 +10,16 @@ from typing import Final
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from .._dialects import is_mysql
+from .._sql import is_mysql
 from ..exceptions import RotationError
-from ._relations import regclass
+from .relations import regclass
 
 # -- rows ------------------------------------------------------------------------------------------
 
 _HIDES: Final = text("SELECT row_security_active(CAST(to_regclass(:name) AS oid))")
 
 
-def refuse_hidden_rows(connection: Connection, name: str, schema: str | None) -> None:
+def require_full_visibility(connection: Connection, name: str, schema: str | None) -> None:
     """Do nothing, unless PostgreSQL shows this user some rows of a table only.
 
     :raises RotationError: a policy of row-level security applies to this user.

@@ -10,9 +10,9 @@ from alembic.operations import AbstractOperations, BatchOperations, MigrateOpera
 from sqlalchemy.types import TypeEngine, to_instance
 
 from ..rotation import DEFAULT_BATCH_SIZE
-from ..rotation.convert import Reader, Writer
+from ..rotation.jobs import Reader, Writer
 from ..types import EncryptedJSON
-from ._conversion import Plan
+from ._convert import Plan
 
 BoundTo = Iterable[str] | Mapping[str, TypeEngine[Any]]
 """The columns that a row-bound value is bound to, in order; or the type of each by its name."""
@@ -393,6 +393,7 @@ def _bound_to(bound_to: BoundTo) -> tuple[str, ...] | dict[str, TypeEngine[Any]]
 def bound_types(
     bound_to: tuple[str, ...] | dict[str, TypeEngine[Any]],
 ) -> dict[str, TypeEngine[Any] | None]:
+    """Return the type of each binding column by its name; ``None`` has the database tell it."""
     return dict(bound_to) if isinstance(bound_to, dict) else dict.fromkeys(bound_to)
 
 

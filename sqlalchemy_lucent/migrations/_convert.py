@@ -47,17 +47,17 @@ from sqlalchemy.schema import AddConstraint, CreateTable
 from sqlalchemy.types import TypeEngine, _Binary
 
 from .. import _sql
-from .._dialects import is_mysql
+from .._database.connection import Link
+from .._database.faults import refuses_a_row, said
+from .._sql import is_mysql
 from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..rotation import RotationProgress
-from ..rotation._faults import refuses_a_row, said
-from ..rotation._link import Link
-from ..rotation._pace import Pace
-from ..rotation._table import PrimaryKey, Reach, Rows
-from ..rotation.convert import BackfillWorker, PlainColumn, Reader, Writer
-from ..rotation.engine import run_workers
+from ..rotation._run import run_workers
+from ..rotation.jobs import BackfillWorker, PlainColumn, Reader, Writer
 from ..rotation.report import FailedRow, Failures
+from ..rotation.rows import BatchBounds, PrimaryKey, Rows
+from ..rotation.throttle import Throttle
 from ..types import EncryptedJSON
 from ._checks import (
     condition_of,
@@ -464,14 +464,14 @@ class _Conversion:
         """Fill again what no longer agrees with its source: all rows, or those `written_since`."""
         worker = self._worker(compare=True, written_since=written_since)
         worker.prepare(self._connection)
-        pace = Pace(self._plan.batch_size, None, None, 0, time.sleep)
+        pace = Throttle(self._plan.batch_size, None, None, 0, time.sleep)
         failures = Failures()
         pending = worker.count_pending(self._connection)
         after: PrimaryKey | None = None
         more = True
         while more:
             limit = pace.limit
-            batch = worker.work(self._connection, after, Reach(None, False, limit), limit)
+            batch = worker.work(self._connection, after, BatchBounds(None, False, limit), limit)
             failures.add(batch.failed)
             pending -= batch.rows
             more = batch.more

@@ -9,7 +9,7 @@ from sqlalchemy import Dialect
 from sqlalchemy.exc import DataError, DBAPIError, PendingRollbackError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from .._dialects import is_mysql
+from .._sql import is_mysql
 
 # PostgreSQL, appendix A. Serialization failure (a standby's recovery conflict too), deadlock, lock
 # timeout, statement timeout or cancelled, too many connections; the server or the connection goes

@@ -23,10 +23,10 @@ from sqlalchemy import (
 from sqlalchemy.sql.expression import TableClause
 from sqlalchemy.types import TypeEngine
 
-from ._dialects import is_mysql
+from ._sql import is_mysql
 
 
-def is_behind(
+def row_after(
     columns: Sequence[ColumnElement[Any]], values: Sequence[ColumnElement[Any]], dialect: Dialect
 ) -> ColumnElement[bool]:
     """Return ``(a, b) > (x, y)``, the condition of keyset pagination, as the index serves it.
@@ -61,10 +61,10 @@ _ORDERED_BY_POSITION: Final = text(
 )
 
 
-def order_of(
+def sort_columns(
     connection: Connection, table: TableClause, columns: Sequence[ColumnElement[Any]]
 ) -> list[ColumnElement[Any]]:
-    """Return what to order a table's key by, so that :func:`is_behind` goes on from there.
+    """Return what to order a table's key by, so that :func:`row_after` goes on from there.
 
     MySQL and MariaDB order an ENUM by the position of its values, and compare it as text: what is
     behind a row in the one order is not what is in the other.
@@ -79,8 +79,8 @@ def order_of(
     ]
 
 
-def in_the_form_of(order: ColumnElement[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return `value` as what :func:`order_of` gave can be compared with it."""
+def as_sort_value(order: ColumnElement[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return `value` as what :func:`sort_columns` gave can be compared with it."""
     return _as_text(value) if isinstance(order, Cast) else value
 
 

@@ -22,7 +22,7 @@ _LARGEST_BATCH: Final = 50_000
 """Rows up to which a batch time may let batches grow."""
 
 
-class Pace:
+class Throttle:
     """The throttle of a rotation.
 
     :param batch_size: rows per batch; where it begins, if there is a batch time.

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, Engine, Row, func, select
 
 from .. import _sql
+from .._database.async_bridge import run_sync, sleep_in_async
+from .._database.connection import Link
+from .._database.faults import Fault
 from .._envelope import VERSION_PATTERN
 from ..exceptions import ConfigurationError, KeyInUseError, RotationError, hide_locals
 from ..keyring import Keyring, default_keyring
-from ._async import run_sync, sleep_in_async
-from ._faults import Fault
-from ._link import Link
+from ._run import DEFAULT_BATCH_SIZE, keyring_of
 from ._scan import count_stale, count_version, ranges_of
-from ._table import PrimaryKey, TableWorker, Within
-from .engine import DEFAULT_BATCH_SIZE, keyring_of
 from .report import Failures, StatusReport, StatusRow, VerifyReport
+from .rows import PrimaryKey, TableWorker, Within
 from .targets import Survey, Target, TargetTable, refuse_left_out, resolve_targets, survey
 
 if TYPE_CHECKING:
@@ -378,9 +378,9 @@ def _batch(
     worker: TableWorker, after: PrimaryKey | None, limit: int, connection: Connection, sampled: bool
 ) -> tuple[Sequence[Sequence[Any]], PrimaryKey | None]:
     """Return some rows, and the primary key to go on behind."""
-    reach = worker.reach(connection, after, limit)
-    if reach is None:
+    bounds = worker.find_bounds(connection, after, limit)
+    if bounds is None:
         return [], None
     # Without a bound at the end: a key of an inexact type may not be found by its own value.
-    upto = reach.last if reach.more or sampled else None
-    return worker.read(connection, after, None, upto=upto), reach.last if reach.more else None
+    upto = bounds.last if bounds.more or sampled else None
+    return worker.read(connection, after, None, upto=upto), bounds.last if bounds.more else None

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
+from .._database.async_bridge import run_sync, sleep_in_async
+from .._database.connection import DEFAULT_RETRIES, Link
+from .._database.faults import Fault, refuses_a_row, said
 from ..exceptions import RotationError, hide_locals
 from ..keyring import Keyring, default_keyring
-from ._async import run_sync, sleep_in_async
-from ._faults import Fault, refuses_a_row, said
-from ._link import DEFAULT_RETRIES, Link
-from ._pace import Pace
 from ._scan import count_stale
-from ._table import Batch, PrimaryKey, Reach, TableWorker
 from .report import FailedRow, Failures, RotationProgress, RotationReport
+from .rows import Batch, BatchBounds, PrimaryKey, TableWorker
 from .targets import Target, TargetTable, resolve_targets, survey
+from .throttle import Throttle
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -213,22 +213,24 @@ class Worker(Protocol):
     def count_stale(self, connection: Connection) -> int:
         """Count what is left to do."""
 
-    def reach(self, connection: Connection, after: PrimaryKey | None, limit: int) -> Reach | None:
+    def find_bounds(
+        self, connection: Connection, after: PrimaryKey | None, limit: int
+    ) -> BatchBounds | None:
         """Return how far the next batch goes; ``None`` at the end."""
 
     def advanced(self, after: PrimaryKey | None, last: PrimaryKey | None) -> PrimaryKey | None:
         """Return the key to go on behind; fail if it is no other."""
 
     def work(
-        self, connection: Connection, after: PrimaryKey | None, reach: Reach, limit: int
+        self, connection: Connection, after: PrimaryKey | None, bounds: BatchBounds, limit: int
     ) -> Batch:
-        """Do the next `limit` rows behind `after`, as far as `reach` goes."""
+        """Do the next `limit` rows behind `after`, as far as `bounds` goes."""
 
     def refused(
         self,
         connection: Connection,
         after: PrimaryKey | None,
-        reach: Reach,
+        bounds: BatchBounds,
         error: DBAPIError,
         reason: str,
     ) -> Batch:
@@ -266,7 +268,7 @@ class _Run:
         self._options = options
         self._sleep = sleep
         self._passes = 1 if options.dry_run else passes or MAX_PASSES
-        self._pace = Pace(
+        self._throttle = Throttle(
             options.batch_size,
             options.batch_time,
             options.max_rate,
@@ -358,12 +360,12 @@ class _Run:
     def _one_pass(self, worker: Worker) -> Failures:
         """Go through the rows until their end, or until ``stop_when`` ends it before."""
         failures = Failures()
-        self._pace.begin_table()
+        self._throttle.begin_table()
         after: PrimaryKey | None = None
         more = not self._stopped
         while more:
             started = time.monotonic()
-            batch = self._link.attempt(partial(self._batch, worker, after), self._pace.limit)
+            batch = self._link.attempt(partial(self._batch, worker, after), self._throttle.limit)
             after = worker.advanced(after, batch.last)
             self._rotated += batch.written
             failures.add(batch.failed)
@@ -371,41 +373,41 @@ class _Run:
             if batch.rows or more:  # a batch may look at many rows and find none that is stale
                 self._tell(worker, failures)
             if batch.rows:
-                self._pace.after(batch.rows, batch.size, time.monotonic() - started)
+                self._throttle.after(batch.rows, batch.size, time.monotonic() - started)
             more = more and not self._stopped
         return failures
 
     def _batch(self, worker: Worker, after: PrimaryKey | None, limit: int) -> Batch:
         with self._link.reading() as connection:
-            reach = worker.reach(connection, after, limit)
-            if reach is None:
+            bounds = worker.find_bounds(connection, after, limit)
+            if bounds is None:
                 return Batch(0, None, more=False, written=0, failed=(), size=0)
             if self._options.dry_run and isinstance(worker, TableWorker):
-                batch = worker.rehearse(connection, after, reach, limit)
+                batch = worker.rehearse(connection, after, bounds, limit)
                 self._raise_if_wanted(batch)
                 return batch
         try:
             with self._link.transaction() as connection:
-                batch = worker.work(connection, after, reach, limit)
+                batch = worker.work(connection, after, bounds, limit)
                 self._raise_if_wanted(batch)
         except DBAPIError as error:
             is_refused = refuses_a_row(error, self._link.dialect)
             if self._options.on_error == "raise" or not is_refused:
                 raise
-            self._link.renew()  # if it broke off
+            self._link.reconnect()  # if it broke off
             if limit == 1:
                 self._refused += 1
                 if self._refused > _MOST_REFUSED:
                     raise
                 reason = said(error, self._link.dialect)
                 with self._link.transaction() as connection:
-                    return worker.refused(connection, after, reach, error, reason)
+                    return worker.refused(connection, after, bounds, error, reason)
         else:
             if batch.written:
                 self._refused = 0
             return batch
         # One row of it is against the rules of the table, and is found by halves.
-        return self._batch(worker, after, max(1, min(limit, reach.rows) // 2))
+        return self._batch(worker, after, max(1, min(limit, bounds.rows) // 2))
 
     def _raise_if_wanted(self, batch: Batch) -> None:
         if batch.failed and self._options.on_error == "raise":

@@ -1,0 +1,1 @@
+"""What a database is asked, beside values: connections, errors, relations, what a user may see."""
