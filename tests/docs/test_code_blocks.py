@@ -162,7 +162,6 @@ def test_the_guides_have_code() -> None:
         "docs/cli.md",
         "docs/comparison.md",
         "docs/demo-web.md",
-        "docs/design-notes.md",
         "docs/errors.md",
         "docs/index.md",
         "docs/protection.md",
