@@ -1,6 +1,6 @@
-"""The main job from start to finish, on SQLite, each step checked.
+"""Store, open, bind and rotate secrets on SQLite, and check each step.
 
-Run it with ``make demo``. It works in a temporary folder and leaves nothing behind.
+Run it with ``make demo``. It works in a temporary folder and deletes it at the end.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def show(line: object) -> None:
 
 
 class CheckFailedError(Exception):
-    """A step of the demonstration did not do what it says."""
+    """A step did not do what it says."""
 
 
 def step(number: int, title: str) -> None:
@@ -69,7 +69,7 @@ def check(holds: bool, what: str) -> None:
 
 
 def service_account() -> dict[str, Any]:
-    """Return a service-account key of the shape that Google gives, with a new RSA key in it."""
+    """Return a service-account key as Google makes them, with a new RSA key."""
     private_key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     pem = private_key.private_bytes(
         serialization.Encoding.PEM,
@@ -99,7 +99,7 @@ def migrate(engine: Engine, target: str) -> None:
 
 
 def stored_bytes(session: Session, key: SecretKey) -> bytes:
-    """Return what the database holds for `key`."""
+    """Return the bytes that the database holds for `key`."""
     statement = select(type_coerce(SECRETS.c.payload, LargeBinary)).where(
         SECRETS.c.scope == key.scope, SECRETS.c.owner_id == key.owner_id
     )

@@ -1,7 +1,7 @@
 """Make ``docs/_static/demo-web.png``: the demo service in the middle of a rotation.
 
 Run it from the repository with ``python docs/examples/webapp_screenshot.py``. It needs Chromium,
-ChromeDriver and the dependency group ``test``. Other sizes and colours, to look at:
+ChromeDriver and the dependency group ``test``. For another size and dark colours, to look at:
 ``--width 375 --dark --to /tmp/phone.png``.
 """
 
@@ -28,7 +28,7 @@ EXAMPLES = Path(__file__).parent
 PICTURE = EXAMPLES.parent / "_static" / "demo-web.png"
 HEIGHT = 800
 
-# Well under way, and with both key versions among the rows that are to be seen.
+# Wait until the rotation is well under way and the visible rows have both key versions.
 WORTH_A_PICTURE = """
 const badges = [...document.querySelectorAll("[id^=version-]")].slice(0, 4);
 return document.querySelector("progress")?.position > 0.3
@@ -40,11 +40,11 @@ NO_BROWSER = "needs Chromium and ChromeDriver (Debian: apt-get install chromium 
 
 @contextmanager
 def service(*options: str) -> Iterator[str]:
-    """Run the service in a process of its own, on a free port, and give its address."""
+    """Run the service in its own process on a free port, and yield its address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "webapp", "--port", "0", *options],
         cwd=EXAMPLES,
-        # The package of this checkout, whatever is installed.
+        # Import the package of this checkout, whatever is installed.
         env={**os.environ, "PYTHONPATH": str(EXAMPLES.parents[1])},
         stdout=subprocess.PIPE,
         text=True,
@@ -52,7 +52,7 @@ def service(*options: str) -> Iterator[str]:
     with process:
         try:
             assert process.stdout is not None
-            # The socket listens from before this line on: a request waits for the start.
+            # The socket listens before this line is printed, so a request waits for the start.
             yield process.stdout.readline().split()[0]
         finally:
             process.terminate()
@@ -69,7 +69,7 @@ def find_browser() -> tuple[str, str] | None:
 def browser(
     width: int = 1000, height: int = HEIGHT, *, dark: bool = False
 ) -> Iterator[webdriver.Chrome]:
-    """Start a headless Chromium whose page is `width` times `height` CSS pixels large."""
+    """Start a headless Chromium with a page of `width` times `height` CSS pixels."""
     found = find_browser()
     if found is None:
         raise RuntimeError(NO_BROWSER)
@@ -94,7 +94,7 @@ def browser(
 
 
 def set_view(driver: webdriver.Chrome, width: int, height: int, *, dark: bool) -> None:
-    """Make the page this large, and set what it takes for the user's choice of colours."""
+    """Set the size of the page, and the colour scheme that the user prefers."""
     driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
@@ -104,7 +104,7 @@ def set_view(driver: webdriver.Chrome, width: int, height: int, *, dark: bool) -
 
 
 def picture(width: int, *, dark: bool) -> bytes:
-    """Return the first page as PNG, in the middle of a rotation."""
+    """Return a PNG of the first page in the middle of a rotation."""
     with (
         service("--rows", "10000", "--max-rate", "1000") as url,
         browser(width, dark=dark) as driver,
@@ -125,7 +125,7 @@ def main() -> None:
     if find_browser() is None:
         sys.exit(NO_BROWSER)
     taken = Image.open(io.BytesIO(picture(options.width, dark=options.dark)))
-    # The page has few colours: a palette makes a third of the size, and nobody sees it.
+    # The page has few colours, so a palette cuts the size to a third without a visible change.
     taken.convert("RGB").quantize(64).save(options.to, optimize=True)
     print(f"{options.to}: {options.to.stat().st_size:,} bytes")
 

@@ -164,6 +164,7 @@ def test_the_guides_have_code() -> None:
         "docs/demo-web.md",
         "docs/errors.md",
         "docs/index.md",
+        "docs/logs.md",
         "docs/protection.md",
         "docs/reference.md",
     }

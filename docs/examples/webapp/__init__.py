@@ -1,5 +1,5 @@
-"""A small service whose tenants store integration credentials, to show the library at work.
+"""A small service whose tenants store integration credentials.
 
-``models`` is what is stored, ``keys`` the keyring and the rotation, ``app`` the pages. Start it
+``models`` defines what is stored, ``keys`` the keyring and the rotation, ``app`` the pages. Start it
 with ``make demo-web``.
 """

@@ -17,14 +17,14 @@ from sqlalchemy_lucent import Keyring, generate_master_key
 from .app import Settings, create_app
 
 HOST = "127.0.0.1"
-"""The pages have no log-in, so nobody but this machine may reach them."""
+"""Not reachable from other machines: the pages have no log-in."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="webapp", description=__doc__)
-    parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes any free port")
     parser.add_argument("--rows", type=int, default=10_000, help="integrations to begin with")
-    parser.add_argument("--max-rate", type=int, default=1_000, help="rows a second in a rotation")
+    parser.add_argument("--max-rate", type=int, default=1_000, help="rows per second in a rotation")
     options = parser.parse_args()
 
     try:
@@ -36,8 +36,8 @@ def main() -> None:
         )
 
     with listener, tempfile.TemporaryDirectory(prefix="lucent-demo-") as folder:
-        # The database ends with the process, and so may its key. A key for data that stays comes
-        # from the environment: leave set_default_keyring() away, or use Keyring.from_env().
+        # The database is deleted with the process, so the key may be made here. If data is to stay,
+        # take the key from the environment: Keyring.from_env(), which is also the default.
         settings = Settings(
             database=f"sqlite:///{Path(folder) / 'demo.db'}",
             keyring=Keyring({"v1": generate_master_key()}),
@@ -46,8 +46,8 @@ def main() -> None:
         )
         print(f"http://{HOST}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
         config = uvicorn.Config(create_app(settings), log_level="warning")
-        # uvicorn stops in good order and then raises the signal again. As an exception, it leaves
-        # time to delete the folder.
+        # uvicorn shuts down cleanly and then raises the signal again. As an exception, the signal
+        # leaves time to delete the folder.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit())
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])

@@ -1,8 +1,8 @@
-"""The pages: who may ask for what, and what a browser is given.
+"""The pages: the routes, who may call them, and what they send to a browser.
 
-Routes are ordinary functions, which FastAPI runs in threads, over the synchronous
-:class:`~sqlalchemy.orm.Session`; :func:`~sqlalchemy_lucent.rotate` then needs no engine of its own.
-With an ``AsyncSession`` the same is written with ``AsyncLucentSecrets`` and ``arotate``.
+Routes are ordinary functions over the synchronous :class:`~sqlalchemy.orm.Session`, which FastAPI
+runs in threads. So :func:`~sqlalchemy_lucent.rotate` can share the engine. With an
+``AsyncSession``, use ``AsyncLucentSecrets`` and ``arotate`` instead.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ from .seed import PROVIDERS, new_signing_secret, seed
 HERE: Final = Path(__file__).parent
 
 LISTED: Final = 12
-"""Integrations on the first page: the latest."""
+"""How many of the latest integrations the first page shows."""
 
 HEADERS: Final = {
-    # Nothing from anywhere else, no inline script or style, and no frame around the page.
+    # Load nothing from elsewhere, no inline script or style, and allow no frame around the page.
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
         "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
-    # A revealed value must not be left behind in a cache, nor come back with the Back button.
+    # A revealed value must not stay in a cache or come back with the Back button.
     "Cache-Control": "no-store",
     "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
@@ -85,8 +85,8 @@ def get_keys(request: Request) -> Keys:
 def refuse_other_sites(request: Request) -> None:
     """Refuse a form that another site made the browser send.
 
-    Browsers say where a request comes from in Sec-Fetch-Site, older ones in Origin. What sends
-    neither is no browser, and has no user whose rights could be borrowed.
+    Browsers name the origin of a request in Sec-Fetch-Site, older ones in Origin. A client that
+    sends neither is no browser, and has no user whose rights another site could borrow.
     """
     if request.method in ("GET", "HEAD"):
         return
@@ -99,9 +99,9 @@ def refuse_other_sites(request: Request) -> None:
         raise HTTPException(403, "This form was sent by another site.")
 
 
-# "function": committed before the answer is sent. With the default, the browser could follow a
-# redirect to a page that does not yet have what it has just stored, and an error of the COMMIT
-# would come after an answer that says all is well.
+# With scope="function", the commit comes before the answer. With the default, the browser could
+# follow a redirect to a page without the new row, and a COMMIT could fail after an answer that says
+# all is well.
 DatabaseSession = Annotated[Session, Depends(get_session, scope="function")]
 Secrets = Annotated[LucentSecrets, Depends(get_secrets, scope="function")]
 KeysInUse = Annotated[Keys, Depends(get_keys)]
@@ -113,7 +113,7 @@ router = APIRouter(dependencies=[Depends(refuse_other_sites)])
 
 
 class Credentials(BaseModel):
-    """A document as somebody typed it."""
+    """A JSON document that somebody typed."""
 
     model_config = ConfigDict(str_strip_whitespace=True, hide_input_in_errors=True)
 
@@ -130,8 +130,8 @@ class NewIntegration(Credentials):
 
 # -- Integrations ----------------------------------------------------------------------------------
 
-# Columns, not objects: of the credentials the list needs the key version alone, which the database
-# reads from the stored bytes. Nothing sealed is fetched and nothing is opened.
+# Select columns, not objects: the list needs only the key version of the credentials, which the
+# database reads from the stored bytes. So no sealed value is fetched or opened.
 _OVERVIEW: Final = select(
     Integration.id,
     Integration.provider,
@@ -171,8 +171,8 @@ def show(request: Request, id_: uuid.UUID, session: DatabaseSession) -> Response
 
 @router.post("/integrations/{id_}/reveal")
 def reveal(request: Request, id_: uuid.UUID, session: DatabaseSession) -> Response:
-    # The one place where a value is opened for a browser. A POST, so that no link, no preloading
-    # and no history entry does it; a service with users would write down who asked.
+    # The only route that opens a value for a browser. It is a POST, so that no link, preloading or
+    # history entry triggers it. A service with users would record who asked.
     opened = _found(session, id_).credentials
     return _integration(request, session, id_, json.dumps(opened, indent=2, ensure_ascii=False))
 
@@ -259,7 +259,7 @@ def _key_rows(session: Session, keys: Keys) -> list[KeyRow]:
     return [
         KeyRow(
             version,
-            # A fingerprint tells one key from another and says nothing about either.
+            # Safe to show: a fingerprint distinguishes keys and reveals nothing about them.
             keyring.fingerprint(version) if version in keyring.versions else None,
             version == keyring.primary,
             None if before is None else before[version],
@@ -272,7 +272,7 @@ def _key_rows(session: Session, keys: Keys) -> list[KeyRow]:
 def _index(
     request: Request, session: Session, keys: Keys, tenant: str = "", refusal: str | None = None
 ) -> Response:
-    # Asked before the rows are counted: a page that says "Done" has the counts of the end.
+    # Ask before counting rows, so that a page that says "Done" has the final counts.
     running = keys.rotating
     chosen = [Integration.tenant_id == tenant] if tenant else []
     count = session.scalar(select(func.count()).select_from(Integration).where(*chosen))
@@ -297,7 +297,7 @@ def _index(
 
 
 def _see(url: str) -> Response:
-    """Answer a form: the browser is sent on, so that reloading does not send the form again."""
+    """Redirect after a form, so that reloading the page does not send the form again."""
     return RedirectResponse(url, status_code=303)
 
 
@@ -315,7 +315,7 @@ def on_http_error(request: Request, error: Exception) -> Response:
 
 
 def on_invalid_form(request: Request, error: Exception) -> Response:
-    # FastAPI's own answer repeats the input, which here may be a credential.
+    # FastAPI's own answer would repeat the input, which may be a credential.
     assert isinstance(error, RequestValidationError)
     faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
     return _message(request, 422, faults)
@@ -338,22 +338,22 @@ def on_busy(request: Request, error: Exception) -> Response:
 
 @dataclass(frozen=True)
 class Settings:
-    """What differs between one start and another."""
+    """What differs between one start of the service and another."""
 
     database: str | URL
     keyring: Keyring
     rows: int = 10_000
-    """Integrations that an empty database begins with."""
+    """How many integrations to put into an empty database."""
     max_rate: int = 1_000
-    """Rows per second that a rotation takes at most. Without it, ten thousand take a moment."""
+    """Most rows per second in a rotation. Without a limit, it ends before anybody can watch."""
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Return the application, which opens its database when it starts."""
+    """Return the application. It opens its database when it starts."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # hide_parameters: errors and logs show no values of the other columns either.
+        # hide_parameters keeps the values of other columns out of errors and logs.
         engine = create_engine(settings.database, hide_parameters=True)
         keys = Keys(engine, settings.keyring, max_rate=settings.max_rate)
         set_default_keyring(keys.current)
@@ -367,7 +367,7 @@ def create_app(settings: Settings) -> FastAPI:
             set_default_keyring(None)
             engine.dispose()
 
-    # The pages of the API's documentation would load their scripts from elsewhere.
+    # No pages of API documentation: they would load their scripts from elsewhere.
     app = FastAPI(title="Integrations", lifespan=lifespan, openapi_url=None)
     app.include_router(router)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
@@ -379,7 +379,7 @@ def create_app(settings: Settings) -> FastAPI:
         (BusyError, on_busy),
     ):
         app.add_exception_handler(error, handler)
-    # Another name that somebody points at 127.0.0.1 does not reach the pages.
+    # Refuse a foreign host name that points at 127.0.0.1 (DNS rebinding).
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
 
     @app.middleware("http")
@@ -392,10 +392,10 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def _prepare(engine: Engine, rows: int) -> None:
-    """Make the tables, and fill them if they are empty. A real service uses migrations."""
+    """Create the tables, and fill them if they are empty. A real service uses migrations."""
     if engine.dialect.name == "sqlite":
         with engine.connect() as connection:
-            # Readers and the writer do not wait for each other. The file keeps the setting.
+            # With WAL, readers and the writer do not wait for each other. The file keeps the setting.
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     for metadata in (Base.metadata, LucentBase.metadata):
         metadata.create_all(engine)

@@ -1,8 +1,8 @@
-"""The keyring of the process, and the rotation that it may run in a thread.
+"""The keyring of the process, and the rotation in its thread.
 
-A real service reads its keyring from the environment (``Keyring.from_env()``, the default), and
-a new key version is two deployments: one that adds the key everywhere, one that promotes it. This
-service is a single process with a database that it throws away, so here a button does both.
+A real service reads its keyring from the environment (``Keyring.from_env()``, the default). A new
+key version then takes two deployments: one adds the key everywhere, one promotes it. This service
+is a single process with a throwaway database, so a button does both.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from sqlalchemy_lucent import (
 from .models import TARGETS
 
 BATCH_SIZE: Final = 100
-"""Rows per transaction. Small, so that the progress bar moves smoothly."""
+"""Rows per transaction. Few, so that the progress bar moves smoothly."""
 
 SETTLE: Final = 0.5
-"""Seconds between the two counts before a key is retired: longer than any transaction of a page."""
+"""Seconds between the two counts before a key is retired. Longer than any transaction of a page."""
 
 
 class BusyError(Exception):
-    """A rotation is running, and what was asked for has to wait for its end."""
+    """A rotation is running, and the request must wait for its end."""
 
 
 def values_per_version(bind: Engine | Connection) -> Counter[str]:
-    """Count the sealed values under each key version, over all tables. Opens none."""
+    """Count the sealed values of all tables by key version, without opening any."""
     counts: Counter[str] = Counter()
     for row in status(bind, TARGETS).rows:
         counts[row.key_version or "not sealed"] += row.count
@@ -51,7 +51,7 @@ def values_per_version(bind: Engine | Connection) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a rotation."""
+    """The result of a rotation."""
 
     report: RotationReport
     proof: VerifyReport
@@ -66,8 +66,8 @@ class Rotation:
     ) -> None:
         self.key_version = keyring.primary
         self.before = values_per_version(engine)
-        # Written by the thread, read by the pages. It is immutable and replaced as a whole, so
-        # there is nothing to lock.
+        # The thread writes it, the pages read it. It needs no lock: it is immutable and replaced
+        # as a whole.
         self.progress: RotationProgress | None = None
         self._stop = threading.Event()
         self._future: Future[Outcome] = executor.submit(self._run, engine, keyring, max_rate)
@@ -91,33 +91,33 @@ class Rotation:
         self.progress = progress
 
     def stop(self) -> None:
-        """End the run after the batch in hand. What is committed stays; a later run goes on."""
+        """End the run after the current batch. Its work stays; a later run continues."""
         self._stop.set()
 
     @property
     def running(self) -> bool:
-        """Whether the thread is at work."""
+        """Whether the thread is still working."""
         return not self._future.done()
 
     @property
     def error(self) -> str | None:
-        """What ended the run before its time, in a sentence."""
+        """Why the run failed, in a sentence; ``None`` if it did not."""
         error = None if self.running else self._future.exception()
         if error is None or isinstance(error, LucentError):
             return None if error is None else str(error)
-        # Whatever else it is, its text was not written to be shown to a browser.
+        # Texts of other errors were not written to be shown to a browser.
         return f"the rotation ended with {type(error).__name__}"
 
     @property
     def outcome(self) -> Outcome | None:
-        """The end of the run; ``None`` while it lasts, or if it failed."""
+        """The result of the run; ``None`` while it lasts, or if it failed."""
         if self.running or self._future.exception() is not None:
             return None
         return self._future.result()
 
 
 class Keys:
-    """The keyring that the process uses now, and who may change it when."""
+    """The current keyring of the process, and the rules for changing it."""
 
     def __init__(self, engine: Engine, keyring: Keyring, *, max_rate: int) -> None:
         self._engine = engine
@@ -129,18 +129,18 @@ class Keys:
         self.rotation: Rotation | None = None
 
     def current(self) -> Keyring:
-        """Return the keyring. The library asks for it each time that it seals or opens a value."""
+        """Return the keyring. The library calls this each time it seals or opens a value."""
         return self._keyring
 
     def add_version(self) -> str:
         """Make a key under the next version and promote it.
 
-        :raises BusyError: a rotation is running. It seals under the key that was the primary when
-            it began, and would take what is new back to that one.
+        :raises BusyError: a rotation is running. It seals under the key that was primary when it
+            began, and would move new values back to that key.
         """
         with self._lock:
             self._raise_if_busy()
-            # A version is never used twice, also when its key is gone: backups still name it.
+            # Never reuse a version, even if its key is gone: backups still name it.
             self._versions_made += 1
             version = f"v{self._versions_made}"
             added = self._keyring.adding(version, generate_master_key())
@@ -148,18 +148,18 @@ class Keys:
             return version
 
     def retire(self, version: str) -> None:
-        """Take the key of `version` away.
+        """Remove the key of `version` from the keyring.
 
         :raises KeyInUseError: values are sealed under it.
         :raises ConfigurationError: it is the primary, or there is no such version.
         """
-        self._keyring.without(version)  # refuses what cannot be, before anything is counted
+        self._keyring.without(version)  # raises before anything is counted
         retire_check(self._engine, version, TARGETS, settle=SETTLE)
         with self._lock:
             self._keyring = self._keyring.without(version)
 
     def rotate(self) -> None:
-        """Begin to re-encrypt everything under the primary key.
+        """Start to re-encrypt everything under the primary key.
 
         :raises BusyError: a rotation is running already.
         """
@@ -177,7 +177,7 @@ class Keys:
             raise BusyError("A rotation is running. Wait for its end.")
 
     def close(self) -> None:
-        """Stop what is running and wait for it."""
+        """Stop a running rotation and wait for its end."""
         if self.rotation is not None:
             self.rotation.stop()
         self._executor.shutdown()

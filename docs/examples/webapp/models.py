@@ -13,7 +13,7 @@ from sqlalchemy_lucent import LucentBase, LucentSecrets, SecretKey, row_bound
 
 
 def utc_now() -> datetime:
-    """Return the time, in UTC."""
+    """Return the current time in UTC."""
     return datetime.now(UTC)
 
 
@@ -31,7 +31,7 @@ class Tenant(Base):
 
 
 class Integration(Base):
-    """What a tenant gave the service to reach a third party with."""
+    """Credentials that a tenant gave the service for a third party."""
 
     __tablename__ = "integrations"
 
@@ -39,8 +39,8 @@ class Integration(Base):
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
     provider: Mapped[str] = mapped_column(String(40))
     name: Mapped[str] = mapped_column(String(80))
-    # An EncryptedJSON column that is sealed together with the row's id and tenant: bytes that are
-    # copied into the row of another tenant do not open there.
+    # An EncryptedJSON column, sealed together with the row's id and tenant. Bytes copied into the
+    # row of another tenant do not open there.
     credentials: Mapped[dict[str, Any]] = row_bound("id", "tenant_id")
     created_at: Mapped[datetime] = mapped_column(
         DateTime(timezone=True), default=utc_now, index=True
@@ -48,7 +48,7 @@ class Integration(Base):
 
 
 TARGETS: Final = (Base, LucentBase)
-"""Everything that the keys seal. What is not named here is neither rotated nor counted."""
+"""All that the keys seal. A model that is not named here is neither rotated nor counted."""
 
 
 def signing_secret_key(tenant_id: str) -> SecretKey:

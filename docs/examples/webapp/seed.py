@@ -1,4 +1,4 @@
-"""Made-up tenants with made-up credentials, enough of them that a rotation can be watched."""
+"""Made-up tenants and credentials, enough of them to watch a rotation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROVIDERS: Final[dict[str, Callable[[], dict[str, Any]]]] = {
     "slack": lambda: {"botToken": token("xoxb"), "scopes": ["chat:write", "users:read"]},
     "stripe": lambda: {"apiKey": token("sk"), "account": "acct_demo"},
 }
-"""The third parties, each with a function that makes a document of the shape that it uses."""
+"""The third parties, each with a function that makes credentials for it."""
 
 TENANTS: Final = {
     "birch": "Birch & Daughters",
@@ -38,13 +38,13 @@ TENANTS: Final = {
     "nimbus": "Nimbus Weather",
     "quarry": "Quarry Stoneworks",
 }
-"""Names of tenants by id."""
+"""The tenants: names by id."""
 
 _PURPOSES: Final = ("production", "staging", "reports", "backup", "support desk")
 
 
 def token(prefix: str) -> str:
-    """Return a random token that is of no use anywhere."""
+    """Return a random token, of no use anywhere."""
     return f"{prefix}_demo_{secrets.token_urlsafe(24)}"
 
 
@@ -57,7 +57,7 @@ def seed(session: Session, rows: int) -> None:
     """Store the tenants, `rows` integrations, and a signing secret for each tenant."""
     session.add_all(Tenant(id=id_, name=name) for id_, name in TENANTS.items())
     session.flush()
-    # One statement for all: there is no object for each row.
+    # One statement for all rows, without an object for each.
     session.execute(insert(Integration), bound_rows(Integration, _integrations(rows)))
     LucentSecrets(session).set_many(
         {signing_secret_key(tenant_id): new_signing_secret() for tenant_id in TENANTS}
