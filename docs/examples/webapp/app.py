@@ -395,7 +395,7 @@ def _prepare(engine: Engine, rows: int) -> None:
     """Create the tables, and fill them if they are empty. A real service uses migrations."""
     if engine.dialect.name == "sqlite":
         with engine.connect() as connection:
-            # With WAL, readers and the writer do not wait for each other. The file keeps the setting.
+            # Readers and the writer then do not wait for each other. The file keeps the setting.
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     for metadata in (Base.metadata, LucentBase.metadata):
         metadata.create_all(engine)

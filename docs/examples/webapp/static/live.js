@@ -1,9 +1,8 @@
 "use strict";
 
-// While a rotation runs, fetch the page again and take over the parts that changed. The server
-// renders everything, so the page also works without this script: it then reloads itself.
-// Polling, not server-sent events: an answer that is over at once keeps neither a connection nor
-// the end of the server waiting.
+// While a rotation runs, fetch the page again and replace the parts that changed. The server renders
+// everything, so the page also works without this script: it then reloads itself.
+// It polls because server-sent events would keep a connection open and delay the server's shutdown.
 
 const EVERY = 400; // milliseconds
 
@@ -14,11 +13,11 @@ function isRunning() {
 function takeOver(fresh) {
   for (const old of document.querySelectorAll("[data-live]")) {
     const now = fresh.getElementById(old.id);
-    // What did not change is left alone: it may have the focus.
+    // Leave unchanged parts alone: one may have the focus.
     if (now === null || old.isEqualNode(now)) continue;
     const focused = old.contains(document.activeElement) ? document.activeElement.id : "";
     Object.assign(old.dataset, now.dataset);
-    // The element itself stays, so that a screen reader announces what role="status" says now.
+    // Keep the element itself, so that a screen reader announces the new text of role="status".
     old.replaceChildren(...now.childNodes);
     if (focused) document.getElementById(focused)?.focus();
   }
@@ -31,7 +30,7 @@ async function follow() {
       takeOver(new DOMParser().parseFromString(await answer.text(), "text/html"));
     }
   } catch {
-    // The server is away for a moment. The next round asks again.
+    // The server is unreachable for a moment. The next round asks again.
   }
   if (isRunning()) setTimeout(follow, EVERY);
 }
