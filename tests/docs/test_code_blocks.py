@@ -167,6 +167,7 @@ def test_the_guides_have_code() -> None:
         "docs/index.md",
         "docs/protection.md",
         "docs/reference.md",
+        "docs/rotation-promises.md",
     }
 
 
