@@ -167,6 +167,7 @@ def test_the_guides_have_code() -> None:
         "docs/logs.md",
         "docs/protection.md",
         "docs/reference.md",
+        "docs/rotation-promises.md",
     }
 
 

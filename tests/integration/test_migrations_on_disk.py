@@ -1,6 +1,6 @@
 """What is left on the disk when ``op.encrypt_column`` has dropped the plaintext.
 
-The files of the database are searched, before and after what ``docs/alembic.md`` says to do.
+The database files are searched before and after what ``docs/encrypt-existing.md`` says to do.
 """
 
 from __future__ import annotations

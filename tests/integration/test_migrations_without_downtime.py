@@ -1,4 +1,4 @@
-"""The steps of ``docs/alembic.md`` that encrypt a column while processes of both kinds run."""
+"""The steps of ``docs/encrypt-existing.md`` without downtime, with old and new processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def models_of_the_page() -> list[Any]:
     """The models of the second step and of the fourth, as they are printed."""
     names: dict[str, Any] = {"sa": sa, "__name__": __name__}
     found = []
-    for block in blocks(ROOT / "docs" / "alembic.md"):
+    for block in blocks(ROOT / "docs" / "encrypt-existing.md"):
         if block.info == "python" and "_write_both" in block.text:
             exec(block.text, names)
             found.append(names["User"])
