@@ -8,14 +8,13 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection as Channel
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
 from types import FrameType
 from typing import Any, Final, cast
 
@@ -289,15 +288,14 @@ class Rotators:
     ) -> None:
         os.environ[URL_VARIABLE] = engine.url.render_as_string(hide_password=False)
         context = multiprocessing.get_context("spawn")
-        self._stop = context.Event()
         self._processes: dict[Channel[Any, Any], BaseProcess] = {}
         # A terminal sends Ctrl-C to every process. Workers inherit that they ignore it: this
         # process decides what it means.
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             for _ in range(count):
-                ours, theirs = context.Pipe(duplex=False)
-                arguments = theirs, self._stop, selection, options
+                ours, theirs = context.Pipe()
+                arguments = theirs, selection, options
                 process = context.Process(target=_rotate_in_worker, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
@@ -308,14 +306,14 @@ class Rotators:
     def run(self, shown: ShownProgress, interrupt: Interrupt) -> int:
         """Show their progress as one until all have ended; return the values re-encrypted."""
         latest: dict[Channel[Any, Any], RotationProgress] = {}
-        running = set(self._processes)
+        running, asked = set(self._processes), False
         try:
             while running:
                 ready = wait(list(running), timeout=_SECONDS_BETWEEN_FRAMES)
                 for channel in cast("list[Channel[Any, Any]]", ready):
                     try:
                         message = channel.recv()
-                    except EOFError:
+                    except (EOFError, OSError):
                         running.discard(channel)
                         _tell_how_it_ended(self._processes[channel])
                         continue
@@ -324,13 +322,20 @@ class Rotators:
                         continue
                     latest[channel] = message
                     shown.update(_together(list(latest.values())))
-                if interrupt.asked:
-                    self._stop.set()
+                if interrupt.asked and not asked:
+                    asked = True
+                    _ask_to_stop(running)
         finally:
             # After a second Ctrl-C, at once: the database rolls their batches back.
             for process in self._processes.values():
                 process.terminate()
         return sum(progress.rotated for progress in latest.values())
+
+
+def _ask_to_stop(channels: Iterable[Channel[Any, Any]]) -> None:
+    for channel in channels:
+        with suppress(OSError):  # it has just ended
+            channel.send(None)
 
 
 def _tell_how_it_ended(process: BaseProcess) -> None:
@@ -345,8 +350,9 @@ def _tell_how_it_ended(process: BaseProcess) -> None:
 
 
 def _rotate_in_worker(
-    channel: Channel[Any, Any], stop: Event, selection: Selection, options: dict[str, Any]
+    channel: Channel[Any, Any], selection: Selection, options: dict[str, Any]
 ) -> None:
+    """Send progress through `channel`. Anything that arrives there, or its end, asks to stop."""
     try:
         targets = selection.targets()
         with connected(None) as engine:
@@ -354,7 +360,7 @@ def _rotate_in_worker(
                 engine,
                 targets,
                 on_progress=channel.send,
-                stop_when=lambda _: stop.is_set(),
+                stop_when=lambda _: channel.poll(),
                 **options,
             )
     except OSError:

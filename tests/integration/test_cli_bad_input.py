@@ -158,7 +158,7 @@ TABLE: dict[str, tuple[list[str], dict[str, str | None], int, str]] = {
     ),
     "metadata of another form": (["status", "--metadata", "app.Base"], {}, 2, "package.module:B"),
     "metadata that is a path": (
-        ["status", "--metadata", "./shop/models.py:Base"], {}, 2, "is a path: write shop.models:Base"
+        ["status", "--metadata", "./shop/models.py:Base"], {}, 2, ": write shop.models:Base"
     ),
     "metadata that is not there": (
         ["status", "--metadata", "nowhere:Base"], {}, 2, "No module named 'nowhere'"
