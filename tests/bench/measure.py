@@ -191,4 +191,5 @@ def run_alone(measure: Callable[[bool], Iterable[Figure]]) -> None:
     """Run one module's benchmark from the command line, and print its tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it works")
-    print("\n".join(table_of(measure(parser.parse_args().smoke))))
+    for line in table_of(measure(parser.parse_args().smoke)):
+        print(line, flush=True)
