@@ -1,4 +1,4 @@
-"""Which database and which models a command works on. The password of a URL is never shown."""
+"""Find the database and the models that a command works on. No message shows a password."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sqlalchemy import (
     JSON,
     URL,
     Column,
+    ColumnClause,
     Engine,
     MetaData,
     String,
@@ -33,10 +34,10 @@ from sqlalchemy.orm import Mapper, registry
 from sqlalchemy.pool import NullPool
 from sqlalchemy.types import TypeEngine
 
-from .._database.relations import relation_of
+from .._database.relations import Relation, relation_of
 from ..models import LucentBase, LucentSecretMixin
 from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets, tables_in
-from .terminal import CommandError
+from .errors import CommandError, first_line, said_by
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -45,7 +46,7 @@ URL_VARIABLE: Final = "DATABASE_URL"
 METADATA_VARIABLE: Final = "LUCENT_METADATA"
 
 _CONNECT_TIMEOUT: Final = 10
-"""Seconds to wait for PostgreSQL, whose driver would wait for minutes; PyMySQL's default."""
+"""Seconds to wait for PostgreSQL, whose driver would wait for minutes. PyMySQL has this default."""
 
 _BACKENDS: Final = {
     "sqlite": "sqlite",
@@ -54,7 +55,7 @@ _BACKENDS: Final = {
     "mysql": "mysql",
     "mariadb": "mariadb",
 }
-# The drivers that are looked for, in order, each with the module that it is.
+# The drivers to look for, in order, each with its module.
 _SYNC_DRIVERS: Final = {
     "sqlite": (("pysqlite", "sqlite3"),),
     "postgresql": (("psycopg", "psycopg"), ("psycopg2", "psycopg2")),
@@ -74,7 +75,7 @@ def alembic_config() -> Config | None:
     toml = Path("pyproject.toml")
     if not ini.is_file() and not (toml.is_file() and "[tool.alembic" in toml.read_text("utf-8")):
         return None
-    from alembic.config import Config  # not before: it takes its time to import
+    from alembic.config import Config  # slow to import
 
     return Config(ini if ini.is_file() else None, toml_file=toml if toml.is_file() else None)
 
@@ -82,15 +83,16 @@ def alembic_config() -> Config | None:
 def find_url(given: str | None) -> URL:
     """Return the URL of the database, with a synchronous driver.
 
-    :param given: what the command line says; then come DATABASE_URL and Alembic's `sqlalchemy.url`.
-    :raises CommandError: there is none, or it cannot be one.
+    :param given: the option ``--url``, before DATABASE_URL and Alembic's `sqlalchemy.url`.
+    :raises CommandError: there is none, or it is malformed.
     """
-    for source, text in (("--url", given), (URL_VARIABLE, os.environ.get(URL_VARIABLE))):
-        if text:
-            return _with_sync_driver(_parse(text, source), source)
-    text = _alembic_url()
+    source, text = "--url", given
+    if not text:
+        source, text = URL_VARIABLE, os.environ.get(URL_VARIABLE)
+    if not text:
+        source, text = "sqlalchemy.url", _alembic_url()
     if text:
-        return _with_sync_driver(_parse(text, "sqlalchemy.url"), "sqlalchemy.url")
+        return _with_sync_driver(_parse(text, source), source)
     raise CommandError(
         f"no database is named: set {URL_VARIABLE}, or sqlalchemy.url in alembic.ini, or pass --url"
     )
@@ -105,18 +107,18 @@ def _alembic_url() -> str | None:
         url: Any = config.get_main_option("sqlalchemy.url")
         if url is None:
             options = config.toml_alembic_config
-            # TOML takes the dot of a key that is not quoted for a table.
+            # In TOML, the dot of an unquoted key makes a table.
             url = options.get("sqlalchemy.url") or (options.get("sqlalchemy") or {}).get("url")
     except (configparser.Error, tomllib.TOMLDecodeError, OSError, ValueError) as error:
         fault = type(error).__name__  # its message may quote the URL
     if fault:
         raise CommandError(f"sqlalchemy.url cannot be read from Alembic's configuration: {fault}")
-    # What `alembic init` writes is no database.
+    # `alembic init` writes a placeholder.
     return None if not isinstance(url, str) or url.startswith("driver://") else url
 
 
 def _parse(text: str, source: str) -> URL:
-    # SQLAlchemy's own messages are not passed on: they may quote a part of the password.
+    # SQLAlchemy's messages may quote a part of the password.
     url = None
     with contextlib.suppress(ArgumentError, ValueError):
         url = make_url(text)
@@ -125,8 +127,8 @@ def _parse(text: str, source: str) -> URL:
             f"{source} is not a database URL: dialect://user:password@host:port/database, in which "
             "a : / @ or % of the password is written as %3A %2F %40 %25"
         )
-    # The first @ ends the password, so that behind another one a part of it would be taken for the
-    # host, the database or an option. The path of a SQLite file may have any.
+    # The first @ ends the password. With a second one, a part of the password would be taken for
+    # the host, the database or an option. The path of a SQLite file may have any number.
     expected = 0 if url.username is None else 1
     if text.count("@") > expected and not url.drivername.startswith("sqlite"):
         raise CommandError(
@@ -140,7 +142,7 @@ def _with_sync_driver(url: URL, source: str) -> URL:
     backend = _BACKENDS.get(name)
     if backend is None:
         raise CommandError(
-            f"{source} is for a kind of database that is not supported; "
+            f"{source} names a kind of database that is not supported; "
             "these are: sqlite, postgresql, mysql, mariadb"
         )
     if driver and driver not in _ASYNC_DRIVERS:
@@ -153,7 +155,7 @@ def _with_sync_driver(url: URL, source: str) -> URL:
                 if "ssl" in query:
                     query["sslmode"] = query.pop("ssl")
             return url.set(drivername=f"{backend}+{found}", query=query)
-    wanted = f"{driver} is an async driver, and the command needs a" if driver else "there is no"
+    wanted = f"{driver} is async, and the command needs a" if driver else "there is no"
     raise CommandError(
         f"{wanted} synchronous driver for {backend}: "
         f"pip install 'sqlalchemy-lucent[{_EXTRAS[backend]}]'"
@@ -165,12 +167,11 @@ def _with_sync_driver(url: URL, source: str) -> URL:
 
 @contextmanager
 def connected(given: str | None) -> Iterator[Engine]:
-    """Give an engine over the database that is named, which did answer.
+    """Give an engine for the database, after a first connection.
 
-    :raises CommandError: it does not, and why.
+    :raises CommandError: the database is not named, or does not answer.
     """
-    url = find_url(given)
-    engine = engine_of(url)
+    engine = _engine_of(find_url(given))
     try:
         _try_connecting(engine)
         yield engine
@@ -178,14 +179,14 @@ def connected(given: str | None) -> Iterator[Engine]:
         engine.dispose()
 
 
-def engine_of(url: URL) -> Engine:
-    """Return an engine over `url`, whose errors do not show parameters.
+def _engine_of(url: URL) -> Engine:
+    """Return an engine whose errors do not show parameters.
 
-    :raises CommandError: its driver is not installed, or `url` has an option that it lacks.
+    :raises CommandError: the driver is not installed, or does not know an option of `url`.
     """
     if url.get_backend_name() == "sqlite":
         path = url.database or ":memory:"
-        # SQLite would make one, and find it empty.
+        # SQLite would create an empty one.
         if path != ":memory:" and not path.startswith("file:") and not Path(path).is_file():
             raise CommandError(f"there is no SQLite database at {path}")
     timeout = {}
@@ -198,7 +199,7 @@ def engine_of(url: URL) -> Engine:
     except ImportError as error:
         extra = _EXTRAS.get(url.get_backend_name(), "all")
         fault = (
-            f"the driver of {url.drivername} is not installed ({_first_line(error)}): "
+            f"the driver of {url.drivername} is not installed ({first_line(error)}): "
             f"pip install 'sqlalchemy-lucent[{extra}]'"
         )
     except (ArgumentError, TypeError, ValueError):
@@ -220,7 +221,7 @@ def _try_connecting(engine: Engine) -> None:
 
 
 def where(url: URL) -> str:
-    """Return what of `url` may be shown: no user, no password, no options."""
+    """Return what may be shown of `url`: no user, no password, no options."""
     if url.get_backend_name() == "sqlite":
         return f"SQLite at {url.database or ':memory:'}"
     port = f":{url.port}" if url.port else ""
@@ -229,23 +230,11 @@ def where(url: URL) -> str:
     )
 
 
-def refusal_of(error: DBAPIError) -> str:
-    """Return what the database said: its first line, because the next ones may repeat the row."""
-    return _first_line(_said(error))
-
-
-def _said(error: DBAPIError) -> object:
-    original = error.orig
-    if original is not None and len(original.args) == 2 and isinstance(original.args[0], int):
-        return original.args[1]  # PyMySQL's: a number and a sentence
-    return original
-
-
 def _without_password(error: DBAPIError, url: URL) -> str:
-    sentence = " ".join(str(_said(error)).split())
+    sentence = " ".join(str(said_by(error)).split())
     passwords = {str(url.password or ""), *_strings(url, "password"), *_strings(url, "passwd")}
     for password in passwords - {"", url.username, url.host, url.database}:
-        # Nothing is cut out: what is left around it would say what was there.
+        # Not cut out: the text around the gap would tell what was there.
         if password in sentence:
             return f"{type(error.orig).__name__}; its message is not shown, to keep the password"
     return sentence
@@ -255,19 +244,15 @@ def _strings(url: URL, option: str) -> Sequence[str]:
     return url.normalized_query.get(option) or ()
 
 
-def _first_line(error: object) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 # -- the models ------------------------------------------------------------------------------------
 
 
 def load_targets(names: Sequence[str] | None) -> list[Target]:
-    """Return the objects that `names` say, each ``package.module:name``; LucentBase if none is.
+    """Import the objects that `names` say, each ``package.module:name``. Default: LucentBase.
 
-    The modules are imported, so an application's own keyring is set if one of them sets it.
+    If a module sets the application's own keyring, it is set from now on.
 
-    :raises CommandError: one cannot be imported, or has no such name.
+    :raises CommandError: a module cannot be imported, or has no such name.
     """
     if not names:
         return [LucentBase]
@@ -281,19 +266,19 @@ def _load(name: str) -> Target:
     source = METADATA_VARIABLE if given else "--metadata"
     module_name, separator, attribute = name.partition(":")
     if not module_name or not separator or not attribute:
-        raise CommandError(f"{source} is of the form package.module:Base, not {name!r}")
+        raise CommandError(f"{source} has the form package.module:Base, not {name!r}")
     if "/" in module_name or module_name.endswith(".py"):
         dotted = module_name.removeprefix("./").removesuffix(".py").replace("/", ".").strip(".")
         raise CommandError(
-            f"{source} takes a module, and {module_name} is a path: {dotted}:{attribute}"
+            f"{source} takes a module, and {module_name} is a path: write {dotted}:{attribute}"
         )
     try:
-        # What an application prints while it is imported is not our output.
+        # What an application prints on import is not our output.
         with contextlib.redirect_stdout(sys.stderr):
             module = importlib.import_module(module_name)
         target: Target = operator.attrgetter(attribute)(module)
     except ImportError as error:
-        fault = f"{source} {name}: {_first_line(error)}"
+        fault = f"{source} {name}: {first_line(error)}"
     except AttributeError as error:
         if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
             fault = _raised(f"{source} {name}", error)
@@ -316,42 +301,36 @@ def _raised(named: str, error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """What the options ``--metadata``, ``--table`` and ``--column`` name."""
+    """The options ``--metadata``, ``--table`` and ``--column``."""
 
     metadata: Sequence[str] | None
     tables: Sequence[str] | None = None
     columns: Sequence[str] | None = None
 
     def targets(self) -> Sequence[Target]:
-        """Import the models, and return what is selected of them.
+        """Import the models, and return their selected columns.
 
-        :raises CommandError: a name is not that of an encrypted column, or of a table with one.
+        :raises CommandError: no encrypted column has such a name.
         """
-        return _narrowed(load_targets(self.metadata), self.tables, self.columns)
-
-
-def _narrowed(
-    targets: Sequence[Target], tables: Sequence[str] | None, columns: Sequence[str] | None
-) -> Sequence[Target]:
-    """Return `targets`, or those of their columns that are in `tables` and among `columns`."""
-    if not tables and not columns:
-        return targets
-    found = list(columns_in(targets))
-    for option, given, names in (
-        ("--table", tables or (), _table_names),
-        ("--column", columns or (), _column_names),
-    ):
-        known = {name for column in found for name in names(column)}
-        for name in given:
-            if name not in known:
-                raise CommandError(
-                    f"{option} {name}: no such encrypted column; there are "
-                    f"{', '.join(sorted(str(column) for column in found)) or 'none'}"
-                )
-        found = [c for c in found if not given or not names(c).isdisjoint(given)]
-    if not found:
-        raise CommandError("no encrypted column is both in --table and named by --column")
-    return found
+        targets = load_targets(self.metadata)
+        if not self.tables and not self.columns:
+            return targets
+        found = list(columns_in(targets))
+        for option, given, names in (
+            ("--table", self.tables or (), _table_names),
+            ("--column", self.columns or (), _column_names),
+        ):
+            known = {name for column in found for name in names(column)}
+            for name in given:
+                if name not in known:
+                    raise CommandError(
+                        f"{option} {name}: no such encrypted column; there are "
+                        f"{', '.join(sorted(map(str, found))) or 'none'}"
+                    )
+            found = [c for c in found if not given or not names(c).isdisjoint(given)]
+        if not found:
+            raise CommandError("no encrypted column is both in --table and named by --column")
+        return found
 
 
 def _table_names(column: Column[Any]) -> set[str]:
@@ -362,49 +341,74 @@ def _column_names(column: Column[Any]) -> set[str]:
     return {column.name, *(f"{table}.{column.name}" for table in _table_names(column))}
 
 
-def present_tables(engine: Engine, targets: Sequence[Target]) -> list[TargetTable]:
-    """Return the tables of `targets`, without what is a view or foreign table there.
+class Found(NamedTuple):
+    """A target as the database has it."""
 
-    :raises CommandError: one is not in the database, or one of the columns that are needed is not,
-        or is not encrypted there.
+    target: TargetTable
+    relation: Relation | None
+    types: dict[str, TypeEngine[Any]]
+    """By the lower-case name of each column: SQLite and MySQL accept any case."""
+
+    def missing(self, columns: Iterable[ColumnClause[Any]]) -> list[str]:
+        """Return the names of those `columns` that the table lacks."""
+        return [column.name for column in columns if column.name.lower() not in self.types]
+
+
+def look_up(engine: Engine, targets: Iterable[TargetTable]) -> Iterator[Found]:
+    """Look each table up in the database."""
+    inspector = inspect(engine)
+    for target in targets:
+        name, schema = target.clause.name, target.clause.schema
+        with engine.connect() as connection:
+            relation = relation_of(connection, name, schema)
+        is_table = relation is not None and relation.is_table
+        columns = inspector.get_columns(name, schema=schema) if is_table else ()
+        yield Found(target, relation, {c["name"].lower(): c["type"] for c in columns})
+
+
+@contextmanager
+def opened(
+    url: str | None, targets: Sequence[Target]
+) -> Iterator[tuple[Engine, list[TargetTable]]]:
+    """Give an engine and the tables of `targets`, without views and foreign tables.
+
+    :raises CommandError: a table or column is not in the database, or is not encrypted there.
     :raises RotationError: there is no encrypted column among them.
     """
-    tables = []
-    inspector = inspect(engine)
-    for table in resolve_targets(targets, engine):
-        name, schema = table.clause.name, table.clause.schema
-        with engine.connect() as connection:
-            found = relation_of(connection, name, schema)
-        if found is None:
+    with connected(url) as engine:
+        found = list(look_up(engine, resolve_targets(targets, engine)))
+        for each in found:
+            _require_migrated(each, engine)
+        yield engine, [each.target for each in found if each.types]
+
+
+def _require_migrated(table: Found, engine: Engine) -> None:
+    name, place = table.target.name, where(engine.url)
+    if table.relation is None:
+        raise CommandError(
+            f"table {name} is not in the database ({place}): run your migrations, or name another "
+            "database"
+        )
+    if not table.relation.is_table:
+        return
+    missing = table.missing(table.target.clause.columns)
+    if missing:
+        raise CommandError(
+            f"table {name} lacks {', '.join(missing)} in the database ({place}): run your "
+            "migrations (alembic upgrade head)"
+        )
+    for column in table.target.columns:
+        type_ = table.types[column.name.lower()]
+        if holds_text(type_):
             raise CommandError(
-                f"table {table.name} is not in the database ({where(engine.url)}): run your "
-                "migrations, or name another database"
+                f"column {name}.{column.name} is {type_.compile(engine.dialect)} in the database "
+                f"({place}), which holds no sealed bytes: run the migration that encrypts it "
+                "(op.encrypt_column)"
             )
-        if not found.is_table:
-            continue
-        tables.append(table)
-        # SQLite and MySQL take a column by its name in any case.
-        columns = inspector.get_columns(name, schema=schema)
-        types = {c["name"].lower(): c["type"] for c in columns}
-        missing = [c.name for c in table.clause.columns if c.name.lower() not in types]
-        if missing:
-            raise CommandError(
-                f"table {table.name} lacks {', '.join(missing)} in the database "
-                f"({where(engine.url)}): run your migrations (alembic upgrade head)"
-            )
-        for column in table.columns:
-            type_ = types[column.name.lower()]
-            if holds_text(type_):
-                raise CommandError(
-                    f"column {table.name}.{column.name} is {type_.compile(engine.dialect)} in the "
-                    f"database ({where(engine.url)}), which holds no sealed bytes: run the "
-                    "migration that encrypts it (op.encrypt_column)"
-                )
-    return tables
 
 
 def holds_text(type_: TypeEngine[Any]) -> bool:
-    """Say whether a column of the database has the type that it had before it was encrypted.
+    """Say whether a reflected column still has a plaintext type.
 
     PostgreSQL and MySQL refuse to look for sealed bytes in it.
     """
@@ -412,9 +416,9 @@ def holds_text(type_: TypeEngine[Any]) -> bool:
 
 
 def secrets_model(names: Sequence[str] | None) -> type[LucentSecretMixin]:
-    """Return the model of scoped secrets among what `names` say.
+    """Return the model of scoped secrets among the objects that `names` say.
 
-    :raises CommandError: there is none, or there are several.
+    :raises CommandError: there is not exactly one.
     """
     models = {model for target in load_targets(names) for model in _secrets_models(target)}
     if not models:

@@ -1,4 +1,4 @@
-"""``lucent doctor``: look at keys, tables, values, migrations and clock; say what to do.
+"""``lucent doctor``: check keys, tables, values, migrations and clock; say what to do.
 
 It opens no value.
 """
@@ -12,30 +12,37 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from sqlalchemy import Column, Connection, Engine, Inspector, Table, func, inspect, select
+from sqlalchemy import Engine, Inspector, Table, func, inspect, select
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine, _Binary
 
 from .._aead import MASTER_KEY_SIZE
-from .._database.relations import relation_of
 from .._database.visibility import require_primary
 from .._sql import is_mysql
 from ..exceptions import ConfigurationError, RotationError
 from ..keyring import Keyring, default_keyring
 from ..rotation import StatusRow, status
 from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets
-from .database import alembic_config, connected, holds_text, where
+from .database import Found, alembic_config, connected, holds_text, look_up, where
 from .terminal import counted
 from .unnamed import unnamed_values
 
+# What an env.py needs, each with the name that shows it.
+_WIRING: Final = {
+    "the import": "sqlalchemy_lucent.migrations",
+    "render_item": "render_item",
+    "transaction_per_migration": "transaction_per_migration",
+    "autogenerate_plugins": "autogenerate_plugins",
+}
+
 _CLOCK_TOLERANCE: Final = timedelta(seconds=5)
-"""A clock kept by NTP is off by milliseconds; a request takes less than this."""
+"""NTP keeps clocks within milliseconds, and a request takes less than this."""
 
 Level = Literal["ok", "note", "fix"]
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at. Only ``fix`` asks for something to be done."""
+    """The result of one check. Only ``fix`` asks for action."""
 
     level: Level
     what: str
@@ -43,43 +50,39 @@ class Finding(NamedTuple):
 
 
 def examine(targets: Sequence[Target], url: str | None) -> Iterator[Finding]:
-    """Look at everything, one thing after the other.
+    """Run all checks, one after the other.
 
     :raises CommandError: no database is named, or it does not answer.
     """
-    keyring = _keyring()
-    if isinstance(keyring, Keyring):
+    keyring = None
+    try:
+        keyring = default_keyring()
+    except ConfigurationError as error:
+        yield Finding("fix", "keyring: none", str(error))
+    else:
         others = [f"{v} ({keyring.fingerprint(v)})" for v in keyring.versions[1:]]
         opens = f"; {', '.join(others)} can be opened" if others else ""
         primary = f"{keyring.primary} ({keyring.fingerprint(keyring.primary)})"
         yield Finding("ok", f"keyring: {primary} seals{opens}")
         yield from _constant_keys(keyring)
-    else:
-        yield Finding("fix", "keyring: none", keyring)
     yield from _alembic()
     with connected(url) as engine:
         yield Finding("ok", f"database: {where(engine.url)}, by {engine.dialect.driver}")
         yield from _clock(engine)
-        inspector = inspect(engine)
-        metadata_tables = {column.table.fullname: column.table for column in columns_in(targets)}
+        models = {column.table.fullname: column.table for column in columns_in(targets)}
         tables = resolve_targets(targets, engine)
-        fault = _why_no_witness(engine)
-        if fault is not None:
-            yield Finding("fix", f"database: {fault}")
-        for table in tables:
-            yield from _table(
-                engine,
-                inspector,
-                table,
-                metadata_tables[table.name],
-                keyring if isinstance(keyring, Keyring) else None,
-                counts=fault is None,
-            )
+        replica = _why_not_the_primary(engine)
+        if replica is not None:
+            yield Finding("fix", f"database: {replica}")
+        for found in look_up(engine, tables):
+            yield from _table(engine, found, models[found.target.name])
+            if replica is None:
+                yield from _values(engine, found, models[found.target.name], keyring)
         yield from _unnamed(engine, tables)
 
 
-def _why_no_witness(engine: Engine) -> str | None:
-    """Return why values are not counted here; ``None`` if they are."""
+def _why_not_the_primary(engine: Engine) -> str | None:
+    """Return why values cannot be counted on this server; ``None`` if they can."""
     with engine.connect() as connection:
         try:
             require_primary(connection)
@@ -88,16 +91,8 @@ def _why_no_witness(engine: Engine) -> str | None:
     return None
 
 
-def _keyring() -> Keyring | str:
-    """Return the configured keyring, or why there is none."""
-    try:
-        return default_keyring()
-    except ConfigurationError as error:
-        return str(error)
-
-
 def _constant_keys(keyring: Keyring) -> Iterator[Finding]:
-    """Name the keys that are one byte 32 times: a placeholder that was never replaced."""
+    """Name the keys that repeat one byte: placeholders that were never replaced."""
     constants = {
         Keyring({"v": bytes([byte]) * MASTER_KEY_SIZE}).fingerprint("v") for byte in range(256)
     }
@@ -119,7 +114,9 @@ def _alembic() -> Iterator[Finding]:
         location = config.get_alembic_option("script_location") if config else None
     except (configparser.Error, ValueError) as error:
         # Its message may quote a URL.
-        yield Finding("fix", f"Alembic: its configuration raised {type(error).__name__}", "mend it")
+        yield Finding(
+            "fix", f"Alembic: its configuration raised {type(error).__name__}", "correct it"
+        )
         return
     if config is None:
         yield Finding("note", "Alembic: no alembic.ini and no [tool.alembic] in this directory")
@@ -128,18 +125,18 @@ def _alembic() -> Iterator[Finding]:
         yield Finding("fix", "Alembic: script_location is not set", "set it in alembic.ini")
         return
     if ":" in location and not Path(location).exists():
-        yield Finding("note", f"Alembic: {location} is inside a package and was not looked at")
+        yield Finding("note", f"Alembic: {location} is inside a package and was not checked")
         return
     env = Path(location) / "env.py"
     if not env.is_file():
         yield Finding("fix", f"Alembic: there is no {env}", "set script_location to where it is")
         return
     try:
-        said = _names_in(ast.parse(env.read_text("utf-8")))
+        names = _names_in(ast.parse(env.read_text("utf-8")))
     except (SyntaxError, ValueError):
-        yield Finding("fix", f"Alembic: {env} is not Python that can be read", "mend it")
+        yield Finding("fix", f"Alembic: {env} is not valid Python", "correct it")
         return
-    missing = [option for option, names in _wiring().items() if said.isdisjoint(names)]
+    missing = [option for option, shown_by in _WIRING.items() if shown_by not in names]
     if missing:
         yield Finding(
             "fix",
@@ -152,22 +149,8 @@ def _alembic() -> Iterator[Finding]:
         yield Finding("ok", f"Alembic: {env} has the import and the options")
 
 
-def _wiring() -> dict[str, set[str]]:
-    """Return what an ``env.py`` needs, each with the names by which it is recognized."""
-    import alembic
-
-    wiring = {
-        "the import": {"sqlalchemy_lucent.migrations"},
-        "render_item": {"render_item"},
-        "transaction_per_migration": {"transaction_per_migration"},
-    }
-    if tuple(map(int, alembic.__version__.split(".")[:2])) >= (1, 18):  # the first with plugins
-        wiring["autogenerate_plugins"] = {"autogenerate_plugins"}
-    return wiring
-
-
 def _names_in(tree: ast.AST) -> set[str]:
-    """Return the modules, keywords and texts in a program; its comments are not among them."""
+    """Return the modules, keywords and strings in a program, without its comments."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -200,7 +183,7 @@ def _clock(engine: Engine) -> Iterator[Finding]:
         yield Finding(
             "fix",
             f"clock: {apart.total_seconds():.0f} seconds away from the database's",
-            "set both by NTP: created_at and updated_at are written by the application's clock",
+            "set both by NTP: created_at and updated_at come from the application's clock",
         )
     else:
         yield Finding("ok", "clock: as the database's")
@@ -209,49 +192,34 @@ def _clock(engine: Engine) -> Iterator[Finding]:
 # -- tables and values -----------------------------------------------------------------------------
 
 
-def _table(
-    engine: Engine,
-    inspector: Inspector,
-    target: TargetTable,
-    table: Table,
-    keyring: Keyring | None,
-    *,
-    counts: bool,
-) -> Iterator[Finding]:
-    name, schema = target.clause.name, target.clause.schema
-    with engine.connect() as connection:
-        found = relation_of(connection, name, schema)
-    if found is not None and not found.is_table:
-        yield Finding(
-            "note",
-            f"{target.name}: a {found.kind}, which is left out",
-            "name the tables behind it; retire-check asks for them",
-        )
-        return
-    if found is None:
+def _table(engine: Engine, found: Found, model: Table) -> Iterator[Finding]:
+    name, relation = found.target.name, found.relation
+    if relation is None:
         yield Finding(
             "fix",
-            f"table {target.name}: not in the database",
+            f"table {name}: not in the database",
             "run your migrations (alembic upgrade head), or name another database",
         )
-        return
-    types = {c["name"]: c["type"] for c in inspector.get_columns(name, schema=schema)}
-    missing = [c.name for c in table.columns if c.name not in types]
-    if missing:
+    elif not relation.is_table:
         yield Finding(
-            "fix",
-            f"table {target.name}: lacks {', '.join(missing)}",
-            "run your migrations (alembic upgrade head)",
+            "note",
+            f"{name}: a {relation.kind}, which is left out",
+            "name the tables that it reads; retire-check asks for them",
         )
-    present = [column for column in target.columns if column.name in types]
-    for column in present:
-        yield _column_type(engine, f"{target.name}.{column.name}", types[column.name])
-    yield from _index(inspector, target, table, types)
-    sealed = {column.name for column in present if not holds_text(types[column.name])}
-    countable = [column for column in columns_in(table) if column.name in sealed]
-    if countable and counts:
-        with engine.connect() as connection:
-            yield from _values(connection, table, countable, keyring)
+    else:
+        missing = found.missing(model.columns)
+        if missing:
+            yield Finding(
+                "fix",
+                f"table {name}: lacks {', '.join(missing)}",
+                "run your migrations (alembic upgrade head)",
+            )
+        for column in found.target.columns:
+            if column.name not in missing:
+                type_ = found.types[column.name.lower()]
+                yield _column_type(engine, f"{name}.{column.name}", type_)
+        if "key_version" not in missing:
+            yield _index(inspect(engine), found.target, model)
 
 
 def _column_type(engine: Engine, name: str, type_: TypeEngine[Any]) -> Finding:
@@ -266,60 +234,59 @@ def _column_type(engine: Engine, name: str, type_: TypeEngine[Any]) -> Finding:
         return Finding(
             "fix",
             f"{name}: {shown}, in which a longer value is refused, or cut where sql_mode is lax",
-            f"ALTER TABLE … MODIFY … LONGBLOB, with the NOT NULL that {name} has",
+            f"ALTER TABLE … MODIFY … LONGBLOB, and repeat NOT NULL if {name} has it",
         )
     return Finding("ok", f"{name}: {shown}")
 
 
-def _index(
-    inspector: Inspector, target: TargetTable, table: Table, types: dict[str, Any]
-) -> Iterator[Finding]:
-    """Say whether the database finds rows by their key version."""
-    if "key_version" in table.columns and "key_version" not in types:
-        return  # said already: it is a column that the table lacks
-    indexes = inspector.get_indexes(target.clause.name, schema=target.clause.schema)
+def _index(inspector: Inspector, target: TargetTable, model: Table) -> Finding:
+    """Say whether an index begins with the key version."""
     sealed = {column.name for column in target.columns}
-    for index in indexes:
+    for index in inspector.get_indexes(target.clause.name, schema=target.clause.schema):
         first = next(iter(index["column_names"]), None)
         expression = " ".join(index.get("expressions", []))
         if first == "key_version" or (first is None and any(c in expression for c in sealed)):
-            yield Finding("ok", f"table {target.name}: {index['name']} is on the key version")
-            return
-    if "key_version" in table.columns:
-        yield Finding(
+            return Finding("ok", f"table {target.name}: {index['name']} is on the key version")
+    if "key_version" in model.columns:
+        return Finding(
             "fix",
             f"table {target.name}: its key_version has no index",
             "run your migrations (alembic upgrade head), or create the index",
         )
-    else:
-        yield Finding(
-            "note",
-            f"table {target.name}: no index on the key version was found",
-            "no command needs one: they read the table either way; an index on "
-            "column.key_version is for queries of your own",
-        )
+    return Finding(
+        "note",
+        f"table {target.name}: no index on the key version was found",
+        "no command needs one: they read the table either way; an index on "
+        "column.key_version is for queries of your own",
+    )
 
 
 def _values(
-    connection: Connection, table: Table, columns: Sequence[Column[Any]], keyring: Keyring | None
+    engine: Engine, found: Found, model: Table, keyring: Keyring | None
 ) -> Iterator[Finding]:
-    rows = status(connection, columns).rows
+    """Count the values of the columns that hold sealed bytes."""
+    types = {column: found.types.get(column.name.lower()) for column in columns_in(model)}
+    sealed = [c for c, type_ in types.items() if type_ is not None and not holds_text(type_)]
+    if not sealed:
+        return
+    with engine.connect() as connection:
+        rows = status(connection, sealed).rows
     if not rows:
-        yield Finding("ok", f"table {table.fullname}: no values")
+        yield Finding("ok", f"table {found.target.name}: no values")
     for row in rows:
         yield _values_under_one_key(row, keyring)
 
 
 def _unnamed(engine: Engine, tables: list[TargetTable]) -> Iterator[Finding]:
-    """Say where sealed values are that no model names."""
+    """Name the columns with sealed values that no model names."""
     level: Level = "ok"
     for found in unnamed_values(engine, tables):
         if found.unread is not None:
             level = "note"
             yield Finding(
                 "note",
-                f"{found.name}: was not looked through for sealed values ({found.unread})",
-                "run doctor as a user who may read it whole",
+                f"{found.name}: was not searched for sealed values ({found.unread})",
+                "run doctor as a user who may read the whole table",
             )
             continue
         level = "fix"
@@ -328,12 +295,12 @@ def _unnamed(engine: Engine, tables: list[TargetTable]) -> Iterator[Finding]:
             "fix",
             f"{found.name}: sealed values that no model names: {under}",
             "name its model with --metadata, so that they are rotated and counted; or delete them "
-            "before the key is retired",
+            "before you retire the key",
         )
     if level == "ok":
         yield Finding("ok", "other columns of the database: no sealed values")
     yield Finding(
-        "note", "values: counted by the keys that they name, none was opened", "lucent verify opens"
+        "note", "values: counted by the keys they name; none was opened", "lucent verify opens them"
     )
 
 

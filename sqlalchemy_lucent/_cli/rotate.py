@@ -1,4 +1,4 @@
-"""``lucent rotate``: progress on the terminal, Ctrl-C, and processes that share the work."""
+"""``lucent rotate``: progress on the terminal, Ctrl-C, and several rotators at once."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection as Channel
 from multiprocessing.connection import wait
-from multiprocessing.synchronize import Event
-from types import FrameType, TracebackType
-from typing import Any, Final, Self, cast
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any, Final, cast
 
 from rich.progress import BarColumn, Progress, TextColumn
 from sqlalchemy import Engine
 
-from ..exceptions import LucentError, RotationError
+from ..exceptions import RotationError
 from ..rotation import (
     FailedRow,
     RotationProgress,
@@ -30,24 +31,14 @@ from ..rotation import (
     rotate,
 )
 from .database import URL_VARIABLE, Selection, connected
-from .terminal import (
-    CommandError,
-    Exit,
-    console,
-    counted,
-    printable,
-    tell,
-    wrapped,
-    write,
-    write_json,
-    write_rows,
-)
+from .errors import CommandError, Exit, explain
+from .terminal import console, counted, printable, tell, wrapped, write, write_json, write_rows
 
-_SECONDS_BETWEEN_LINES: Final = 10.0  # where there is no terminal to draw a bar on
+_SECONDS_BETWEEN_LINES: Final = 10.0  # without a terminal to draw a bar on
 _SECONDS_BETWEEN_FRAMES: Final = 0.1
 
 _FAILURES_SHOWN: Final = 20
-"""Failures that are listed for people; ``--json`` has the first 1,000."""
+"""Failures listed for people; ``--json`` has the first 1,000."""
 
 _REASONS: Final = {
     "NotSealedError": "not sealed",
@@ -67,39 +58,34 @@ def run_rotation(
     as_json: bool,
     **options: Any,
 ) -> Exit:
-    """Rotate, show how it goes and what came of it, and return the exit code."""
-    if engine.dialect.name == "sqlite" or options.get("dry_run"):
+    """Rotate, show progress and the report, and return the exit code."""
+    if engine.dialect.name == "sqlite" or options["dry_run"]:
         workers = 1  # one writer at a time; nothing to lock
     if max_rate is not None and max_rate < workers:
-        raise CommandError("--max-rate is 1 or more for each of the --workers")
-    interrupt, shown = Interrupt(workers), ShownProgress()
-    fault = report = None
-    try:
-        with interrupt, shown:
+        raise CommandError("--max-rate must be at least 1 for each of the --workers")
+    shown, by_workers, report = ShownProgress(), 0, None
+    with interruptible(workers) as interrupt, shown.drawing():
+        try:
             if workers > 1:
-                rate = None if max_rate is None else max_rate / workers
-                rotators = Rotators(workers, engine, selection, {"max_rate": rate, **options})
-                rotators.run(shown, interrupt)
-            # After workers, this finds what one that died has left, and counts.
+                share = {**options, "max_rate": max_rate and max_rate / workers}
+                by_workers = Rotators(workers, engine, selection, share).run(shown, interrupt)
+            # After workers, this re-encrypts what a dead one left, and counts.
             report = rotate(
                 engine,
                 selection.targets(),
-                on_progress=shown.update,
+                on_progress=lambda progress: shown.update(_plus(progress, by_workers)),
                 stop_when=lambda _: interrupt.asked,
                 max_rate=max_rate,
                 **options,
             )
-    except KeyboardInterrupt:
-        interrupt.asked = True
-    except RotationError as error:
-        fault = error
+        except KeyboardInterrupt:
+            interrupt.asked = True
+        except RotationError as error:
+            if not interrupt.asked:
+                raise CommandError(str(error), Exit.LEFT) from None
     if report is None:
-        # Each batch is committed as a whole, or not at all.
-        if interrupt.asked:
-            stands = shown.where_it_stands(dry_run=bool(options.get("dry_run")))
-            raise CommandError(f"interrupted; {stands}", Exit.INTERRUPTED)
-        raise CommandError(str(fault), Exit.LEFT)
-    report = replace(report, rotated=report.rotated + shown.by_workers)
+        raise CommandError(f"interrupted; {shown.standing(**options)}", Exit.INTERRUPTED)
+    report = replace(report, rotated=report.rotated + by_workers)
     if as_json:
         write_json(report.as_dict())
     else:
@@ -109,35 +95,39 @@ def run_rotation(
     return Exit.DONE if report.ok else Exit.LEFT
 
 
+# -- the report ------------------------------------------------------------------------------------
+
+
 def _write_report(report: RotationReport) -> None:
     done = "would be re-encrypted; nothing was written" if report.dry_run else "re-encrypted"
-    write(
-        wrapped(f"{counted(report.rotated, 'value')} {done}; the primary is {report.key_version}")
-        + "\n"
-    )
+    _say(f"{counted(report.rotated, 'value')} {done}; the primary is {report.key_version}")
     write_failures(report.failed, report.failed_count)
     other = report.remaining - report.failed_count
     if other > 0:
         left = f"{counted(other, 'value')} left under another key"
         if not report.stopped:
             left += ": a process still seals under it, or holds rows locked; run it again"
-        write(wrapped(left) + "\n")
+        _say(left)
     tell_left_out(report)
 
 
+def _say(sentence: str) -> None:
+    write(wrapped(sentence) + "\n")
+
+
 def tell_left_out(report: RotationReport | StatusReport | VerifyReport) -> None:
-    """Say what was not looked at."""
+    """Name the targets that were skipped."""
     if report.left_out:
-        tell(f"left out, as they are no tables: {', '.join(map(printable, report.left_out))}")
+        tell(f"left out, because they are not tables: {', '.join(map(printable, report.left_out))}")
 
 
 def write_failures(failed: Sequence[FailedRow], count: int) -> None:
     """Write which values did not open."""
     if not count:
         return
-    is_usual = all(row.error in _REASONS for row in failed)
-    fault = "did not open" if is_usual else "did not open or were refused by the database"
-    write(wrapped(f"{counted(count, 'value')} {fault}, left unchanged:") + "\n")
+    opened = all(row.error in _REASONS for row in failed)
+    fault = "did not open" if opened else "did not open or were refused by the database"
+    _say(f"{counted(count, 'value')} {fault}, left unchanged:")
     write_rows(
         ("column", "primary key", "version", "fingerprint", "reason"),
         [
@@ -147,7 +137,7 @@ def write_failures(failed: Sequence[FailedRow], count: int) -> None:
     )
     if count <= _FAILURES_SHOWN:
         return
-    write(wrapped(f"and {count - _FAILURES_SHOWN} more; --json names up to 1,000") + "\n")
+    _say(f"and {count - _FAILURES_SHOWN} more; --json names up to 1,000")
     reasons = Counter((f"{row.table}.{row.column}", *_why(row)) for row in failed)
     write("by reason:\n" if len(failed) == count else f"the first {len(failed):,} by reason:\n")
     write_rows(
@@ -158,84 +148,72 @@ def write_failures(failed: Sequence[FailedRow], count: int) -> None:
 
 def _why(row: FailedRow) -> tuple[str, str, str]:
     """Return the key version and fingerprint of a value that did not open, and the reason."""
-    return (
-        row.key_version or "-",
-        row.fingerprint or "-",
-        _REASONS.get(row.error, row.error),
-    )
+    return row.key_version or "-", row.fingerprint or "-", _REASONS.get(row.error, row.error)
+
+
+# -- progress --------------------------------------------------------------------------------------
 
 
 class Interrupt:
-    """Ctrl-C: the first one ends the run after the current batches, the second one at once."""
+    """Whether Ctrl-C was pressed. The second one raises ``KeyboardInterrupt``."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, answer: bytes) -> None:
         self.asked = False
-        batches = b"the current batches" if workers > 1 else b"the current batch"
-        self._answer = b"finishing " + batches + b"; Ctrl-C again rolls back"
+        self._answer = answer
 
-    def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Handle SIGINT."""
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        # Not by the stream, which may be writing just now.
-        os.write(2, b"\n" + self._answer + b"\n")
+        os.write(2, self._answer)  # not through the stream, which may be writing right now
+
+
+@contextmanager
+def interruptible(workers: int) -> Iterator[Interrupt]:
+    """Let the first Ctrl-C end the run after the current batch, and the second one at once."""
+    batches = b"the current batches" if workers > 1 else b"the current batch"
+    interrupt = Interrupt(b"\nfinishing " + batches + b"; Ctrl-C again rolls back\n")
+    previous = signal.signal(signal.SIGINT, interrupt.on_signal)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class ShownProgress:
-    """A progress bar on a terminal, elsewhere a line every ten seconds; on standard error."""
-
-    by_workers = 0
-    """Values that workers which have ended re-encrypted; added to what is shown."""
+    """A bar on a terminal, elsewhere a line every ten seconds; on standard error."""
 
     def __init__(self) -> None:
         self._last: RotationProgress | None = None
         self._shown = time.monotonic()
         self._bar: Progress | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            if self._last is not None:
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Leave the terminal with the last state drawn."""
+        try:
+            yield
+        finally:
+            if self._bar is not None and self._last is not None:
                 self._draw(self._bar, self._last)
-            self._bar.stop()
+                self._bar.stop()
 
     def update(self, progress: RotationProgress) -> None:
-        """Show where the run stands, if it is time to."""
-        if self.by_workers:
-            progress = replace(
-                progress,
-                rotated=progress.rotated + self.by_workers,
-                total=progress.total + self.by_workers,
-            )
+        """Show `progress` if it is time to."""
         self._last = progress
-        if sys.stderr.isatty():
-            if self._bar is None:
-                self._bar = _bar()
-                self._draw(self._bar, progress)
-                self._bar.start()
-            elif self._is_due(_SECONDS_BETWEEN_FRAMES):
-                self._draw(self._bar, progress)
-        elif self._is_due(_SECONDS_BETWEEN_LINES):
-            tell(self._line(progress))
+        if not sys.stderr.isatty():
+            if self._is_due(_SECONDS_BETWEEN_LINES):
+                tell(
+                    f"{progress.rotated} of {progress.total} values, {progress.rate:.0f} a second, "
+                    f"{_time_left(progress)} left, in {progress.table}"
+                )
+        elif self._bar is None:
+            self._bar = _bar()
+            self._draw(self._bar, progress)
+            self._bar.start()
+        elif self._is_due(_SECONDS_BETWEEN_FRAMES):
+            self._draw(self._bar, progress)
 
     def _is_due(self, seconds: float) -> bool:
         now = time.monotonic()
@@ -256,8 +234,8 @@ class ShownProgress:
             refresh=True,
         )
 
-    def where_it_stands(self, *, dry_run: bool) -> str:
-        """Say what is committed."""
+    def standing(self, *, dry_run: bool, **_: object) -> str:
+        """Say what is committed. Each batch is committed whole or not at all."""
         rotated, total = (self._last.rotated, self._last.total) if self._last else (0, 0)
         of = f" of {total}" if total else ""
         if dry_run:
@@ -265,13 +243,6 @@ class ShownProgress:
         return (
             f"at least {rotated}{of} values were re-encrypted and are committed; the current "
             "batch was rolled back; run it again to go on"
-        )
-
-    @staticmethod
-    def _line(progress: RotationProgress) -> str:
-        return (
-            f"{progress.rotated} of {progress.total} values, {progress.rate:.0f} a second, "
-            f"{_time_left(progress)} left, in {progress.table}"
         )
 
 
@@ -282,8 +253,7 @@ def _bar() -> Progress:
         TextColumn("{task.fields[rate]}"),
         TextColumn("{task.fields[left]}"),
         console=console(sys.stderr),
-        # Drawn when a batch is done: no thread of its own.
-        auto_refresh=False,
+        auto_refresh=False,  # drawn after each batch, without a thread
         redirect_stdout=False,
         redirect_stderr=False,
         expand=True,
@@ -298,13 +268,19 @@ def _time_left(progress: RotationProgress) -> str:
     return str(timedelta(seconds=round(progress.seconds_left)))
 
 
+def _plus(progress: RotationProgress, by_workers: int) -> RotationProgress:
+    """Add the values that workers re-encrypted before."""
+    done, total = progress.rotated + by_workers, progress.total + by_workers
+    return replace(progress, rotated=done, total=total)
+
+
 # -- workers ---------------------------------------------------------------------------------------
 
 
 class Rotators:
-    """Processes that each rotate as one would alone: they share the rows by skipping locked ones.
+    """Processes that each call plain ``rotate()`` and skip the rows that another has locked.
 
-    Keys and the URL reach them by the environment, so that no pipe or command line has them.
+    They take keys and the URL from the environment, so no pipe or command line carries them.
     """
 
     def __init__(
@@ -312,61 +288,71 @@ class Rotators:
     ) -> None:
         os.environ[URL_VARIABLE] = engine.url.render_as_string(hide_password=False)
         context = multiprocessing.get_context("spawn")
-        self._stop = context.Event()
-        self._channels: list[Channel[Any, Any]] = []
-        self._processes = []
-        for _ in range(count):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rotate_in_worker, args=(theirs, self._stop, selection, options), daemon=True
-            )
-            # Ctrl-C in a terminal goes to every process. They inherit that it is ignored, from
-            # their first moment on: this process decides what it means.
-            previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            try:
-                process.start()
-            finally:
-                signal.signal(signal.SIGINT, previous)
-            theirs.close()
-            self._channels.append(ours)
-            self._processes.append(process)
-
-    def run(self, shown: ShownProgress, interrupt: Interrupt) -> None:
-        """Wait for all of them, and show their progress as one."""
-        latest: dict[Channel[Any, Any], RotationProgress] = {}
-        open_channels = set(self._channels)
+        self._processes: dict[Channel[Any, Any], BaseProcess] = {}
+        # A terminal sends Ctrl-C to every process. Workers inherit that they ignore it: this
+        # process decides what it means.
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            while open_channels:
-                ready = wait(list(open_channels), timeout=_SECONDS_BETWEEN_FRAMES)
+            for _ in range(count):
+                ours, theirs = context.Pipe()
+                arguments = theirs, selection, options
+                process = context.Process(target=_rotate_in_worker, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                self._processes[ours] = process
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def run(self, shown: ShownProgress, interrupt: Interrupt) -> int:
+        """Show their progress as one until all have ended; return the values re-encrypted."""
+        latest: dict[Channel[Any, Any], RotationProgress] = {}
+        running, asked = set(self._processes), False
+        try:
+            while running:
+                ready = wait(list(running), timeout=_SECONDS_BETWEEN_FRAMES)
                 for channel in cast("list[Channel[Any, Any]]", ready):
                     try:
                         message = channel.recv()
-                    except EOFError:
-                        open_channels.discard(channel)
+                    except (EOFError, OSError):
+                        running.discard(channel)
+                        _tell_how_it_ended(self._processes[channel])
                         continue
                     if isinstance(message, str):
-                        tell(f"a worker ended: {message}")
+                        tell(f"a worker stopped: {printable(message)}")
                         continue
                     latest[channel] = message
                     shown.update(_together(list(latest.values())))
-                if interrupt.asked:
-                    self._stop.set()
-            for process in self._processes:
-                process.join()
+                if interrupt.asked and not asked:
+                    asked = True
+                    _ask_to_stop(running)
         finally:
-            # At once, after a second Ctrl-C: the database rolls their batches back.
-            for process in self._processes:
+            # After a second Ctrl-C, at once: the database rolls their batches back.
+            for process in self._processes.values():
                 process.terminate()
-        shown.by_workers = sum(progress.rotated for progress in latest.values())
-        if any(process.exitcode for process in self._processes):
-            tell(
-                "a worker died; this process re-encrypts what it left, and does not count the rest"
-            )
+        return sum(progress.rotated for progress in latest.values())
+
+
+def _ask_to_stop(channels: Iterable[Channel[Any, Any]]) -> None:
+    for channel in channels:
+        with suppress(OSError):  # it has just ended
+            channel.send(None)
+
+
+def _tell_how_it_ended(process: BaseProcess) -> None:
+    process.join()
+    code = process.exitcode or 0
+    if code:
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        tell(
+            f"a worker died ({how}): its rows are re-encrypted by the others and at the end; the "
+            "number of values may lack those of its last batch"
+        )
 
 
 def _rotate_in_worker(
-    channel: Channel[Any, Any], stop: Event, selection: Selection, options: dict[str, Any]
+    channel: Channel[Any, Any], selection: Selection, options: dict[str, Any]
 ) -> None:
+    """Send progress through `channel`. Anything that arrives there, or its end, asks to stop."""
     try:
         targets = selection.targets()
         with connected(None) as engine:
@@ -374,13 +360,14 @@ def _rotate_in_worker(
                 engine,
                 targets,
                 on_progress=channel.send,
-                stop_when=lambda _: stop.is_set(),
+                stop_when=lambda _: channel.poll(),
                 **options,
             )
-    except (LucentError, CommandError) as error:
-        channel.send(str(error))
     except OSError:
         pass  # nobody reads the progress any more
+    except Exception as error:  # noqa: BLE001
+        sentence, _ = explain(error)
+        channel.send(sentence)
 
 
 def _together(latest: Sequence[RotationProgress]) -> RotationProgress:

@@ -1,4 +1,4 @@
-"""What the command writes: for people on a terminal, plain lines for everything else."""
+"""Output: tables and colour on a terminal, plain lines for everything else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from enum import IntEnum
 from shutil import get_terminal_size
 from typing import Any, TextIO
 
@@ -17,34 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-
-class Exit(IntEnum):
-    """The exit codes."""
-
-    DONE = 0
-    LEFT = 1
-    """Something is left to do: rows under another key, values that did not open."""
-    WRONG = 2
-    """Wrong use: nothing was done, or it could not begin."""
-    INTERRUPTED = 130
-    CLOSED_PIPE = 141
-    """Nobody reads the output any more: what a shell says of a program that SIGPIPE ended."""
-
-
-class CommandError(Exception):
-    """What ends a command: a sentence, and its exit code."""
-
-    def __init__(self, sentence: str, code: Exit = Exit.WRONG) -> None:
-        super().__init__(sentence)
-        self.code = code
-
-
-class ClosedPipeError(Exception):
-    """Nobody reads the output any more."""
+from .errors import ClosedPipeError, CommandError, Exit
 
 
 def console(stream: TextIO) -> Console:
-    """Return a console that takes text as it is, without colour where none is wanted."""
+    """Return a console that prints text literally, and without colour under NO_COLOR."""
     plain = bool(os.environ.get("NO_COLOR"))
     return Console(
         file=stream,
@@ -56,17 +32,17 @@ def console(stream: TextIO) -> Console:
 
 
 def width() -> int:
-    """Return the columns of the terminal."""
+    """Return the width of the terminal in columns."""
     return get_terminal_size().columns
 
 
 def write(text: str) -> None:
-    """Write to standard output, at once."""
+    """Write to standard output, unbuffered."""
     _write(sys.stdout, text)
 
 
 def tell(text: str) -> None:
-    """Write a line to standard error: what is not the result."""
+    """Write a line that is not part of the result to standard error."""
     _write(sys.stderr, f"{text}\n")
 
 
@@ -75,13 +51,13 @@ def _write(stream: TextIO, text: str) -> None:
         stream.write(text)
         stream.flush()
     except BrokenPipeError as error:
-        # Whatever is flushed when the process ends goes nowhere, and quietly.
+        # Python flushes once more at exit: let that succeed silently.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         raise ClosedPipeError from error
 
 
 def write_json(value: Any) -> None:
-    """Write `value` as a JSON document; on a terminal, with escapes for what is not printable."""
+    """Write `value` as JSON. A terminal gets escapes for what is not printable."""
     text = json.dumps(value, indent=2, ensure_ascii=not _writes_utf8())
     if sys.stdout.isatty():
         text = "".join(c if c.isprintable() or c == "\n" else _json_escape(c) for c in text)
@@ -98,7 +74,7 @@ def _json_escape(character: str) -> str:
 
 
 def write_text(text: str) -> None:
-    """Write `text` and a line end: as it is, but on a terminal printable."""
+    """Write `text` and a line end. A terminal gets escapes for what is not printable."""
     if sys.stdout.isatty():
         text = "\n".join(map(printable, text.split("\n")))
     elif isinstance(sys.stdout, io.TextIOWrapper):
@@ -107,14 +83,14 @@ def write_text(text: str) -> None:
 
 
 def printable(value: object) -> str:
-    """Return the text of `value`, without what would move a terminal's cursor or end a field."""
+    """Return the text of `value`, with escapes for control characters, tabs and line ends."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)
     )
 
 
 def write_rows(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write rows: a table on a terminal, else a line for each, its fields separated by tabs."""
+    """Write a table on a terminal, elsewhere one line of tab-separated fields per row."""
     rows = list(rows)
     if not rows:
         return
@@ -133,7 +109,7 @@ def write_rows(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         if needed <= out.width:
             out.print(table)
         else:
-            # Nothing is cut: a line for each field, which the terminal itself may break.
+            # One line per field, so that nothing is cut.
             for row in rows:
                 for heading, value in zip(headings, row, strict=True):
                     line = Text.assemble((heading, "bold"), " ", _cell(value))
@@ -152,14 +128,14 @@ def counted(number: int, noun: str) -> str:
 
 
 def wrapped(text: str, indent: str = "") -> str:
-    """Return `text` in lines that fit a terminal, those behind the first indented."""
+    """Return `text` in lines that fit a terminal, all but the first indented."""
     if not sys.stdout.isatty():
         return text
     return textwrap.fill(text, max(width() - 1, 20), subsequent_indent=indent)
 
 
 def write_finding(level: str, what: str, advice: str) -> None:
-    """Write a finding: on a terminal in lines that fit, else one line of three fields."""
+    """Write a finding: lines that fit a terminal, elsewhere one line of three fields."""
     if not sys.stdout.isatty():
         write("\t".join((level, printable(what), printable(advice))) + "\n")
         return
@@ -176,12 +152,14 @@ def write_finding(level: str, what: str, advice: str) -> None:
 
 
 def confirm(question: str) -> None:
-    """Go on only if the person at the terminal says yes.
+    """Ask on the terminal.
 
-    :raises CommandError: the answer is no, or nobody is there to give one.
+    :raises CommandError: the answer is not yes, or there is no terminal to ask on.
     """
     if sys.stdin is None or not sys.stdin.isatty():
-        raise CommandError("standard input is no terminal to ask on; add --yes if it is meant")
+        raise CommandError(
+            "standard input is not a terminal, so nobody can be asked; add --yes to go on"
+        )
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

@@ -1,7 +1,7 @@
-"""Look through the whole database for sealed values that no model names.
+"""Search the whole database for sealed values that no model names.
 
-They are copies mostly: what a trigger keeps of changed rows, a partition that was detached, a
-column that a model has no more. No rotation finds them, and a key that is retired is missing there.
+Most are copies: rows that a trigger keeps, a detached partition, a column that left the model. No
+rotation finds them, and they still need the key when it is retired.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..rotation.targets import TargetTable
 
 
 class Unnamed(NamedTuple):
-    """A column with sealed values that is no target; or one table of the database, not read."""
+    """A column with sealed values that is not a target, or a table that could not be read."""
 
     name: str
     versions: dict[str, int]
@@ -49,14 +49,13 @@ class _Column(NamedTuple):
     table: str
     name: str
     is_text: bool
-    """Whether sealed bytes can only be in it as PostgreSQL shows bytes in a text."""
+    """Whether it can hold sealed bytes only as PostgreSQL writes bytes in text."""
 
 
 def unnamed_values(engine: Engine, targets: list[TargetTable]) -> Iterator[Unnamed]:
-    """Count the sealed values of every binary and text column that is no target, by SQL alone.
+    """Count the sealed values of every binary and text column that is not a target, in SQL.
 
-    Each table is read once, as a whole, and once more if it has some. Of a partitioned table, the
-    rows are read through it.
+    Reads each table once, and once more if it has some. Partitions are read through their parent.
     """
     with engine.connect() as connection:
         connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -105,13 +104,13 @@ def _version(
     return _sql.key_version(cast(value, LargeBinary))
 
 
-# The digits of a version's characters, of ":" and the format, and of what the shortest value has.
+# In hexadecimal: the characters of a version, ":", the format, and the shortest value's rest.
 _IN_TEXT: Final = (
     r"\\x((?:2[de]|3[0-9]|4[1-9a-f]|5[0-9af]|6[1-9a-f]|7[0-9a])"
     rf"{{1,{MAX_VERSION_LENGTH}}})3a{FORMAT_AES_256_GCM:02x}[0-9a-f]{{66}}"
 )
 
-# Not what is inherited: those rows are read through the parent.
+# Inherited columns are left out: their rows are read through the parent.
 _POSTGRESQL: Final = text("""
 SELECT namespace.nspname, class.relname, attribute.attname,
     type.typsend <> CAST('byteasend' AS regproc)
@@ -139,14 +138,14 @@ ORDER BY c.ordinal_position
 
 
 def _columns(connection: Connection) -> list[_Column]:
-    """Return the columns of all tables that may hold sealed values."""
+    """Return every column that may hold sealed values."""
     if connection.dialect.name == "postgresql":
         return [_Column(*row) for row in connection.execute(_POSTGRESQL)]
     if is_mysql(connection.dialect):
         return [_Column(*row) for row in connection.execute(_MYSQL)]
     inspector = inspect(connection)
     return [
-        _Column(schema, name, each["name"], is_text=False)  # of whatever type: any value may be
+        _Column(schema, name, each["name"], is_text=False)  # SQLite: any column may hold any value
         for schema in inspector.get_schema_names()
         for name in inspector.get_table_names(schema)
         for each in inspector.get_columns(name, schema)

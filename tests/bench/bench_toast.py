@@ -25,11 +25,10 @@ from tests.bench.servers import bench_database, tidy_up
 
 TITLE = "PostgreSQL: toast_tuple_target"
 ABOUT = """\
-PostgreSQL moves a value out of its row, into a table of its own, when the row is longer than some
-2 kB. A sealed service-account key is just past that, and does not compress.
+PostgreSQL moves a value out of its row when the row is longer than some 2 kB. A sealed
+service-account key is just past that, and does not compress.
 `ALTER TABLE lucent_secrets SET (toast_tuple_target = 4080)` keeps it in the row. *Ours* is the
-table with that setting, and the other the same table without. There is no goal: this shows when
-the setting pays."""
+table with that setting."""
 
 ROWS = 10_000
 TARGET = 4080
@@ -100,15 +99,7 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
                 for name, model in MODELS.items()
             }
             turns = in_turns(contenders, rounds)
-            yield Figure(
-                group="2.3 kB secrets",
-                name=name,
-                ours=count / turns.median("with"),
-                against="without",
-                reference=count / turns.median("without"),
-                unit="rows/s",
-                ratio=turns.ratio("without", to="with"),
-            )
+            yield turns.rate("2.3 kB secrets", name, "with", "without", rows=count)
         engine.dispose()
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from sqlalchemy_lucent import Keyring
 
 KEYS = Keyring({"v1": bytes(range(32)), "v2": bytes(range(32, 64))}, primary="v2")
-"""Every benchmark has two keys, as a process does while a rotation is on its way."""
+"""Every benchmark has two keys, as a process does during a rotation."""
 
 
 class Goal(NamedTuple):
@@ -24,13 +24,9 @@ class Goal(NamedTuple):
     bound: float
 
     def met_by(self, ratio: float) -> bool:
-        """Say whether `ratio` meets the goal, with the two digits that both are given with."""
+        """Say whether `ratio`, rounded as it is printed, meets the goal."""
         ratio = round(ratio, 2)
         return ratio <= self.bound if self.at_most else ratio >= self.bound
-
-    def distance(self, ratio: float) -> float:
-        """How many times the bound is missed; below 1 it is met with something to spare."""
-        return (ratio + 1e-9) / (self.bound + 1e-9) if self.at_most else self.bound / ratio
 
     def __str__(self) -> str:
         return f"{'at most' if self.at_most else 'at least'} {self.bound:g}"
@@ -46,11 +42,7 @@ def at_least(bound: float) -> Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One measurement of ours beside one of something else.
-
-    `ours` and `reference` are in `unit`. `ratio` is what the goal is about, and `form` prints it.
-    `floor` is the ratio of the floor to the same reference: what cannot be done for less.
-    """
+    """One measurement of ours beside one of something else, both in `unit`."""
 
     group: str
     name: str
@@ -59,23 +51,16 @@ class Figure:
     reference: float
     unit: str
     ratio: float
-    floor: float | None = None
     goal: Goal | None = None
-    form: str = "{:.2f}"
     rows: int = 0
 
     @property
     def met(self) -> bool | None:
         return None if self.goal is None else self.goal.met_by(self.ratio)
 
-    @property
-    def out_of_reach(self) -> bool:
-        """Whether the floor misses the goal too."""
-        return self.goal is not None and self.floor is not None and not self.goal.met_by(self.floor)
-
 
 class Contender(NamedTuple):
-    """Work to be timed, and what must be done before each time."""
+    """Work to time, and what to do before each time."""
 
     work: Callable[[], object]
     before: Callable[[], object] | None = None
@@ -86,32 +71,53 @@ class Turns:
 
     def __init__(self, seconds: Mapping[str, Sequence[float]]) -> None:
         self._seconds = seconds
-        self.names = tuple(seconds)
 
     def median(self, name: str) -> float:
         return statistics.median(self._seconds[name])
 
     def ratio(self, name: str, to: str) -> float:
         """The median of the ratios of the rounds."""
-        return statistics.median(
-            mine / theirs
-            for mine, theirs in zip(self._seconds[name], self._seconds[to], strict=True)
+        pairs = zip(self._seconds[name], self._seconds[to], strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+    def figure(
+        self, group: str, name: str, ours: str, against: str, *, per: int, goal: Goal | None = None
+    ) -> Figure:
+        """Return µs for each of `per` things; the ratio is ours to theirs, so less is quicker."""
+        return Figure(
+            group=group,
+            name=name,
+            ours=self.median(ours) * 1e6 / per,
+            against=against,
+            reference=self.median(against) * 1e6 / per,
+            unit="µs",
+            ratio=self.ratio(ours, to=against),
+            goal=goal,
+            rows=per,
         )
 
-    def difference(self, name: str, to: str) -> float:
-        """The median of the differences of the rounds, in seconds."""
-        return statistics.median(
-            mine - theirs
-            for mine, theirs in zip(self._seconds[name], self._seconds[to], strict=True)
+    def rate(
+        self, group: str, name: str, ours: str, against: str, *, rows: int, goal: Goal | None = None
+    ) -> Figure:
+        """Return rows a second; the ratio says how many times quicker ours is."""
+        return Figure(
+            group=group,
+            name=name,
+            ours=rows / self.median(ours),
+            against=against,
+            reference=rows / self.median(against),
+            unit="rows/s",
+            ratio=self.ratio(against, to=ours),
+            goal=goal,
+            rows=rows,
         )
 
 
 @contextmanager
 def frozen_heap() -> Iterator[None]:
-    """Have the garbage collector leave alone what is there, as a server does after its start.
+    """Have the garbage collector ignore what is there, as a server does after its start.
 
-    Else a few objects more would decide whether it looks through the whole heap of the process,
-    with all of its modules, once more in a contender's turn.
+    Otherwise a few more objects would decide in whose turn it walks the heap of the process.
     """
     gc.collect()
     gc.freeze()
@@ -129,15 +135,11 @@ def in_turns(
     collect: bool = True,
     warm_up: int = 1,
 ) -> Turns:
-    """Time the contenders one after the other, round by round.
+    """Time the contenders one after the other, round by round, every second round backwards.
 
-    `clock` is wall time, or `time.thread_time` for work that waits for nothing and is all done in
-    this thread: what else the machine does then does not count.
-
-    Every second round goes backwards, so that none always follows the same other one. The garbage
-    collector is on, as it is in an application; with `collect` it has run before each turn, so that
-    none pays for another's garbage. Rounds of `warm_up` are not counted. A single round is a smoke
-    run, whose times mean nothing: nothing is warmed up or collected.
+    `clock` is wall time, or `time.thread_time` for work that never waits and stays in this thread.
+    With `collect`, garbage is collected before each turn. Rounds of `warm_up` are not counted. A
+    single round is a smoke run, whose times mean nothing.
     """
     if rounds == 1:
         collect, warm_up = False, 0
@@ -156,41 +158,30 @@ def in_turns(
                 begin = clock()
                 result = contender.work()
                 taken = clock() - begin
-                del result  # giving memory back is not timed
+                del result  # freeing memory is not timed
                 if number >= 0:
                     seconds[name].append(taken)
             order.reverse()
     return Turns(seconds)
 
 
-_MET = {None: "", True: "yes", False: "no"}
-
-
-def table_of(figures: Iterable[Figure]) -> list[str]:
-    """Return the figures as the lines of Markdown tables, one for each group."""
-    lines: list[str] = []
+def table_of(figures: Iterable[Figure]) -> Iterator[str]:
+    """Give the figures as the lines of Markdown tables, one for each group."""
     group = None
     for figure in figures:
         if figure.group != group:
             group = figure.group
-            lines += [
-                *([""] if lines else []),
-                f"**{group}**",
-                "",
-                "| | ours | beside | theirs | ratio | floor | goal | met |",
-                "|---|--:|---|--:|--:|--:|---|---|",
-            ]
-        lines.append(
-            f"| {figure.name} | {_number(figure.ours)} {figure.unit} | {figure.against} "
-            f"| {_number(figure.reference)} {figure.unit} | {figure.form.format(figure.ratio)} "
-            f"| {'' if figure.floor is None else figure.form.format(figure.floor)} "
-            f"| {figure.goal or ''} | {_MET[figure.met]} |"
+            yield from ("", f"**{group}**", "")
+            yield from ("| | ours | beside | theirs | ratio | goal |", "|---|--:|---|--:|--:|---|")
+        goal = f"{figure.goal}: {'met' if figure.met else 'missed'}" if figure.goal else ""
+        yield (
+            f"| {figure.name} | {number(figure.ours)} {figure.unit} | {figure.against} "
+            f"| {number(figure.reference)} {figure.unit} | {figure.ratio:.2f} | {goal} |"
         )
-    return lines
 
 
-def _number(value: float) -> str:
-    # Three digits that count; more would be noise.
+def number(value: float) -> str:
+    """Return three significant digits; more would be noise."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
@@ -200,4 +191,5 @@ def run_alone(measure: Callable[[bool], Iterable[Figure]]) -> None:
     """Run one module's benchmark from the command line, and print its tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it works")
-    print("\n".join(table_of(measure(parser.parse_args().smoke))))
+    for line in table_of(measure(parser.parse_args().smoke)):
+        print(line, flush=True)

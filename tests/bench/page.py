@@ -1,28 +1,35 @@
-"""The page of the benchmarks: every number on it comes from the run that wrote it."""
+"""The generated parts of ``docs/benchmarks.md``, and the file with every figure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import importlib.metadata
+import os
+import re
+import sqlite3
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
+
+from sqlalchemy import create_engine, text
 
 from tests.bench import (
+    bench_check,
     bench_codec,
-    bench_core,
-    bench_databases,
+    bench_columns,
     bench_growth,
     bench_import,
     bench_memory,
-    bench_orm,
     bench_repository,
     bench_rotation,
+    bench_rotators,
     bench_swap,
     bench_toast,
     plots,
 )
-from tests.bench.machine import description
-from tests.bench.measure import Figure, table_of
+from tests.bench.measure import Figure, number, table_of
+from tests.bench.servers import bench_database
 
 
 class Bench(Protocol):
@@ -36,147 +43,137 @@ class Bench(Protocol):
 
 
 BENCHES: dict[str, Bench] = {
-    name: cast("Bench", module)
-    for name, module in {
-        "codec": bench_codec,
-        "core": bench_core,
-        "orm": bench_orm,
-        "databases": bench_databases,
-        "repository": bench_repository,
-        "rotation": bench_rotation,
-        "swap": bench_swap,
-        "toast": bench_toast,
-        "memory": bench_memory,
-        "import": bench_import,
-        "growth": bench_growth,
-    }.items()
-}
-
-
-class Plot(NamedTuple):
-    """A drawing of a benchmark's figures, and what it shows in words."""
-
-    file: str
-    shows: str
-    draw: Callable[[Sequence[Figure], Path], None]
-
-
-PLOTS = {
-    "codec": Plot("bench-peers.svg", "Microseconds to seal and to open a value", plots.draw_peers),
-    "rotation": Plot(
-        "bench-rotation.svg", "Rows a second re-encrypted, small documents", plots.draw_rotation
-    ),
-    "growth": Plot(
-        "bench-growth.svg", "Microseconds a row over the size of the table", plots.draw_growth
-    ),
-}
-
-
-class Result(NamedTuple):
-    """The figures of one benchmark, and the seconds that it took."""
-
-    name: str
-    figures: list[Figure]
-    seconds: float
-
-
-INTRODUCTION = """\
-# Benchmarks
-
-What encryption costs here, beside the same work without it, beside the bare cipher and beside other
-libraries. `make bench` runs all of it and writes this page; `python -m tests.bench.bench_core` runs
-one part and prints its tables.
-
-## How it is measured
-
-What is compared runs in turns in one process: A, B, then B, A, and so on, so that both meet the
-same machine. Each number is the median of the rounds. A **ratio** is the median of the ratios of
-the rounds, which is not quite the ratio of the two medians beside it. It is the time of ours to the
-time of theirs, so that less than 1 is quicker, where the goal says "at most"; and how many times
-quicker ours is, so that more than 1 is quicker, where it says "at least" (other libraries,
-rotation) and in rows a second.
-
-The **floor** is the ratio of the least that could be done, where there is one to compare: the
-contract's work (a strict document, sealed for its column, opened by the key of its header, given
-back redacted) in one function with one key, as a column type of its own. Where the floor misses a
-goal too, no code of ours can meet it on that machine; the distance from the floor to ours is what
-the layers of the library and the look-up of the keyring cost. Two profiles take it apart:
-*where the rest goes*, for one value, and *Python's calls*, for the repository.
-
-A first round is not counted (three of them for single values). Python's garbage collector is on, as
-in an application, and has run before each turn of more than a few milliseconds; what was on the
-heap before is frozen (`gc.freeze`), so that nobody's turn pays for looking through it. What is all
-done in one thread and waits for nothing (one value, SQLite in memory, imports) is measured in
-processor time, everything else in wall time. The keyring has two keys, is the process's default
-one, and is looked up for each value. Times belong to the machine below; ratios carry over to others
-better, but measure on yours.
-"""
-
-
-def write_page(results: Sequence[Result], folder: Path) -> Path:
-    """Write the page and its drawings into `folder`, and return the page's path."""
-    drawings = folder / "_static"
-    drawings.mkdir(exist_ok=True)
-    for result in results:
-        if plot := PLOTS.get(result.name):
-            plot.draw(result.figures, drawings / plot.file)
-    page = folder / "benchmarks.md"
-    page.write_text("\n".join(_lines(results)) + "\n", encoding="utf-8")
-    return page
-
-
-def _lines(results: Sequence[Result]) -> Iterator[str]:
-    yield INTRODUCTION
-    yield from ("| Measured | on |", "|---|---|")
-    now = datetime.now(UTC)
-    minutes = sum(result.seconds for result in results) / 60
-    yield f"| Day | {now:%Y-%m-%d}, {minutes:.0f} minutes in all |"
-    for name, value in description().items():
-        yield f"| {name} | {value} |"
-    yield from _goals(results)
-    for result in results:
-        bench = BENCHES[result.name]
-        yield from ("", f"## {bench.TITLE}", "", bench.ABOUT, "")
-        if plot := PLOTS.get(result.name):
-            yield from (f"![{plot.shows}](_static/{plot.file})", "")
-        yield from table_of(result.figures)
-
-
-def _goals(results: Sequence[Result]) -> Iterator[str]:
-    yield from ("", "## Goals", "")
-    yield from (
-        "| Part | goals | met | missed by the floor too | furthest from its goal |",
-        "|---|--:|--:|--:|---|",
+    module.__name__.rpartition("bench_")[2]: cast("Bench", module)
+    for module in (
+        bench_columns,
+        bench_repository,
+        bench_rotation,
+        bench_rotators,
+        bench_codec,
+        bench_check,
+        bench_swap,
+        bench_toast,
+        bench_memory,
+        bench_import,
+        bench_growth,
     )
-    for result in results:
-        missed = {
-            figure: figure.goal.distance(figure.ratio)
-            for figure in result.figures
-            if figure.goal is not None
-        }
-        title = BENCHES[result.name].TITLE
-        met = sum(figure.met is True for figure in missed)
-        too = sum(figure.met is False and figure.out_of_reach for figure in missed)
-        line = f"| [{title}](#{_anchor(title)}) | {len(missed)} | {met} | {too} |"
-        worst = max(missed, key=lambda figure: missed[figure], default=None)
-        if worst is not None:
-            line += f" {worst.group}: {worst.name} beside {worst.against}, "
-            line += f"{worst.form.format(worst.ratio)} ({worst.goal})"
-        yield f"{line} |"
-    yield from ("", "**Missed, though the floor would meet it, or none is known**", "")
-    yield from ("| Part | figure | ratio | floor | goal |", "|---|---|--:|--:|---|")
-    for result in results:
-        title = BENCHES[result.name].TITLE
-        for figure in result.figures:
-            if figure.met is False and not figure.out_of_reach:
-                floor = "" if figure.floor is None else figure.form.format(figure.floor)
-                yield (
-                    f"| [{title}](#{_anchor(title)}) "
-                    f"| {figure.group}: {figure.name} beside {figure.against} "
-                    f"| {figure.form.format(figure.ratio)} | {floor} | {figure.goal} |"
-                )
+}
+
+PLOTS: dict[str, tuple[str, Callable[[Sequence[Figure], Path], None]]] = {
+    "codec": ("bench-peers.svg", plots.draw_peers),
+    "rotation": ("bench-rotation.svg", plots.draw_rotation),
+    "growth": ("bench-growth.svg", plots.draw_growth),
+}
+
+Results = Mapping[str, Sequence[Figure]]
+
+PACKAGES = (
+    *("sqlalchemy-lucent", "SQLAlchemy", "cryptography", "orjson", "msgspec", "ormsgpack"),
+    *("psycopg", "asyncpg", "PyMySQL", "asyncmy"),
+)
 
 
-def _anchor(title: str) -> str:
-    kept = "".join(each for each in title.lower() if each.isalnum() or each in "_- ")
-    return kept.replace(" ", "-")
+def write_details(results: Results, folder: Path) -> Path:
+    """Write every figure, and the drawings, into `folder`; return the file with the figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (file, draw) in PLOTS.items():
+        if name in results:
+            draw(results[name], folder / file)
+    lines = ["# Every figure", "", *machine()]
+    for name, figures in results.items():
+        lines += ["", f"## {BENCHES[name].TITLE}", "", BENCHES[name].ABOUT, *table_of(figures)]
+    details = folder / "figures.md"
+    details.write_text("\n".join(lines) + "\n", "utf-8")
+    return details
+
+
+def update_page(page: Path, results: Results) -> None:
+    """Replace what stands in `page` between ``<!-- NAME -->`` and ``<!-- end -->``."""
+    parts: dict[str, Iterable[str]] = {
+        "machine": machine(),
+        "columns": columns_table(results["columns"]),
+        "repository": repository_table(results["repository"]),
+        "rotation": rotation_table(results["rotation"]),
+    }
+    content = page.read_text("utf-8")
+    for name, lines in parts.items():
+        before, mark, rest = content.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        assert mark, name
+        content = "\n".join((f"{before}{mark}", *lines, "", f"{end}{after}"))
+    page.write_text(content, "utf-8")
+
+
+def columns_table(figures: Sequence[Figure]) -> Iterator[str]:
+    """One line for each driver and size: microseconds a row, and the ratio to plain JSON."""
+    beside_json = [each for each in figures if each.against == "JSON"]
+    yield from pivot(beside_json, lambda each: f"{number(each.ours)} ({each.ratio:.2f})")
+    yield from met(figures)
+
+
+def repository_table(figures: Sequence[Figure]) -> Iterator[str]:
+    """One line for each driver and size: microseconds a call, and the ratio to plain JSON."""
+    yield from pivot(figures, lambda each: f"{number(each.ours)} ({each.ratio:.2f})")
+    yield from met(figures)
+
+
+def rotation_table(figures: Sequence[Figure]) -> Iterator[str]:
+    """One line for each database and size: rows a second."""
+    yield "| rows a second | `rotate` | quickest by hand | sqlalchemy-utils | MultiFernet |"
+    yield "|---|--:|--:|--:|--:|"
+    for group in dict.fromkeys(each.group for each in figures):
+        quickest, *others = (each for each in figures if each.group == group)
+        peers = {each.against: number(each.reference) for each in others}
+        form = quickest.against.removeprefix("by hand, ")
+        yield (
+            f"| {group} | {number(quickest.ours)} | {number(quickest.reference)} ({form}) "
+            f"| {peers['sqlalchemy-utils']} | {peers['MultiFernet']} |"
+        )
+    yield from met(figures)
+
+
+def pivot(figures: Sequence[Figure], cell: Callable[[Figure], str]) -> Iterator[str]:
+    """Give a table with a line for each group and a column for each name."""
+    names = list(dict.fromkeys(each.name for each in figures))
+    yield f"| µs (ratio) | {' | '.join(names)} |"
+    yield f"|---|{'--:|' * len(names)}"
+    for group in dict.fromkeys(each.group for each in figures):
+        cells = {each.name: cell(each) for each in figures if each.group == group}
+        yield f"| {group} | {' | '.join(cells[name] for name in names)} |"
+
+
+def met(figures: Sequence[Figure]) -> Iterator[str]:
+    """Say how many goals were met."""
+    goals = [each for each in figures if each.goal is not None]
+    yield from ("", f"Goals met: {sum(each.met is True for each in goals)} of {len(goals)}.")
+
+
+def machine() -> Iterator[str]:
+    """Say where and when it was measured, and with which versions."""
+    memory = int(_first(r"^MemTotal: *(\d+) kB$", "/proc/meminfo") or 0) / 2**20
+    system = _first(r'^PRETTY_NAME="(.*)"$', "/etc/os-release")
+    processor = _first(r"^model name\s*: (.*)$", "/proc/cpuinfo")
+    yield (
+        f"{datetime.now(UTC):%Y-%m-%d}; {processor}, {os.cpu_count()} cores, {memory:.0f} GiB; "
+        f"{system}; {', '.join(_versions())}."
+    )
+
+
+def _versions() -> Iterator[str]:
+    yield f"Python {'.'.join(map(str, sys.version_info[:3]))}"
+    yield f"SQLite {sqlite3.sqlite_version}"
+    for kind, what in (("postgresql", "SHOW server_version"), ("mysql", "SELECT version()")):
+        with bench_database(kind) as url:
+            engine = create_engine(url)
+            with engine.connect() as connection:
+                version = str(connection.execute(text(what)).scalar_one())
+            engine.dispose()
+        yield version if "Maria" in version else f"{kind.title()} {version}"
+    for name in PACKAGES:
+        yield f"{name} {importlib.metadata.version(name)}"
+
+
+def _first(pattern: str, file: str) -> str | None:
+    path = Path(file)
+    found = re.search(pattern, path.read_text(), re.MULTILINE) if path.exists() else None
+    return found[1].strip() if found else None

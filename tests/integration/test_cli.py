@@ -215,7 +215,7 @@ def test_a_retired_key_is_looked_for_in_the_tables_that_are_named(lucent: Lucent
     assert lucent("retire-check", "v1", "--settle", "0.01") == (
         0,
         "lucent_secrets.payload\t0\nno value in these tables needs key version v1\n",
-        "only lucent_secrets was looked at: name your models with --metadata as well\n",
+        "only lucent_secrets was counted: name your models with --metadata as well\n",
     )
     assert lucent("retire-check", "v1").err.startswith(
         "counted once, which does not see what open transactions are about to commit: "
@@ -242,7 +242,7 @@ def test_a_view_is_left_out_and_named(at: Lucent, engine: Engine) -> None:
         for arguments in (["rotate"], ["status"], ["verify"]):
             done = at(*arguments, *models, *LEDGER)
             assert done.code == 0
-            assert done.err.endswith("left out, as they are no tables: seen\n")
+            assert done.err.endswith("left out, because they are not tables: seen\n")
             assert at(*arguments, *models).code != 0
         assert at("retire-check", "v1", "--settle", "0.01", *models, *LEDGER).code == 0
         secrets = ("--metadata", "sqlalchemy_lucent:LucentBase")
@@ -517,7 +517,7 @@ def test_doctor_finds_partitions_that_were_detached_and_tables_that_it_may_not_r
         assert "public.ledger_2.free: sealed values that no model names: 2 under v1" in found.out
         lucent.url = engine.url.set(username=role)
         unread = lucent("doctor", *LEDGER)
-        assert "note\tpublic.ledger_2: was not looked through" in unread.out
+        assert "note\tpublic.ledger_2: was not searched" in unread.out
         assert unread.code == 0
     finally:
         with engine.begin() as connection:
@@ -603,7 +603,7 @@ def test_a_secret_is_stored_listed_shown_and_deleted(lucent: Lucent) -> None:
     assert refused == (
         2,
         "",
-        "lucent: standard input is no terminal to ask on; add --yes if it is meant\n",
+        "lucent: standard input is not a terminal, so nobody can be asked; add --yes to go on\n",
     )
     assert lucent("delete", SECRET_KEY, "--yes") == (0, f"deleted {SECRET_KEY}\n", "")
     assert lucent("list") == (0, "", "")
@@ -649,7 +649,7 @@ def test_what_is_no_text_is_not_printed_as_one(lucent: Lucent) -> None:
     assert (done.code, done.out) == (2, "")
     assert (
         done.err
-        == f"lucent: {SECRET_KEY} is no text, but of the JSON type object: leave --text out\n"
+        == f"lucent: {SECRET_KEY} is not text but of the JSON type object: leave --text out\n"
     )
     alone = lucent("get", SECRET_KEY, "--text")
     assert (alone.code, alone.out) == (2, "")
@@ -1001,7 +1001,7 @@ def test_what_a_worker_that_died_left_is_done(on_postgresql: tuple[Lucent, Engin
     report = json.loads(out)
     assert (process.returncode, report["ok"]) == (0, True)
     assert report["rotated"] <= stored_under(engine, "v2") == 1500
-    assert "a worker died" in err
+    assert "a worker died (signal 9)" in err
 
 
 def workers_of(pid: int) -> list[int]:

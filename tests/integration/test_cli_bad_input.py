@@ -158,7 +158,7 @@ TABLE: dict[str, tuple[list[str], dict[str, str | None], int, str]] = {
     ),
     "metadata of another form": (["status", "--metadata", "app.Base"], {}, 2, "package.module:B"),
     "metadata that is a path": (
-        ["status", "--metadata", "./shop/models.py:Base"], {}, 2, "is a path: shop.models:Base"
+        ["status", "--metadata", "./shop/models.py:Base"], {}, 2, ": write shop.models:Base"
     ),
     "metadata that is not there": (
         ["status", "--metadata", "nowhere:Base"], {}, 2, "No module named 'nowhere'"
@@ -271,7 +271,7 @@ def test_without_a_synchronous_driver_it_says_what_to_install(lucent: Lucent) ->
         check=False,
     )
     assert done.returncode == 2
-    assert "asyncpg is an async driver, and the command needs a synchronous" in done.stderr
+    assert "asyncpg is async, and the command needs a synchronous" in done.stderr
     assert "sqlalchemy-lucent[postgresql]" in done.stderr
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sqlalchemy_lucent._cli.database import find_url, where
-from sqlalchemy_lucent._cli.terminal import CommandError, counted, printable
+from sqlalchemy_lucent._cli.errors import CommandError
+from sqlalchemy_lucent._cli.terminal import counted, printable
 
 PASSWORD = "pa55w0rd-never-shown"
 

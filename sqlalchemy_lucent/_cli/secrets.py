@@ -1,0 +1,240 @@
+"""The commands for scoped secrets. A value is never an argument and in no message."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from sqlalchemy.orm import Session
+
+import sqlalchemy_lucent as lucent
+
+from .._json import STRICT
+from ..exceptions import SerializationError
+from ..repository import LucentSecrets
+from ..secret_key import SecretKey
+from .commands import MetadataOption, UrlOption
+from .commands import app as app  # with all commands
+from .database import opened, secrets_model
+from .errors import CommandError
+from .terminal import confirm, printable, wrapped, write, write_json, write_rows, write_text
+
+_PAGE: Final = 500  # secrets listed by one statement
+
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+KeyArgument = Annotated[
+    str, typer.Argument(metavar="KEY", help="scope:ownerId:provider:name", show_default=False)
+]
+
+
+@contextmanager
+def _secrets(
+    url: str | None, metadata: Sequence[str] | None
+) -> Iterator[tuple[Session, LucentSecrets]]:
+    """Give the repository, and its session to commit."""
+    model = secrets_model(metadata)
+    with opened(url, [model]) as (engine, _), Session(engine) as session:
+        yield session, LucentSecrets(session, model=model)
+
+
+@app.command("list")
+def list_secrets(
+    url: UrlOption = None,
+    metadata: MetadataOption = None,
+    scope: Annotated[str | None, typer.Option(help="Only this scope.", metavar="SCOPE")] = None,
+    owner: Annotated[
+        str | None, typer.Option(help="Only this owner, of the scope.", metavar="ID")
+    ] = None,
+    provider: Annotated[
+        str | None, typer.Option(help="Only this provider, of the owner.", metavar="NAME")
+    ] = None,
+) -> None:
+    """List secrets: key, key version, last change. Opens none."""
+    if owner is not None and scope is None:
+        raise CommandError("--owner goes with --scope: name the scope of this owner too")
+    if provider is not None and owner is None:
+        raise CommandError("--provider goes with --scope and --owner: name both too")
+    with _secrets(url, metadata) as (session, secrets):
+        after: SecretKey | None = None
+        while True:
+            page = secrets.list(
+                scope=scope, owner_id=owner, provider=provider, limit=_PAGE, after=after
+            )
+            session.rollback()  # hold no transaction while the user reads
+            write_rows(
+                ("key", "version", "updated"),
+                [
+                    (info.key, info.key_version or "not sealed", _moment(info.updated_at))
+                    for info in page
+                ],
+            )
+            if len(page) < _PAGE:
+                return
+            after = page[-1].key
+
+
+@app.command("get")
+def get_secret(
+    key: KeyArgument,
+    url: UrlOption = None,
+    metadata: MetadataOption = None,
+    reveal: Annotated[
+        bool, typer.Option("--reveal", help="Print the value as JSON; asks on a terminal.")
+    ] = False,
+    text: Annotated[
+        bool,
+        typer.Option("--text", help="With --reveal, print a text as it is, with a line end."),
+    ] = False,
+    yes: YesOption = False,
+) -> None:
+    """Show a secret, redacted unless --reveal.
+
+    With --reveal, print only its value, as JSON; with --text as well, the bare text.
+    """
+    if text and not reveal:
+        raise CommandError("--text goes with --reveal: it says how the value is printed")
+    secret_key = SecretKey.parse(key)
+    with _secrets(url, metadata) as (_, secrets):
+        value = secrets.require(secret_key)
+        info = secrets.info(secret_key)
+    if info is None:  # deleted between the two statements
+        raise _not_found(secret_key)
+    if reveal:
+        if text and not isinstance(value, str):
+            raise CommandError(
+                f"{secret_key} is not text but of the JSON type {_kind(value)}: leave --text out"
+            )
+        if sys.stdout.isatty() and not yes:
+            confirm(f"Show the value of {printable(secret_key)} on this terminal?")
+        if text:
+            write_text(value)
+        else:
+            write_json(value)
+        return
+    write_rows(
+        ("key", "version", "created", "updated", "value"),
+        [
+            (
+                info.key,
+                info.key_version,
+                _moment(info.created_at),
+                _moment(info.updated_at),
+                f"<redacted {_kind(value)}>",
+            )
+        ],
+    )
+
+
+@app.command("set")
+def set_secret(
+    key: KeyArgument,
+    url: UrlOption = None,
+    metadata: MetadataOption = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", metavar="PATH", help="Read the value from this file."),
+    ] = None,
+    text: Annotated[
+        bool,
+        typer.Option("--text", help="The value is text, not JSON; one line end after it is cut."),
+    ] = False,
+) -> None:
+    """Store a secret, read from a file or from standard input as JSON.
+
+    The value is never an argument: a shell keeps those in its history, and other users see them.
+    """
+    secret_key = SecretKey.parse(key)
+    with _secrets(url, metadata) as (session, secrets):
+        version = lucent.default_keyring().primary
+        secrets.set(secret_key, _read_value(file, as_text=text))
+        session.commit()
+    write(wrapped(f"stored {printable(secret_key)} under key version {version}") + "\n")
+
+
+@app.command("delete")
+def delete_secret(
+    key: KeyArgument,
+    url: UrlOption = None,
+    metadata: MetadataOption = None,
+    yes: YesOption = False,
+) -> None:
+    """Delete a secret, after asking."""
+    secret_key = SecretKey.parse(key)
+    with _secrets(url, metadata) as (session, secrets):
+        exists = secrets.exists(secret_key)
+        session.rollback()  # hold no transaction while the user thinks
+        if exists and not yes:
+            confirm(f"Delete {printable(secret_key)} for good?")
+        deleted = secrets.delete(secret_key)
+        session.commit()
+    if not deleted:
+        raise _not_found(secret_key)
+    write(wrapped(f"deleted {printable(secret_key)}") + "\n")
+
+
+def _read_value(file: Path | None, *, as_text: bool) -> Any:
+    """Return the value to store. No message quotes it."""
+    text = _read_text(file, as_text=as_text)
+    if file is None and not text.strip("\r\n"):
+        raise CommandError(
+            'nothing was given on standard input; to store an empty text, give the JSON ""'
+        )
+    if as_text:
+        return text.removesuffix("\n").removesuffix("\r")
+    with contextlib.suppress(SerializationError):
+        return STRICT.loads(text.encode())
+    where = ""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f" (line {error.lineno}, column {error.colno})"
+    except (ValueError, RecursionError):
+        pass
+    raise CommandError(f"the value is not JSON{where}; to store plain text, add --text")
+
+
+def _read_text(file: Path | None, *, as_text: bool) -> str:
+    if file is None and sys.stdin is None:  # closed, as by `<&-`
+        return ""
+    if file is None and as_text and sys.stdin.isatty():
+        # Only the first of several pasted lines would be stored.
+        raise CommandError(
+            "--text does not read a terminal, which gives one line at a time: name a file with "
+            "--file, or pipe the text in. To type one line, leave --text out and type JSON in "
+            'double quotes: "…"'
+        )
+    try:
+        if file is not None:
+            return file.read_bytes().decode("utf-8")  # keeps line ends
+        if sys.stdin.isatty():
+            return getpass.getpass("The value (not shown): ")
+        return sys.stdin.buffer.read().decode("utf-8")
+    except OSError as error:
+        fault = f"{file} cannot be read: {error.strerror}"
+    except UnicodeDecodeError:
+        fault = "the value is not UTF-8 text"
+    except EOFError:
+        return ""
+    raise CommandError(fault)
+
+
+def _kind(value: object) -> str:
+    """Return JSON's name for the type of `value`."""
+    kinds = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return next((name for type_, name in kinds.items() if isinstance(value, type_)), "number")
+
+
+def _moment(value: datetime) -> str:
+    return value.isoformat(timespec="seconds")
+
+
+def _not_found(key: SecretKey) -> lucent.SecretNotFoundError:
+    return lucent.SecretNotFoundError(f"no secret is stored under {key}")
