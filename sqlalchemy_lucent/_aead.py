@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from ._envelope import KEY_ID_SIZE, NONCE_SIZE, TAG_SIZE, length_prefixed, pack_header
+from ._envelope import KEY_ID_SIZE, NONCE_SIZE, length_prefixed, pack_header
 from .exceptions import PicklingRefusedError, SerializationError
 
 MASTER_KEY_SIZE: Final = 32
@@ -99,12 +99,10 @@ class Subkey:
 
         `sealed` must begin with this subkey's header.
         """
-        nonce_end = self._nonce_end
-        if len(sealed) < nonce_end + TAG_SIZE:
-            return None
+        end = self._nonce_end
         try:
             return self._aead.decrypt(
-                sealed[self._nonce_at : nonce_end], sealed[nonce_end:], self.associated_data + row
+                sealed[self._nonce_at : end], sealed[end:], self.associated_data + row
             )
-        except InvalidTag:
+        except (InvalidTag, ValueError):  # ValueError: the value was cut short in its nonce
             return None

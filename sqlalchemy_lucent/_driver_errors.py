@@ -13,19 +13,29 @@ from contextlib import suppress
 from typing import Any, Final
 
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
 from sqlalchemy.sql.elements import TextClause
 
-HIDDEN: Final = "parameters hidden: an EncryptedJSON value may be among them, unsealed"
+_HIDDEN: Final = "parameters hidden: an EncryptedJSON value may be among them, unsealed"
 
 
-def hide_row(context: ExceptionContext) -> None:
-    """Take what the database says of values out of its error, and the parameters where they may
-    be what was refused. A listener for ``handle_error``.
-    """
+def hide_values(context: ExceptionContext) -> None:
+    """Take values that may be unsealed out of an error. A listener for ``handle_error``."""
     error = context.sqlalchemy_exception
-    if not isinstance(error, DBAPIError):
-        return
+    # Another column's bind processor, a default or a missing parameter may fail before
+    # EncryptedJSON has seen a value, and SQLAlchemy prints the row's parameters with the error.
+    hide = context.execution_context is None
+    if isinstance(error, DBAPIError):
+        hide = _hide_row(context, error) or hide
+    if hide and isinstance(error, StatementError) and error.params:
+        error.params = None
+        error.add_detail(_HIDDEN)
+
+
+def _hide_row(context: ExceptionContext, error: DBAPIError) -> bool:
+    """Take what the database says of values out of its error; say whether to hide the parameters,
+    because one of them may be what was refused.
+    """
     driver = context.original_exception
     is_refused = _refuses_a_value(driver)
     if context.dialect.name == "postgresql" and is_refused:
@@ -37,12 +47,9 @@ def hide_row(context: ExceptionContext) -> None:
         )
     compiled = getattr(context.execution_context, "compiled", None)
     is_text = compiled is None or isinstance(compiled.statement, TextClause)
-    if error.params and (
-        (is_refused and _sqlstate(driver) != _NOT_NULL)
-        or (is_text and isinstance(error, (IntegrityError, DataError)))
-    ):
-        error.params = None
-        error.add_detail(HIDDEN)
+    return (is_refused and _sqlstate(driver) != _NOT_NULL) or (
+        is_text and isinstance(error, (IntegrityError, DataError))
+    )
 
 
 # PostgreSQL, appendix A: data exception, a CHECK, a view's check option, another type.

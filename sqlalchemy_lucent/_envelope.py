@@ -48,6 +48,15 @@ def pack_header(version: str, key_id: bytes) -> bytes:
     return b"%s:%c%s" % (version.encode("ascii"), FORMAT_AES_256_GCM, key_id)
 
 
+def as_bytes(stored: object) -> bytes:
+    """Return a stored value as bytes. Some drivers give a memoryview, and SQLite gives text or a
+    number if that is what was written into the column.
+    """
+    if isinstance(stored, (bytes, bytearray, memoryview)):
+        return bytes(stored)
+    return str(stored).encode("utf-8", "replace")
+
+
 def header_size(sealed: bytes) -> int:
     """Return the length of the header that `sealed` would have; cheap, and checks nothing."""
     return sealed.find(_SEPARATOR) + _HEADER_TAIL

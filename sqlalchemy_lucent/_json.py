@@ -67,6 +67,7 @@ _LESS, _AMPERSAND, _PERCENT, _BACKSLASH = PRINT_MARKS
 # Names of their own, because an attribute of a module is looked up for each value.
 _pack, _write = ormsgpack.packb, orjson.dumps
 decode = msgspec.json.Decoder().decode
+DECODE_ERRORS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Codec(Protocol):
@@ -114,19 +115,24 @@ class StrictCodec:
         """Return the value that `data` holds."""
         try:
             return decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            fault = type(error).__name__
-        raise SerializationError(
-            f"a document opened, but is not JSON that can be read ({fault}): was it written "
-            "through an engine with a json_serializer, and this engine lacks the "
-            "json_deserializer that goes with it?"
-        )
+        except DECODE_ERRORS as error:
+            fault = unreadable(error)
+        raise fault
 
     def __reduce__(self) -> str:
         return "STRICT"
 
 
 STRICT: Final = StrictCodec()
+
+
+def unreadable(error: Exception) -> SerializationError:
+    """Return what is raised in place of one of `DECODE_ERRORS`, which may hold the document."""
+    return SerializationError(
+        f"a document opened, but is not JSON that can be read ({type(error).__name__}): was it "
+        "written through an engine with a json_serializer, and this engine lacks the "
+        "json_deserializer that goes with it?"
+    )
 
 
 class EngineCodec:

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Enum,
     Integer,
     String,
+    Table,
     Uuid,
     bindparam,
     literal_column,
@@ -140,6 +141,22 @@ _MYSQL_BITS: Final = {"TINYINT": 8, "SMALLINT": 16, "MEDIUMINT": 24, "INT": 32, 
 _MYSQL_CHARACTERS: Final = {"TINYTEXT": 63, "TEXT": 16_383}
 """What fits these types, which are limited in bytes, whatever the characters are."""
 _SQLITE_TEXT: Final = re.compile("CHAR|CLOB|TEXT|BLOB")
+
+
+def row_checks(
+    table: Table | None, names: Sequence[str], context: str, dialect: Dialect
+) -> list[Callable[[Any], str | None]]:
+    """Return the :func:`value_check` of each binding column; none if their table is not known."""
+    checks: list[Callable[[Any], str | None]] = []
+    if table is None:
+        return checks
+    for name in names:
+        column = table.columns.get(name)
+        fault = "which its table does not have" if column is None else fault_of_type(column)
+        if column is None or fault is not None:
+            raise ConfigurationError(f"{context} is bound to {name!r}, {fault}")
+        checks.append(value_check(column, dialect))
+    return checks
 
 
 def value_check(column: Column[Any], dialect: Dialect) -> Callable[[Any], str | None]:

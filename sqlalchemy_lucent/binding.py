@@ -24,7 +24,8 @@ from sqlalchemy import Column, Table, event, inspect, null
 from sqlalchemy.orm import InstanceState, InstrumentedAttribute, Mapped, Mapper, mapped_column
 from sqlalchemy.orm.attributes import flag_modified, get_attribute
 
-from ._row import fault_of_type
+from ._row import RowPart, encode_row, fault_of_type
+from ._sealing import Bound, Sealed
 from .exceptions import (
     ConfigurationError,
     DecryptionError,
@@ -32,7 +33,7 @@ from .exceptions import (
     UnsupportedOperationError,
     hide_locals,
 )
-from .types import Bound, EncryptedJSON, RowPart, Sealed, encode_row
+from .types import EncryptedJSON
 
 _MISSING: Final = object()
 _TYPE_OPTIONS: Final = ("none_as_null", "context", "accept_contexts", "redact", "schema")

@@ -13,18 +13,14 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Final, NoReturn, Self
 
 from . import _aead
-from ._envelope import MAX_VERSION_LENGTH, VERSION_PATTERN, header_size, parse
+from ._envelope import MAX_VERSION_LENGTH, VERSION_PATTERN
 from ._environment import read_environment
+from ._subkeys import ContextKeys
 from .exceptions import (
     ConfigurationError,
-    DecryptionError,
     InvalidKeyError,
     LucentError,
-    NotSealedError,
     PicklingRefusedError,
-    TamperedError,
-    UnknownKeyVersionError,
-    WrongKeyError,
     hide_locals,
 )
 
@@ -34,7 +30,6 @@ _KEY_FORMS: Final = (
 )
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/]{43}=?", re.ASCII)
 _BASE64URL: Final = re.compile(r"[A-Za-z0-9_-]{43}=?", re.ASCII)
-_OTHER_FORMAT: Final = re.compile(rb"[A-Za-z0-9._-]{1,32}:[\x00-\x08]")
 _HEX: Final = re.compile(r"[0-9A-Fa-f]{64}", re.ASCII)
 
 
@@ -97,87 +92,6 @@ def _read_keys(pairs: Collection[tuple[object, object]]) -> dict[str, _aead.Mast
     return keys
 
 
-class ContextKeys:
-    """The subkeys of one context under every key of a keyring. Internal; made by `Keyring`."""
-
-    __slots__ = ("_context", "_keyring", "primary", "primary_header_size", "subkeys")
-
-    def __init__(self, keyring: Keyring, context: str) -> None:
-        encoded = context.encode("utf-8", "surrogatepass")
-        self._context = context
-        self._keyring = keyring
-        # By header, which holds the version, the format and the key id: one look-up finds the
-        # right key or nothing. No key is ever tried on the chance that it fits.
-        subkeys = {v: key.subkey(v, encoded) for v, key in keyring._master_keys.items()}
-        self.subkeys = {subkey.header: subkey for subkey in subkeys.values()}
-        self.primary = subkeys[keyring.primary]
-        self.primary_header_size = len(self.primary.header)
-
-    def seal(self, plaintext: bytes, row: bytes = b"") -> bytes:
-        """Seal `plaintext` under the primary key."""
-        return self.primary.seal(plaintext, row)
-
-    def open(self, sealed: bytes, row: bytes = b"") -> bytes:
-        """Return the plaintext of `sealed`, or raise the `DecryptionError` that says why not."""
-        # Most headers are as long as the primary's, which saves looking for where this one ends.
-        subkey = self.subkeys.get(sealed[: self.primary_header_size])
-        if subkey is None:
-            subkey = self.subkeys.get(sealed[: header_size(sealed)])
-            if subkey is None:
-                raise self._diagnose(sealed)
-        plaintext = subkey.open(sealed, row)
-        if plaintext is None:
-            raise TamperedError(
-                f"a value in {self._context} does not open, though the keyring has its key: it "
-                "was sealed for another column, table or row, or its bytes were changed. If one "
-                "result column takes values from several columns (UNION, concrete inheritance, "
-                "coalesce), select from a subquery or give them one context. If the table or "
-                "column was renamed, pass the old name as EncryptedJSON(context=). " + _VERIFY
-            )
-        return plaintext
-
-    def _diagnose(self, sealed: bytes) -> DecryptionError:
-        envelope = parse(sealed)
-        where = f"a value in {self._context}"
-        if envelope is None:
-            return NotSealedError(
-                f"{where} is {len(sealed)} bytes that EncryptedJSON did not write "
-                f"({_shape(sealed)}); if the column held data before it was encrypted, "
-                "seal that data first with a migration that encrypts the column. " + _VERIFY
-            )
-        keyring, version = self._keyring, envelope.version
-        master = keyring._master_keys.get(version)
-        if master is None:
-            return UnknownKeyVersionError(
-                f"{where} is sealed under key version {version!r}; the keyring has "
-                f"{', '.join(map(repr, keyring.versions))}. Add the key of {version!r} to it. "
-                + _VERIFY
-            )
-        return WrongKeyError(
-            f"{where} was sealed under another key of the name {version!r}: the value has "
-            f"fingerprint {envelope.key_id.hex()}, the keyring's key has {master.key_id.hex()}. "
-            "A new key needs a new version. " + _VERIFY
-        )
-
-
-_VERIFY: Final = "verify() lists the rows that do not open"
-
-
-def _shape(data: bytes) -> str:
-    """Say what `data` looks like, from its first bytes alone and without repeating any."""
-    if not data:
-        return "it is empty"
-    if _OTHER_FORMAT.match(data):
-        return "it begins as a sealed value, but was cut short, changed, or made by a later release"
-    if data.startswith(b"gAAAA"):
-        return "it has the shape of a Fernet token"
-    if data[:1] in (b"{", b"["):
-        return "it has the shape of JSON text"
-    if data.isascii():
-        return "it is ASCII text"
-    return "it is binary"
-
-
 class Keyring:
     """An immutable set of master keys by version, one of them primary.
 
@@ -194,7 +108,7 @@ class Keyring:
 
     __slots__ = ("_contexts", "_master_keys", "_primary")
 
-    _contexts: dict[str, ContextKeys]
+    _contexts: dict[tuple[str, ...], ContextKeys]
     _master_keys: dict[str, _aead.MasterKey]
     _primary: str
 
@@ -318,11 +232,14 @@ class Keyring:
         rest = {name: key for name, key in self._master_keys.items() if name != version}
         return self._of(rest, self._primary)
 
-    def for_context(self, context: str) -> ContextKeys:
-        """Return the subkeys of `context`, derived at first use. Internal."""
-        keys = self._contexts.get(context)
+    def for_context(self, *contexts: str) -> ContextKeys:
+        """Return keys that seal in the first of `contexts` and open in any of them. Internal."""
+        keys = self._contexts.get(contexts)
         if keys is None:
-            keys = self._contexts.setdefault(context, ContextKeys(self, context))
+            context, *others = contexts
+            accepted = [self.for_context(other) for other in others]
+            keys = ContextKeys(self._master_keys, self._primary, context, accepted)
+            keys = self._contexts.setdefault(contexts, keys)
         return keys
 
     def _require(self, version: object) -> str:
@@ -406,13 +323,13 @@ def default_keyring() -> Keyring:
     return known
 
 
-def context_keys(context: str, keyring: Keyring | None = None) -> ContextKeys:
-    """Return the subkeys of `context` in `keyring`, or in the default one. Internal."""
-    # One function of what is asked for each value, and would be three calls.
+def context_keys(contexts: tuple[str, ...], keyring: Keyring | None = None) -> ContextKeys:
+    """Return the keys of `contexts` in `keyring`, or in the default one. Internal."""
+    # Inlined: runs once per value.
     if keyring is None:
         keyring = _default if type(_default) is Keyring else default_keyring()
-    keys = keyring._contexts.get(context)
-    return keyring.for_context(context) if keys is None else keys
+    keys = keyring._contexts.get(contexts)
+    return keyring.for_context(*contexts) if keys is None else keys
 
 
 def _call(source: Callable[[], Keyring]) -> Keyring:

@@ -48,7 +48,9 @@ from sqlalchemy.sql.dml import Insert
 
 from ._envelope import LONGEST_PREFIX, NONCE_SIZE, header_size, parse
 from ._pagination import row_after
+from ._row import encode_row
 from ._schema import Schema
+from ._sealing import ColumnCodec, Sealed
 from ._sql import is_mysql
 from .events import AccessHandler, Action, SecretAccess
 from .exceptions import (
@@ -64,7 +66,7 @@ from .exceptions import (
 from .keyring import Keyring, generate_master_key
 from .models import LucentSecret, LucentSecretMixin, utc_now
 from .secret_key import KEY_PART_NAMES, SecretKey, check_part
-from .types import ColumnCodec, EncryptedJSON, Sealed, encode_row
+from .types import EncryptedJSON
 
 if TYPE_CHECKING:  # without greenlet, which only async programs need, it does not import
     from sqlalchemy.ext.asyncio import AsyncSession

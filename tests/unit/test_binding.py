@@ -49,7 +49,7 @@ from sqlalchemy_lucent import (
     row_bound,
 )
 from sqlalchemy_lucent._redacted import RedactedStr
-from sqlalchemy_lucent.types import encode_row
+from sqlalchemy_lucent._row import encode_row
 from tests.frames import frames_of_ours, texts_in_frames
 
 

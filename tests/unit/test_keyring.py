@@ -753,15 +753,15 @@ def test_the_subkeys_of_a_value_are_those_of_the_keyring_at_hand(
 ) -> None:
     for _ in range(2):  # derived, and kept
         set_default_keyring(promoted)
-        assert context_keys("c") is promoted.for_context("c")
-        assert context_keys("c", keyring) is keyring.for_context("c")
+        assert context_keys(("c",)) is promoted.for_context("c")
+        assert context_keys(("c",), keyring) is keyring.for_context("c")
         set_default_keyring(lambda: keyring)
-        assert context_keys("c") is keyring.for_context("c")
-        assert context_keys("d") is keyring.for_context("d") is not context_keys("c")
+        assert context_keys(("c",)) is keyring.for_context("c")
+        assert context_keys(("d",)) is keyring.for_context("d") is not context_keys(("c",))
     monkeypatch.setenv("LUCENT_SECRETS_KEY", KEY_2.hex())
     set_default_keyring(None)
-    assert context_keys("c") is default_keyring().for_context("c")
-    assert context_keys("c").primary.header.startswith(b"v1:")
+    assert context_keys(("c",)) is default_keyring().for_context("c")
+    assert context_keys(("c",)).primary.header.startswith(b"v1:")
 
 
 @pytest.mark.usefixtures("no_default")

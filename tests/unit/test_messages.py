@@ -210,11 +210,11 @@ def test_foreign_bytes(keyring: Keyring, data: bytes, shape: str) -> None:
 def test_a_sealed_value_that_does_not_open(keyring: Keyring, promoted: Keyring) -> None:
     keys = promoted.for_context("t.c")
     assert sentence(lambda: keys.open(pack_header("v3", bytes(4)))) == (
-        "a value in t.c is sealed under key version 'v3'; the keyring has 'v2', 'v1'. "
+        "a value in t.c is sealed under key version 'v3'; the keyring has 'v1', 'v2'. "
         f"Add the key of 'v3' to it. {VERIFY}"
     )
     assert sentence(lambda: keys.open(pack_header("v1", bytes(4)))) == (
-        "a value in t.c was sealed under another key of the name 'v1': the value has fingerprint "
+        "a value in t.c was sealed under another key named 'v1': the value has fingerprint "
         f"00000000, the keyring's key has {keyring.fingerprint('v1')}. "
         f"A new key needs a new version. {VERIFY}"
     )

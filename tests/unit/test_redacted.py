@@ -42,7 +42,7 @@ from rich.traceback import Traceback
 from sqlalchemy_lucent import Bound, Keyring, SerializationError
 from sqlalchemy_lucent._json import STRICT, Codec, EngineCodec
 from sqlalchemy_lucent._redacted import RedactedStr, redact
-from sqlalchemy_lucent.types import ColumnCodec, Sealed
+from sqlalchemy_lucent._sealing import ColumnCodec, Sealed
 from tests.strategies import JSON_VALUES, TEXT
 
 MARKER = "MARKER"
