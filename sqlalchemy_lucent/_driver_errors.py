@@ -1,8 +1,8 @@
-"""Values of a row in the errors of a database, taken out before the application sees them.
+"""Removes values of a row from errors of the database, before the application sees them.
 
-PostgreSQL shows the row that a constraint refuses, and a document that it cannot read. SQLAlchemy
-shows the parameters. Either may be a plaintext that went around :class:`EncryptedJSON`, which is
-then why the statement failed.
+PostgreSQL shows the row that a constraint refuses, and a document that it cannot parse. SQLAlchemy
+shows the parameters. Either may be a plaintext that bypassed :class:`EncryptedJSON`, which may be
+why the statement failed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HIDDEN: Final = "parameters hidden: an EncryptedJSON value may be among them, u
 
 
 def hide_values(context: ExceptionContext) -> None:
-    """Take values that may be unsealed out of an error. A listener for ``handle_error``."""
+    """Remove values that may be unsealed from an error. A listener for ``handle_error``."""
     error = context.sqlalchemy_exception
     # Another column's bind processor, a default or a missing parameter may fail before
     # EncryptedJSON has seen a value, and SQLAlchemy prints the row's parameters with the error.
@@ -33,8 +33,8 @@ def hide_values(context: ExceptionContext) -> None:
 
 
 def _hide_row(context: ExceptionContext, error: DBAPIError) -> bool:
-    """Take what the database says of values out of its error; say whether to hide the parameters,
-    because one of them may be what was refused.
+    """Remove what the database says about values from its error. Return whether to hide the
+    parameters as well, because one of them may be the refused value.
     """
     driver = context.original_exception
     is_refused = _refuses_a_value(driver)
@@ -55,7 +55,7 @@ def _hide_row(context: ExceptionContext, error: DBAPIError) -> bool:
 # PostgreSQL, appendix A: data exception, a CHECK, a view's check option, another type.
 _NOT_NULL: Final = "23502"
 _SQLSTATES: Final = ("22", _NOT_NULL, "23514", "44", "42804")
-# A CHECK (MariaDB, MySQL), JSON that is none, a value that its column does not take.
+# A CHECK (MariaDB, MySQL), invalid JSON, a value that its column does not accept.
 _MYSQL_CODES: Final = frozenset({4025, 3819, 4038, 3140, 3141, 1366})
 
 
@@ -75,7 +75,7 @@ def _refuses_a_value(driver: BaseException) -> bool:
     )
 
 
-# asyncpg says so before it sends anything.
+# asyncpg refuses such an argument before it sends anything.
 _ASYNCPG_ARGUMENT: Final = re.compile(r"(invalid input for query argument \$\d+).*", re.DOTALL)
 
 
@@ -88,7 +88,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _hide_fields(error: BaseException) -> None:
     diag = getattr(error, "diag", None)
     primary = getattr(diag, "message_primary", None)
-    if primary is not None:  # psycopg: the fields are read from what it keeps for pickles
+    if primary is not None:  # psycopg reads the fields from the state that it pickles
         error.args = (primary, *error.args[1:])
         with suppress(Exception):
             state: Any = error.__reduce__()[2]

@@ -108,7 +108,7 @@ class StrictCodec:
             if not holds_print(written):
                 return written
             written = PRINT_FAULT
-        value = packed = data = b""  # a tracker of errors would send them
+        value = packed = data = b""  # an error reporter would send them
         raise SerializationError(written)
 
     def loads(self, data: bytes) -> JSONValue:
@@ -169,7 +169,7 @@ class EngineCodec:
                 return data
         except Exception:  # noqa: BLE001, S110  (a value's own methods may raise anything)
             pass
-        del value, data, restored  # a tracker of errors would send them
+        del value, data, restored  # an error reporter would send them
         raise SerializationError(fault)
 
     def loads(self, data: bytes) -> JSONValue:
