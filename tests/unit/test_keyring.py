@@ -284,7 +284,7 @@ def test_a_keyring_without_a_key_is_refused() -> None:
 
 
 def test_a_keyring_of_several_keys_must_be_told_its_primary() -> None:
-    with pytest.raises(ConfigurationError, match="primary=.* one of 'v1', 'v2'"):
+    with pytest.raises(ConfigurationError, match=r"primary=.* one of 'v1', 'v2'"):
         Keyring({"v1": KEY_1, "v2": KEY_2})
 
 
