@@ -1,7 +1,7 @@
 """Encrypted JSON for SQLAlchemy: sealed columns, scoped secrets, online key rotation.
 
-A column needs neither the ORM nor the rotation: what does is imported at its first use, so that a
-process pays at its start only for what it uses (PEP 562).
+A column needs neither the ORM nor the rotation. What needs them is imported at its first use
+(PEP 562), so that a process starts fast.
 """
 
 from importlib import import_module
@@ -109,33 +109,18 @@ __all__ = [
 ]
 
 _AT_FIRST_USE = {
-    "AsyncLucentSecrets": "repository",
-    "FailedRow": "rotation",
-    "Lucent": "config",
-    "LucentBase": "models",
-    "LucentConfig": "config",
-    "LucentSecret": "models",
-    "LucentSecretMixin": "models",
-    "LucentSecrets": "repository",
-    "RotationProgress": "rotation",
-    "RotationReport": "rotation",
-    "SecretAccess": "events",
-    "SecretInfo": "repository",
-    "SecretKey": "secret_key",
-    "SecretsConfig": "config",
-    "StatusReport": "rotation",
-    "StatusRow": "rotation",
-    "VerifyReport": "rotation",
-    "aretire_check": "rotation",
-    "arotate": "rotation",
-    "astatus": "rotation",
-    "averify": "rotation",
-    "bound_rows": "binding",
-    "retire_check": "rotation",
-    "rotate": "rotation",
-    "row_bound": "binding",
-    "status": "rotation",
-    "verify": "rotation",
+    name: module
+    for module, names in {
+        "binding": "bound_rows row_bound",
+        "config": "Lucent LucentConfig SecretsConfig",
+        "events": "SecretAccess",
+        "models": "LucentBase LucentSecret LucentSecretMixin",
+        "repository": "AsyncLucentSecrets LucentSecrets SecretInfo",
+        "rotation": "FailedRow RotationProgress RotationReport StatusReport StatusRow VerifyReport "
+        "aretire_check arotate astatus averify retire_check rotate status verify",
+        "secret_key": "SecretKey",
+    }.items()
+    for name in names.split()
 }
 
 
@@ -143,13 +128,13 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Not for type checkers, which would take any name for one of this module.
+# Hidden from type checkers, which would accept any name.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         if name in _AT_FIRST_USE:
             value = getattr(import_module(f".{_AT_FIRST_USE[name]}", __name__), name)
-            globals()[name] = value  # so that it is asked for once
+            globals()[name] = value  # so that this function is called once for each name
             return value
         if name in _AT_FIRST_USE.values():
             return import_module(f".{name}", __name__)

@@ -1,10 +1,10 @@
 """AES-256-GCM and HKDF-SHA256: the only module that imports ``cryptography``.
 
-Nothing here is an algorithm of ours. A subkey is RFC 5869's HKDF of the master key with the
-column's context as ``info``; a value is sealed by AES-256-GCM (NIST SP 800-38D) under that subkey.
+No algorithm here is ours. A subkey is RFC 5869's HKDF of the master key with the column's context
+as ``info``; AES-256-GCM (NIST SP 800-38D) seals values under that subkey.
 
 No attribute or slot holds the bytes of a key: a subkey is inside its AESGCM object, a master key in
-a closure. What walks attributes, as debuggers, error reporters and serializers do, meets neither.
+a closure. Debuggers, error reporters and serializers that walk attributes find neither.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from ._envelope import KEY_ID_SIZE, NONCE_SIZE, TAG_SIZE, length_prefixed, pack_header
+from ._envelope import KEY_ID_SIZE, NONCE_SIZE, length_prefixed, pack_header
 from .exceptions import PicklingRefusedError, SerializationError
 
 MASTER_KEY_SIZE: Final = 32
@@ -33,7 +33,7 @@ def random_master_key() -> bytes:
 
 
 class MasterKey:
-    """One master key, as what is derived from it.
+    """A master key. Only keys derived from it can be read.
 
     ``key_id`` is the 4 bytes that tell one master key from another without showing either.
     """
@@ -46,7 +46,6 @@ class MasterKey:
             hkdf = HKDF(algorithm=SHA256(), length=MASTER_KEY_SIZE, salt=None, info=info)
             return hkdf.derive(key)
 
-        # A closure, so that no attribute or slot holds the key itself.
         self._derive = derive
         self.key_id = derive(_KEY_ID_INFO)[:KEY_ID_SIZE]
 
@@ -59,7 +58,7 @@ class MasterKey:
         )
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise PicklingRefusedError("a master key is not pickled")
+        raise PicklingRefusedError("a master key cannot be pickled")
 
 
 class Subkey:
@@ -81,8 +80,8 @@ class Subkey:
     def seal(self, plaintext: bytes, row: bytes = b"") -> bytes:
         """Return the stored bytes for `plaintext`; `row` is the length-prefixed row context.
 
-        :raises SerializationError: `plaintext` has 2^31 bytes or more, past what the library of
-            the cipher takes.
+        :raises SerializationError: `plaintext` has 2^31 bytes or more, which the cipher's library
+            does not take.
         """
         nonce = os.urandom(NONCE_SIZE)
         try:
@@ -99,12 +98,10 @@ class Subkey:
 
         `sealed` must begin with this subkey's header.
         """
-        nonce_end = self._nonce_end
-        if len(sealed) < nonce_end + TAG_SIZE:
-            return None
+        end = self._nonce_end
         try:
             return self._aead.decrypt(
-                sealed[self._nonce_at : nonce_end], sealed[nonce_end:], self.associated_data + row
+                sealed[self._nonce_at : end], sealed[end:], self.associated_data + row
             )
-        except InvalidTag:
+        except (InvalidTag, ValueError):  # ValueError: the value was cut short in its nonce
             return None

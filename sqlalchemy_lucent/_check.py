@@ -1,4 +1,4 @@
-"""The CHECK constraint that keeps what is not sealed out of a sealed column."""
+"""The CHECK constraint that keeps unsealed values out of a sealed column."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from . import _sql
 
 
 class _InColumn(CheckConstraint):
-    """The constraint as a part of its column's definition, which is where SQLite has it.
+    """The constraint as part of its column's definition, for SQLite.
 
-    There ADD COLUMN brings such a constraint and DROP COLUMN takes it away. One of the table can
-    only be added on a copy, and keeps the column from being dropped.
+    There, ADD COLUMN adds such a constraint and DROP COLUMN drops it. A constraint of the table can
+    only be added by copying the table, and keeps the column from being dropped.
     """
 
     def __init__(self, check: CheckConstraint) -> None:
@@ -25,7 +25,7 @@ class _InColumn(CheckConstraint):
         self.check = check
 
     def __repr__(self) -> str:
-        return f"<CHECK {self.check.name}>"  # that of a column shows it, and it shows its table
+        return f"<CHECK {self.check.name}>"  # the inherited one and Column's call each other
 
 
 @compiles(_InColumn)
@@ -38,7 +38,7 @@ def _compile_in_column(element: _InColumn, compiler: DDLCompiler, **kw: Any) -> 
 
 
 class _CreateRule:
-    """Says whether a statement makes the constraint as one of the table."""
+    """Says whether a statement creates the constraint as one of the table."""
 
     def __init__(self, column: Column[Any], declared: Callable[[Dialect], bool]) -> None:
         self._column = column
@@ -50,13 +50,13 @@ class _CreateRule:
         is_current = column.table.c.get(column.key) is column  # not after `extend_existing`
         return is_current and _sql.has_form(dialect.name) and self._declared(dialect)
 
-    # Alembic passes its implementation of a dialect, which is all it is asked for.
+    # Alembic passes its own object, which has a dialect too.
     def __call__(self, compiler: Any) -> bool:
         if not self.wanted(compiler.dialect):
             return False
         if compiler.dialect.name != "sqlite":
             return True
-        # A copy that Alembic's batch mode makes of the table may have it in no column.
+        # In a copy by Alembic's batch mode, no column may have it.
         statement = getattr(compiler, "statement", None)
         return isinstance(statement, CreateTable) and not any(
             isinstance(constraint, _InColumn)
@@ -67,14 +67,14 @@ class _CreateRule:
 
 
 def attach_check(column: Column[Any], table: Table, declared: Callable[[Dialect], bool]) -> None:
-    """Give a column that has joined its table the constraint, for the dialects that want it."""
+    """Add the constraint to a column that has joined its table, for dialects that support it."""
     if any(isinstance(constraint, _InColumn) for constraint in column.constraints):
         return
     check = CheckConstraint(
         _sql.is_sealed(column),
         name=_name(column, table),
         _create_rule=_CreateRule(column, declared),
-        _type_bound=True,  # made again by the type of a copy, as that of Enum and Boolean
+        _type_bound=True,  # as with Enum and Boolean, the type of a copied column adds it again
     )
     column.constraints.add(_InColumn(check))
 
@@ -83,8 +83,8 @@ def _name(column: Column[Any], table: Table) -> str | None:
     conventions: Mapping[Any, Any] = table.metadata.naming_convention
     convention = conventions.get("ck", conventions.get(CheckConstraint))
     if convention is None:
-        # Not by the column only: on MySQL the name is one of the whole database. What is too long
-        # is cut to what the database takes. Alembic copies a table under a name of its own.
+        # With the table's name, because on MySQL the name is unique in the whole database. The
+        # compiler shortens it if needed. Alembic copies a table under a name of its own.
         name = table.name.removeprefix("_alembic_tmp_")
         return conv(f"ck_{name}_{column.name}_sealed")
     return f"{column.name}_sealed" if "%(constraint_name)s" in convention else None

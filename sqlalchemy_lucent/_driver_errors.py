@@ -1,8 +1,8 @@
-"""Values of a row in the errors of a database, taken out before the application sees them.
+"""Removes values of a row from errors of the database, before the application sees them.
 
-PostgreSQL shows the row that a constraint refuses, and a document that it cannot read. SQLAlchemy
-shows the parameters. Either may be a plaintext that went around :class:`EncryptedJSON`, which is
-then why the statement failed.
+PostgreSQL shows the row that a constraint refuses, and a document that it cannot parse. SQLAlchemy
+shows the parameters. Either may be a plaintext that bypassed :class:`EncryptedJSON`, which may be
+why the statement failed.
 """
 
 from __future__ import annotations
@@ -13,19 +13,29 @@ from contextlib import suppress
 from typing import Any, Final
 
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
 from sqlalchemy.sql.elements import TextClause
 
-HIDDEN: Final = "parameters hidden: an EncryptedJSON value may be among them, unsealed"
+_HIDDEN: Final = "parameters hidden: an EncryptedJSON value may be among them, unsealed"
 
 
-def hide_row(context: ExceptionContext) -> None:
-    """Take what the database says of values out of its error, and the parameters where they may
-    be what was refused. A listener for ``handle_error``.
-    """
+def hide_values(context: ExceptionContext) -> None:
+    """Remove values that may be unsealed from an error. A listener for ``handle_error``."""
     error = context.sqlalchemy_exception
-    if not isinstance(error, DBAPIError):
-        return
+    # Another column's bind processor, a default or a missing parameter may fail before
+    # EncryptedJSON has seen a value, and SQLAlchemy prints the row's parameters with the error.
+    hide = context.execution_context is None
+    if isinstance(error, DBAPIError):
+        hide = _hide_row(context, error) or hide
+    if hide and isinstance(error, StatementError) and error.params:
+        error.params = None
+        error.add_detail(_HIDDEN)
+
+
+def _hide_row(context: ExceptionContext, error: DBAPIError) -> bool:
+    """Remove what the database says about values from its error. Return whether to hide the
+    parameters as well, because one of them may be the refused value.
+    """
     driver = context.original_exception
     is_refused = _refuses_a_value(driver)
     if context.dialect.name == "postgresql" and is_refused:
@@ -37,18 +47,15 @@ def hide_row(context: ExceptionContext) -> None:
         )
     compiled = getattr(context.execution_context, "compiled", None)
     is_text = compiled is None or isinstance(compiled.statement, TextClause)
-    if error.params and (
-        (is_refused and _sqlstate(driver) != _NOT_NULL)
-        or (is_text and isinstance(error, (IntegrityError, DataError)))
-    ):
-        error.params = None
-        error.add_detail(HIDDEN)
+    return (is_refused and _sqlstate(driver) != _NOT_NULL) or (
+        is_text and isinstance(error, (IntegrityError, DataError))
+    )
 
 
 # PostgreSQL, appendix A: data exception, a CHECK, a view's check option, another type.
 _NOT_NULL: Final = "23502"
 _SQLSTATES: Final = ("22", _NOT_NULL, "23514", "44", "42804")
-# A CHECK (MariaDB, MySQL), JSON that is none, a value that its column does not take.
+# A CHECK (MariaDB, MySQL), invalid JSON, a value that its column does not accept.
 _MYSQL_CODES: Final = frozenset({4025, 3819, 4038, 3140, 3141, 1366})
 
 
@@ -68,7 +75,7 @@ def _refuses_a_value(driver: BaseException) -> bool:
     )
 
 
-# asyncpg says so before it sends anything.
+# asyncpg refuses such an argument before it sends anything.
 _ASYNCPG_ARGUMENT: Final = re.compile(r"(invalid input for query argument \$\d+).*", re.DOTALL)
 
 
@@ -81,7 +88,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _hide_fields(error: BaseException) -> None:
     diag = getattr(error, "diag", None)
     primary = getattr(diag, "message_primary", None)
-    if primary is not None:  # psycopg: the fields are read from what it keeps for pickles
+    if primary is not None:  # psycopg reads the fields from the state that it pickles
         error.args = (primary, *error.args[1:])
         with suppress(Exception):
             state: Any = error.__reduce__()[2]

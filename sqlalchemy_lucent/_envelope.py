@@ -6,9 +6,8 @@
     version = 1 to 32 of A-Z a-z 0-9 . _ -          (ASCII, readable in any SQL console)
     body    = 0x01 | key_id (4) | nonce (12) | AES-256-GCM ciphertext | tag (16)
 
-Everything before the nonce is the *header*: it names the key, it is authenticated as associated
-data, and it is the same for every value that one key seals, so it doubles as the look-up key
-when a value is opened.
+Everything before the nonce is the *header*. It names the key and is authenticated as associated
+data. It is the same for every value that one key seals, so it also serves to look that key up.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ _SEPARATOR: Final = b":"
 _HEADER_TAIL: Final = 1 + 1 + KEY_ID_SIZE  # separator, format, key id
 
 LONGEST_PREFIX: Final = MAX_VERSION_LENGTH + _HEADER_TAIL + NONCE_SIZE
-"""So many bytes have the header and the nonce of any value. The nonce is fresh for every seal, so
-comparing them decides as well as comparing the whole value."""
+"""The longest header and nonce. The nonce is fresh for every seal, so comparing these bytes is as
+good as comparing the whole value."""
 
 
 class Envelope(NamedTuple):
@@ -48,6 +47,15 @@ def pack_header(version: str, key_id: bytes) -> bytes:
     return b"%s:%c%s" % (version.encode("ascii"), FORMAT_AES_256_GCM, key_id)
 
 
+def as_bytes(stored: object) -> bytes:
+    """Return a stored value as bytes. Some drivers give a memoryview, and SQLite gives text or a
+    number if that is what was written into the column.
+    """
+    if isinstance(stored, (bytes, bytearray, memoryview)):
+        return bytes(stored)
+    return str(stored).encode("utf-8", "replace")
+
+
 def header_size(sealed: bytes) -> int:
     """Return the length of the header that `sealed` would have; cheap, and checks nothing."""
     return sealed.find(_SEPARATOR) + _HEADER_TAIL
@@ -56,9 +64,9 @@ def header_size(sealed: bytes) -> int:
 def parse(sealed: bytes) -> Envelope | None:
     """Take `sealed` apart, or return ``None`` if it does not begin as a sealed value does.
 
-    The format byte is part of that beginning: text with a colon in it, such as ``user:password``,
-    must not have its first half taken for a key version and shown. A value cut short behind its
-    header is still parsed.
+    The format byte is part of that beginning: the first half of text with a colon in it, such as
+    ``user:password``, must not be taken for a key version and shown. A value that was cut short
+    after its header is still parsed.
     """
     separator = sealed.find(_SEPARATOR)
     if separator < 1 or len(sealed) < separator + _HEADER_TAIL:
@@ -77,8 +85,8 @@ def parse(sealed: bytes) -> Envelope | None:
 
 
 def length_prefixed(*parts: bytes) -> bytes:
-    """Join `parts`, each behind its length (4 bytes, big-endian).
+    """Join `parts`, each preceded by its length (4 bytes, big-endian).
 
-    No two different tuples give the same bytes, which is what associated data needs.
+    Different tuples never give the same bytes, as associated data requires.
     """
     return b"".join([len(part).to_bytes(4, "big") + part for part in parts])

@@ -1,4 +1,4 @@
-"""Reads the texts of master keys from environment variables and the files that they name."""
+"""Reads master keys from environment variables and the files that they name."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ DEFAULT_KEY_VERSION: Final = "v1"
 
 class _Variable(NamedTuple):
     source: str
-    """Its name, as messages give it."""
+    """Its name, for messages."""
     text: str
 
 
 def read_environment(env: Mapping[str, str]) -> tuple[str, list[tuple[str, str]]]:
-    """Return the name of the variables that are set, and (version, key) pairs, the primary first.
+    """Return the names of the variables that are set, and (version, key) pairs, the primary first.
 
-    The caller hides its frames and those of this function: both hold the texts of keys.
+    The caller must hide its frames and those of this function: both hold the texts of keys.
 
-    :raises ConfigurationError: nothing is set, or both forms are, or a value is not of the form.
+    :raises ConfigurationError: nothing is set, or both forms are, or a value is malformed.
     """
     single = _read_variable(env, ENV_KEY)
     version = _read_variable(env, ENV_KEY_VERSION)
@@ -41,7 +41,7 @@ def read_environment(env: Mapping[str, str]) -> tuple[str, list[tuple[str, str]]
             if other is not None:
                 raise ConfigurationError(
                     f"both {several.source} and {other.source} are set; "
-                    f"{ENV_KEYS} names its versions itself, so keep only one of the forms"
+                    f"{ENV_KEYS} has its versions in it, so keep only one of the forms"
                 )
         return several.source, _split(several)
     if single is None:
@@ -88,11 +88,11 @@ def _read_variable(env: Mapping[str, object], name: str) -> _Variable | None:
 
 
 def _read_file(variable: str, path: str) -> str:
-    # The path itself stays out of the message: a key put into the wrong variable would be there.
+    # The message does not show the path: it may be a key that was put into the wrong variable.
     try:
         return Path(path).read_text("utf-8").strip()
     except OSError as error:
         fault = str(error.strerror)
     except ValueError:
         fault = "it is not a text file, or its name is not a path"
-    raise ConfigurationError(f"{variable}: the file that it names cannot be read: {fault}")
+    raise ConfigurationError(f"{variable}: the file cannot be read: {fault}")

@@ -1,15 +1,14 @@
 """The strict JSON codec: what goes in comes out equal, or is refused.
 
-No quick encoder of JSON is strict: orjson turns NaN into ``null``, and a tuple, a UUID or an Enum
-into something else. ormsgpack, which has orjson's design, can be told to refuse all of these; so a
-document is packed by it too, to learn that it has nothing else than JSON's own types, and what was
-packed is dropped. That costs about as much as writing the document: a quarter of reading it back
-and comparing, and less than looking at every value in Python. What it refuses is tried again with
-a function that gives both libraries the plain value of a subclass (a MutableDict is as good as a
-dict); a document that has a fault is searched with their help. Neither takes more than some three
-times as long as an ordinary document, whoever sends it.
+No fast encoder of JSON is strict: orjson turns NaN into ``null``, and a tuple, a UUID or an Enum
+into something else. ormsgpack, which shares orjson's design, can be told to refuse all of these. So
+a document is packed by ormsgpack too, to learn that it has only JSON's own types, and the packed
+bytes are dropped. That costs about as much as writing the document, a quarter of reading it back
+and comparing. What ormsgpack refuses is tried again with a function that returns the plain value of
+a subclass, such as MutableDict. What is refused again is walked through in Python, which finds
+the fault or writes integers past 64 bits; parts that the libraries take are passed over.
 
-Reading is msgspec's, because orjson reads an integer past 64 bits as a float without a word.
+msgspec reads, because orjson reads an integer past 64 bits as a float.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, NoReturn, Protocol, TypeAlias
 
 import msgspec
 import orjson
@@ -30,18 +29,18 @@ from ._redacted import PRINT_FAULT, PRINT_MARKS, holds_print
 from .exceptions import SerializationError
 
 MAX_DEPTH: Final = 254
-"""Levels of lists and objects in a document: what orjson writes."""
+"""Levels of lists and objects in a document: as many as orjson writes."""
 
 MAX_INTEGER_DIGITS: Final = 4299
-"""Digits of an integer: msgspec reads no more than Python converts to text by default, 4300
-(``sys.int_info``), and counts the sign."""
+"""Digits of an integer: msgspec reads as many characters as Python converts to text by default,
+4300 (``sys.int_info``), and counts the sign."""
 
 JSONValue: TypeAlias = Any
 """``None``, bool, int, float, str, and lists and string-keyed dicts of them."""
 
 _FIRST_INTEGER_TOO_LONG: Final = 10**MAX_INTEGER_DIGITS
 
-# What these pass on goes through `_Unwrap`, which refuses all but subclasses of JSON's own types.
+# What these pass on goes to `_unwrapped_fast`, which refuses all but subclasses of JSON's types.
 _ORJSON_OPTIONS: Final = (
     orjson.OPT_PASSTHROUGH_SUBCLASS
     | orjson.OPT_PASSTHROUGH_DATACLASS
@@ -57,16 +56,18 @@ _PLAIN_ONLY: Final = (
     | ormsgpack.OPT_PASSTHROUGH_DATACLASS
     | ormsgpack.OPT_PASSTHROUGH_DATETIME
 )
-# How MessagePack writes a float: 0xCB and eight bytes, big-endian; an exponent of ones only is NaN
-# or infinite (IEEE 754). Other bytes may look like that, and are then searched for nothing.
+# MessagePack writes a float as 0xCB and eight bytes, big-endian. If all bits of its exponent are
+# set, it is NaN or infinite (IEEE 754). Other bytes may look the same, and are then searched in
+# vain.
 _FLOAT: Final = 0xCB
 _may_be_infinite_or_nan = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]").search
 
 _LESS, _AMPERSAND, _PERCENT, _BACKSLASH = PRINT_MARKS
 
-# Names of their own, because an attribute of a module is looked up for each value.
+# Names of their own: an attribute of a module would be looked up for each value.
 _pack, _write = ormsgpack.packb, orjson.dumps
 decode = msgspec.json.Decoder().decode
+DECODE_ERRORS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Codec(Protocol):
@@ -90,8 +91,8 @@ class StrictCodec:
             packed = _pack(value, None, _PLAIN_ONLY)
             if _FLOAT not in packed or not _may_be_infinite_or_nan(packed):
                 data = _write(value)
-                # Single bytes, because looking for a word takes ten times as long. The backslashes
-                # of JSON's own escapes, as in a PEM key, are not among those of the value.
+                # Single bytes, because looking for a word takes ten times as long. JSON's own
+                # escapes, as in a PEM key, have backslashes that the value does not have.
                 if (
                     _LESS in data
                     or _PERCENT in data
@@ -107,20 +108,16 @@ class StrictCodec:
             if not holds_print(written):
                 return written
             written = PRINT_FAULT
-        value = packed = data = b""  # a tracker of errors would send them
+        value = packed = data = b""  # an error reporter would send them
         raise SerializationError(written)
 
     def loads(self, data: bytes) -> JSONValue:
         """Return the value that `data` holds."""
         try:
             return decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            fault = type(error).__name__
-        raise SerializationError(
-            f"a document opened, but is not JSON that can be read ({fault}): was it written "
-            "through an engine with a json_serializer, and this engine lacks the "
-            "json_deserializer that goes with it?"
-        )
+        except DECODE_ERRORS as error:
+            fault = unreadable(error)
+        raise fault
 
     def __reduce__(self) -> str:
         return "STRICT"
@@ -129,11 +126,20 @@ class StrictCodec:
 STRICT: Final = StrictCodec()
 
 
+def unreadable(error: Exception) -> SerializationError:
+    """Return what is raised in place of one of `DECODE_ERRORS`, which may hold the document."""
+    return SerializationError(
+        f"a document opened, but is not JSON that can be read ({type(error).__name__}): was it "
+        "written through an engine with a json_serializer, and this engine lacks the "
+        "json_deserializer that goes with it?"
+    )
+
+
 class EngineCodec:
     """The codec of an engine made with ``json_serializer=`` or ``json_deserializer=``.
 
-    What these functions make of a value is their own affair, except that it must come back equal:
-    each document is read back and compared before it is sealed.
+    These functions may write a value as they like, as long as it comes back equal: each document is
+    read back and compared before it is sealed.
     """
 
     __slots__ = ("_deserializer", "_serializer")
@@ -147,7 +153,7 @@ class EngineCodec:
         self._deserializer = deserializer
 
     def dumps(self, value: JSONValue) -> bytes:
-        """Return what the engine's serializer makes of `value`."""
+        """Return `value` as the engine's serializer writes it."""
         data = (
             STRICT.dumps(value) if self._serializer is None else _serialize(self._serializer, value)
         )
@@ -163,11 +169,11 @@ class EngineCodec:
                 return data
         except Exception:  # noqa: BLE001, S110  (a value's own methods may raise anything)
             pass
-        del value, data, restored  # a tracker of errors would send them
+        del value, data, restored  # an error reporter would send them
         raise SerializationError(fault)
 
     def loads(self, data: bytes) -> JSONValue:
-        """Return what the engine's deserializer makes of `data`."""
+        """Return `data` as the engine's deserializer reads it."""
         if self._deserializer is None:
             return STRICT.loads(data)
         try:
@@ -180,38 +186,32 @@ class EngineCodec:
         )
 
     def __reduce__(self) -> tuple[Callable[..., Codec], tuple[object]]:
-        # A pickle is for opening, which needs no serializer; and it holds functions by their
-        # names, which a lambda does not have.
+        # A pickled value is only opened, which needs no serializer. Pickles refer to functions by
+        # name, and a lambda has none.
         return _unpickled, (self._deserializer if _has_name(self._deserializer) else _NAMELESS,)
 
 
 class _LostCodec:
-    """That of a pickled value whose engine has a ``json_deserializer`` without a name."""
+    """The codec of a pickled value whose engine has a ``json_deserializer`` without a name."""
 
     __slots__ = ()
 
-    def dumps(self, value: JSONValue) -> bytes:
+    def loads(self, data: object) -> NoReturn:
         """Refuse."""
-        raise self._refusal()
-
-    def loads(self, data: bytes) -> JSONValue:
-        """Refuse."""
-        raise self._refusal()
-
-    @staticmethod
-    def _refusal() -> SerializationError:
-        return SerializationError(
-            "a Sealed value was pickled, and only its engine's json_deserializer can read it, "
-            "which a pickle cannot hold: make that function one of a module (no lambda, no "
-            "method), open the value before you pickle it, or load it again here"
+        raise SerializationError(
+            "a Sealed value was pickled that only its engine's json_deserializer can read, and a "
+            "pickle cannot hold that function: define it in a module (no lambda, no method), open "
+            "the value before you pickle it, or load it again here"
         )
+
+    dumps = loads
 
 
 _NAMELESS: Final = "no name"
 
 
 def _has_name(function: Any) -> bool:
-    """Say whether a function is what its module has under its name, or none was given."""
+    """Say whether a function can be found by its module and name. ``None`` can."""
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     return function is None or getattr(module, getattr(function, "__name__", ""), None) is function
 
@@ -239,68 +239,39 @@ def _serialize(serializer: Callable[[JSONValue], str | bytes], value: JSONValue)
 
 
 def _write_unusual(value: JSONValue) -> bytes | str:
-    """Write what has subclasses, integers past 64 bits or a fault; return the fault as a sentence.
+    """Write a value with subclasses or integers past 64 bits; return a fault as a sentence.
 
     The caller raises it, so that no frame that holds the value is in the traceback.
     """
-    unwrap = _Unwrap()
-    is_faultless = _is_packed
     try:
-        packed = ormsgpack.packb(value, unwrap, _PLAIN_ONLY)
+        packed = ormsgpack.packb(value, _unwrapped_fast, _PLAIN_ONLY)
         if not _may_be_infinite_or_nan(packed):
-            is_faultless = _is_written
-            if not unwrap.met_big_integer and not unwrap.met_odd_enum:
-                return orjson.dumps(value, unwrap, _ORJSON_OPTIONS)
-            if not unwrap.met_subclass:
-                # With `None` for these integers: it may be nested too deep, or have bytes in it.
-                orjson.dumps(ormsgpack.unpackb(packed))
-                return msgspec.json.encode(value)
+            return orjson.dumps(value, _unwrapped_fast, _ORJSON_OPTIONS)
     except Exception:  # noqa: BLE001, S110  (a value's own methods may raise anything)
-        pass  # a fault that is found below
+        pass  # the fault is found below
     try:
-        found = _find_fault(value, 0, is_faultless)
-        if found is None:
-            return msgspec.json.encode(_plain(value, 0))
-        steps, fault = found
-    except _TooDeepError:
-        steps, fault = [], _TOO_DEEP
+        return msgspec.json.encode(_plain(value, 0))
+    except _FaultError as error:
+        return f"{path_of(error.steps[::-1])}: {error.fault}"
     except Exception as error:  # noqa: BLE001
-        steps, fault = [], f"the value cannot be written as JSON ({type(error).__name__})"
-    return f"{path_of(steps[::-1])}: {fault}"
+        return f"$: the value cannot be written as JSON ({type(error).__name__})"
 
 
-class _Unwrap:
-    """Gives orjson and ormsgpack the plain value of what they do not take by themselves.
-
-    It vouches for a value too: ormsgpack, told to pass on all that is not JSON's own, fails if
-    this refuses one.
-    """
-
-    __slots__ = ("met_big_integer", "met_odd_enum", "met_subclass")
-
-    def __init__(self) -> None:
-        self.met_big_integer = False
-        self.met_odd_enum = False
-        self.met_subclass = False
-
-    def __call__(self, value: object) -> JSONValue:
-        if type(value) is int:
-            self.met_big_integer = True
-            if abs(value) >= _FIRST_INTEGER_TOO_LONG:
-                raise TypeError
-            return None  # what is packed is only looked at
-        self.met_subclass = True
-        plain = _unwrapped(value)
-        if isinstance(value, enum.Enum) and not same_value(plain, value.value):
-            self.met_odd_enum = True  # orjson would write the member's `value`
-        return plain
+def _unwrapped_fast(value: object) -> JSONValue:
+    """Return the plain value of what orjson and ormsgpack do not take by themselves."""
+    if type(value) is int:
+        raise TypeError  # past 64 bits
+    plain = _unwrapped(value)
+    if isinstance(value, enum.Enum) and not same_value(plain, value.value):
+        raise TypeError  # orjson would write the member's `value`
+    return plain
 
 
 def _unwrapped(value: object) -> JSONValue:
-    """Return what an instance of a subclass, such as a MutableDict, is as JSON's own type.
+    """Return an instance of a subclass, such as a MutableDict, as JSON's own type.
 
-    Its own methods give the order, as OrderedDict's do; they are not believed if they give
-    anything else than what it holds.
+    Its own methods give the order, as OrderedDict's do; they are not believed if they return
+    anything else than its contents.
     """
     if isinstance(value, dict):
         members = dict(value)
@@ -321,114 +292,94 @@ def _unwrapped(value: object) -> JSONValue:
     raise TypeError
 
 
-class _TooDeepError(Exception):
-    pass
+class _FaultError(Exception):
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+        self.steps: list[str] = []
+        """The way to the fault, innermost step first."""
 
 
-_TOO_DEEP: Final = f"the document is nested more than {MAX_DEPTH} levels deep"
 _CHECKED_LEVELS: Final = 6
-"""Levels on which a part is tried as a whole before it is gone through."""
+"""Levels on which a part is tried as a whole first, so that most of a document is not walked."""
 _AT_A_TIME: Final = 100
 """Parts of a long list or object that are tried together."""
 
-_Fault: TypeAlias = tuple[list[str], str]
-"""The steps to a fault, innermost first, and what it is."""
 
-
-def _find_fault(
-    value: JSONValue, depth: int, is_faultless: Callable[[JSONValue], bool]
-) -> _Fault | None:
-    """Return a fault of `value`.
-
-    `is_faultless` passes over parts as fast as they would be written. It is asked near the top
-    only, so that no part is gone through more than a few times, however deep it is nested.
-    """
+def _plain(value: JSONValue, depth: int) -> JSONValue:
+    """Return `value` in JSON's own types, or raise its first fault."""
     kind = type(value)
-    if kind is str:
-        return None if value.isascii() or _is_unicode(value) else ([], _SURROGATE)
     if isinstance(value, (dict, list)):
         if depth >= MAX_DEPTH:
-            return [], _TOO_DEEP
+            raise _FaultError(f"the document is nested more than {MAX_DEPTH} levels deep")
         if kind is not dict and kind is not list:
             value = _unwrapped(value)
         if isinstance(value, list):
-            children = value
-        else:
-            for name in value:
-                if not isinstance(name, str):
-                    return [], f"an object has a key of type {type(name).__name__}, not str"
-                if not _is_unicode(name):
-                    return [], "an object has a key with a lone surrogate"
-            children = list(value.values())
-        is_asked = depth < _CHECKED_LEVELS
-        for start in range(0, len(children), _AT_A_TIME):
-            some = children[start : start + _AT_A_TIME]
-            if is_asked and len(children) > _AT_A_TIME and is_faultless(some):
-                continue
-            for position, child in enumerate(some, start):
-                if is_asked and isinstance(child, (dict, list)) and is_faultless(child):
-                    continue
-                found = _find_fault(child, depth + 1, is_faultless)
-                if found is not None:
-                    is_list = isinstance(value, list)
-                    found[0].append(f"[{position}]" if is_list else member_step(position))
-                    return found
-        return None
-    if isinstance(value, str):
-        return None if _is_unicode(value) else ([], _SURROGATE)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return [], "a float is NaN or infinite, which JSON cannot carry"
-    elif isinstance(value, int):
-        if abs(value) >= _FIRST_INTEGER_TOO_LONG:
-            return [], f"an integer has more than {MAX_INTEGER_DIGITS} digits"
-    elif value is not None:
-        return [], (
+            return _plain_items(value, depth + 1, "[{}]".format)
+        names = [_plain_name(name) for name in value]
+        if len(set(names)) != len(names):
+            raise KeyError  # two names of equal text
+        children = _plain_items(list(value.values()), depth + 1, member_step)
+        return dict(zip(names, children, strict=True))
+    if value is None or kind is bool:
+        return value
+    if not isinstance(value, (str, int, float)):
+        raise _FaultError(
             f"a value of type {kind.__name__} is not a JSON value; "
             "convert it to str, int, float, bool, None, list or dict first"
         )
-    return None
+    value = _unwrapped(value)
+    if isinstance(value, str):
+        if not _is_unicode(value):
+            raise _FaultError("a string has a lone surrogate, which UTF-8 cannot carry")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise _FaultError("a float is NaN or infinite, which JSON cannot carry")
+    elif abs(value) >= _FIRST_INTEGER_TOO_LONG:
+        raise _FaultError(f"an integer has more than {MAX_INTEGER_DIGITS} digits")
+    return value
 
 
-def _is_packed(value: JSONValue) -> bool:
-    """Say whether `value` has no fault that ormsgpack finds."""
+def _plain_items(items: list[Any], depth: int, step: Callable[[int], str]) -> list[Any]:
+    is_tried = depth <= _CHECKED_LEVELS
+    done: list[Any] = []
     try:
-        return not _may_be_infinite_or_nan(ormsgpack.packb(value, _Unwrap(), _PLAIN_ONLY))
+        for start in range(0, len(items), _AT_A_TIME):
+            some = items[start : start + _AT_A_TIME]
+            if is_tried and len(items) > _AT_A_TIME and _is_plain(some, depth - 1):
+                done += some
+                continue
+            for item in some:
+                is_plain = is_tried and isinstance(item, (dict, list)) and _is_plain(item, depth)
+                done.append(item if is_plain else _plain(item, depth))
+    except _FaultError as error:
+        error.steps.append(step(len(done)))
+        raise
+    return done
+
+
+def _is_plain(part: JSONValue, depth: int) -> bool:
+    """Say whether a part that is `depth` levels down can be written as it is."""
+    try:
+        for _ in range(depth):
+            part = [part]
+        packed = _pack(part, None, _PLAIN_ONLY)
+        return not _may_be_infinite_or_nan(packed) and bool(_write(part))
     except Exception:  # noqa: BLE001  (a value's own methods may raise anything)
         return False
 
 
-def _is_written(value: JSONValue) -> bool:
-    """Say whether `value` has no fault that orjson finds: bytes, or too many levels."""
-    try:
-        return bool(orjson.dumps(value, _Unwrap(), _ORJSON_OPTIONS))
-    except Exception:  # noqa: BLE001
-        return False
-
-
-def _plain(value: JSONValue, depth: int) -> JSONValue:
-    """Return a copy of a faultless value in JSON's own types."""
-    if isinstance(value, (dict, list)):
-        if depth >= MAX_DEPTH:
-            raise _TooDeepError
-        if type(value) is not dict and type(value) is not list:
-            value = _unwrapped(value)
-        if isinstance(value, list):
-            return [_plain(child, depth + 1) for child in value]
-        members = {str.__str__(name): _plain(child, depth + 1) for name, child in value.items()}
-        if len(members) != len(value):
-            raise KeyError  # two names of one text
-        return members
-    return value if value is None or type(value) in _SCALARS else _unwrapped(value)
-
-
-_SCALARS: Final = frozenset({bool, int, float, str})
-_SURROGATE: Final = "a string has a lone surrogate, which UTF-8 cannot carry"
+def _plain_name(name: object) -> str:
+    if not isinstance(name, str):
+        raise _FaultError(f"an object has a key of type {type(name).__name__}, not str")
+    text = str.__str__(name)
+    if not _is_unicode(text):
+        raise _FaultError("an object has a key with a lone surrogate")
+    return text
 
 
 def _is_unicode(text: str) -> bool:
     try:
-        str.encode(text, "utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True
@@ -438,12 +389,12 @@ _SHOWN_STEPS: Final = 16
 
 
 def path_of(steps: Sequence[str]) -> str:
-    """Return the path to a part of a document, cut off where it gets long."""
+    """Return the path to a part of a document, shortened if it is long."""
     return "".join(("$", *steps[:_SHOWN_STEPS], "..." if len(steps) > _SHOWN_STEPS else ""))
 
 
 def member_step(position: int) -> str:
-    """Return the step to a member of an object: its place, because its name may be a secret."""
+    """Return the step to a member of an object: its position, because its name may be a secret."""
     number = position + 1
     teen = number % 100 in (11, 12, 13)
     suffix = "th" if teen else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
@@ -453,7 +404,7 @@ def member_step(position: int) -> str:
 def same_value(left: JSONValue, right: JSONValue) -> bool:
     """Compare with types: ``1``, ``1.0`` and ``True`` differ, and so do ``0.0`` and ``-0.0``.
 
-    `left` was read; `right` is anybody's, so what a subclass of it says of itself is not asked.
+    `left` was read from JSON. `right` may be of any type, whose own methods are not believed.
     """
     if isinstance(left, dict) and isinstance(right, dict):
         return dict.keys(left) == dict.keys(right) and all(
@@ -481,7 +432,7 @@ def same_value(left: JSONValue, right: JSONValue) -> bool:
 def same_document(left: JSONValue, right: JSONValue) -> bool:
     """Say whether two values are the same JSON, to the bit, and share no dict or list.
 
-    A part that they share may have been edited in both, after one of them was stored.
+    A part that they share may have been edited after the old value was stored.
     """
     try:
         return STRICT.dumps(right) == STRICT.dumps(left) and _parts(left).isdisjoint(_parts(right))

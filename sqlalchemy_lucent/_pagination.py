@@ -1,4 +1,4 @@
-"""Keyset pagination: the order and the condition that pages and batches go on from."""
+"""Keyset pagination: the order of pages and batches, and the condition for the next one."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from ._sql import is_mysql
 def row_after(
     columns: Sequence[ColumnElement[Any]], values: Sequence[ColumnElement[Any]], dialect: Dialect
 ) -> ColumnElement[bool]:
-    """Return ``(a, b) > (x, y)``, the condition of keyset pagination, as the index serves it.
+    """Return ``(a, b) > (x, y)``, the condition of keyset pagination, so that the index serves it.
 
-    MySQL and MariaDB find no place in the index for a row value, only for each of its cases;
-    SQLite and PostgreSQL do not for the cases.
+    MySQL and MariaDB use the index only for ``a > x OR a = x AND b > y``; SQLite and PostgreSQL
+    only for the row value.
     """
     if len(columns) > 1 and not is_mysql(dialect):
         return tuple_(*columns) > tuple_(*values)
@@ -50,7 +50,8 @@ def row_after(
 def key_type(type_: TypeEngine[Any]) -> TypeEngine[Any]:
     """Return the type to read and compare a key column of `type_` with.
 
-    SQLAlchemy writes the members of MySQL's SET in any order, and the database compares their text.
+    For MySQL's SET it is a string: SQLAlchemy writes the members in any order, and the database
+    compares their text.
     """
     return String() if type_.__visit_name__ == "SET" else type_
 
@@ -64,10 +65,10 @@ _ORDERED_BY_POSITION: Final = text(
 def sort_columns(
     connection: Connection, table: TableClause, columns: Sequence[ColumnElement[Any]]
 ) -> list[ColumnElement[Any]]:
-    """Return what to order a table's key by, so that :func:`row_after` goes on from there.
+    """Return what to order a table's key by, so that :func:`row_after` finds the rows that follow.
 
-    MySQL and MariaDB order an ENUM by the position of its values, and compare it as text: what is
-    behind a row in the one order is not what is in the other.
+    MySQL and MariaDB sort an ENUM by the position of its values but compare it as text, so an ENUM
+    is sorted as text too.
     """
     if not is_mysql(connection.dialect):
         return list(columns)
@@ -80,10 +81,10 @@ def sort_columns(
 
 
 def as_sort_value(order: ColumnElement[Any], value: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return `value` as what :func:`sort_columns` gave can be compared with it."""
+    """Return `value` in the form of `order`, which :func:`sort_columns` returned."""
     return _as_text(value) if isinstance(order, Cast) else value
 
 
 def _as_text(value: ColumnElement[Any]) -> ColumnElement[Any]:
-    # By its bytes in one character set: a comparison has a collation, and would need to agree.
+    # As bytes in one character set, so that no collations have to agree.
     return cast(func.convert(value.op("USING")(literal_column("utf8mb4"))), LargeBinary)

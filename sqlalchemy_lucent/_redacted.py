@@ -1,20 +1,20 @@
 """Opened values that do not print themselves, and the refusal to store what they print instead.
 
-``create_engine(echo="debug")`` logs result rows after they were opened, also with
-``hide_parameters=True``, and a logger or a debugger prints whatever it is handed. So an opened
-document comes back as a real ``dict``, ``list`` or ``str`` whose ``repr`` says only that it is one.
-A ``dict`` or ``list`` hides in ``str()`` as well. A ``str`` does not: what a library puts into a
-header, a URL, a template or a column is the ``str()`` of a value, and that has to be its text.
+``create_engine(echo="debug")`` logs result rows after they were opened, even with
+``hide_parameters=True``, and loggers and debuggers print whatever they get. So an opened document
+is a real ``dict``, ``list`` or ``str`` whose ``repr`` shows only its type. A ``dict`` or ``list``
+hides in ``str()`` as well. A ``str`` does not: libraries put the ``str()`` of a value into headers,
+URLs, templates and columns, so it has to be its text.
 
 Everything else (indexing, iterating, JSON, concatenation, equality, pickle) works on the value
-itself. The parts taken out of a ``dict`` or ``list`` are ordinary objects; a slice of a ``str`` is
-redacted too, because rich and structlog show the first characters of a long one.
+itself. Members of a ``dict`` or ``list`` are ordinary objects. A slice of a ``str`` is redacted,
+because rich and structlog show the first characters of a long one.
 
-A document that is nothing but a number prints itself: put a secret number into a string, a list or
-a dict. What takes no subclass of ``str`` (msgspec's encoders, ``sys.intern``) takes ``str(value)``.
+A document that is a bare number prints itself: put a secret number into a string, a list or a dict.
+Functions that take no subclass of ``str`` (msgspec's encoders, ``sys.intern``) take ``str(value)``.
 
-A print can come back: an admin form shows ``<redacted dict>``, and the next submit sends it to be
-stored. The codec asks :func:`holds_print` of every document that is to be sealed.
+Printed text can come back: an admin form shows ``<redacted dict>``, and the next submit sends it to
+be stored. The codec calls :func:`holds_print` for every document before it is sealed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RedactedList(list[Any]):
 
 
 class RedactedStr(str):
-    """A ``str`` whose ``repr`` does not show it; ``str()`` and all that is made of it give it."""
+    """A ``str`` whose ``repr`` does not show it. ``str()`` does, as does any text built from it."""
 
     __slots__ = ()
 
@@ -73,8 +73,8 @@ def redact(value: Any) -> Any:
     return value if wrapper is None else wrapper(value)
 
 
-# What stands for a value in a `repr` of ours or on the command line: as it is, or as HTML, URLs and
-# JSON escape it, any number of times.
+# The text that our `repr` and the command line print in place of a value: as it is, or escaped any
+# number of times for HTML, URLs or JSON.
 _SPELLINGS: Final = {
     b"LESS": rb"(?: < | AMP(?:lt|\#0*60|\#x0*3c); | %(?:25)*3c | \\(?:u00|x)3c )",
     b"MORE": rb"(?: [>=] | AMP(?:gt|\#0*62|\#x0*3e); | %(?:25)*3e | \\+(?:u00|x)3e )",
@@ -98,16 +98,16 @@ PRINT_MARKS: Final = b"<&%\\"
 
 
 PRINT_FAULT: Final = (
-    "$: the value holds the text that is printed in place of one that is not shown, such as "
-    "<redacted dict>. Something (an admin form, a log, a table of data) printed a value, and the "
-    "print came back to be stored. Nothing was written. Store the value itself, or take the column "
-    "out of the form"
+    "$: the value has text in it that is printed in place of a hidden value, such as <redacted "
+    "dict>. Something (an admin form, a log, a data table) printed a value, and the printed text "
+    "came back to be stored. Nothing was written. Store the value itself, or remove the column "
+    "from the form"
 )
 
 
 def holds_print(document: bytes) -> bool:
-    """Say whether `document` holds what is printed in place of a value that is not shown."""
+    """Say whether `document` has text in it that is printed in place of a hidden value."""
     if b"redacted" not in document and b"ealed" not in document:
         return False
-    # Compiled, and kept, when it is first wanted, because that takes milliseconds.
+    # Compiled (and cached) at first use, because that takes milliseconds.
     return re.search(_PRINT, document, re.VERBOSE | re.IGNORECASE) is not None

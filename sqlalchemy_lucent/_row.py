@@ -1,8 +1,8 @@
 """The row context: what ties a value to its row, and the columns that it is made of.
 
-A value is sealed for what Python passed to the database and opened with what the database gives
-back. Where the two differ by a letter the value is lost, so a column is refused if it may change
-its values, and a value is refused if it would not come back as it was given.
+A value is sealed for what Python passes to the database and opened with what the database returns.
+If the two differ by a letter, the value is lost. So columns that may change their values are
+refused, and so are values that would not come back as they were given.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sqlalchemy import (
     Enum,
     Integer,
     String,
+    Table,
     Uuid,
     bindparam,
     literal_column,
@@ -38,10 +39,10 @@ def encode_row(parts: Sequence[RowPart], names: Sequence[str] = ()) -> bytes:
     """Return the row context: each part's text form, length-prefixed.
 
     :raises ConfigurationError: a part is missing or of another type. Floats, decimals and dates
-        are refused, because databases give them back in forms of their own.
+        are refused, because databases return them in forms of their own.
     """
     texts = []
-    for position, part in enumerate(parts):  # no comprehension, which would be a call more
+    for position, part in enumerate(parts):  # a comprehension would be another call
         text = part.encode("utf-8", "surrogatepass") if type(part) is str else _text_of(part)
         if text is None:
             raise _no_part(part, position, names)
@@ -66,7 +67,7 @@ def _no_part(part: object, position: int, names: Sequence[str]) -> Configuration
     fault = "has no value yet" if part is None else f"is of type {type(part).__name__}"
     return ConfigurationError(
         f"binding column {name} {fault}; a row-bound value needs a str, int or UUID that is "
-        "known before the row is written (a natural key, or a UUID made in Python)"
+        "known before the row is written (a natural key, or a UUID generated in Python)"
     )
 
 
@@ -81,11 +82,11 @@ def fault_of_type(column: Column[Any]) -> str | None:
     if type_.bind_expression(bindparam(None, type_=type_)) is not None or (
         type_.column_expression(literal_column("x", type_)) is not None
     ):
-        return "whose type has SQL change its values on their way; bind to another column"
+        return "whose type changes its values in SQL; bind to another column"
     collation = getattr(type_, "collation", None)
     if type_.__visit_name__ == "CITEXT" or (collation and _ANY_CASE.search(collation)):
         return (
-            "where the database takes several spellings for one value; give it a collation that "
+            "where the database treats several spellings as one value; give it a collation that "
             "compares bytes, or bind to another column"
         )
     if isinstance(type_, TypeDecorator):
@@ -93,7 +94,7 @@ def fault_of_type(column: Column[Any]) -> str | None:
     python_type = _python_type(type_)
     if python_type is None:
         return (
-            f"whose type {type(type_).__name__} does not tell its Python values; bind to str, int "
+            f"whose type {type(type_).__name__} does not declare its Python type; bind to str, int "
             "or UUID columns"
         )
     if issubclass(python_type, (str, int, uuid.UUID)) and python_type is not bool:
@@ -109,9 +110,9 @@ def _python_type(type_: TypeEngine[Any]) -> type[Any] | None:
 
 
 def tells_its_values(type_: TypeEngine[Any]) -> bool:
-    """Say whether a type, as the database describes it, gives the values that the model has.
+    """Say whether a type reflected from the database returns the same values as the model's type.
 
-    A CHAR may hold a UUID, without its hyphens, and an ENUM the names of members.
+    A CHAR may hold a UUID without its hyphens, and an ENUM the names of members.
     """
     return isinstance(type_, (Integer, String, Uuid)) and not isinstance(type_, (CHAR, NCHAR, Enum))
 
@@ -123,9 +124,9 @@ def type_as_bound(
     if given is not None or tells_its_values(reflected):
         return given or reflected
     raise ConfigurationError(
-        f"binding column {name} is of type {reflected!r} in the database, which does not tell how "
-        "the model sees its values, and a value sealed for another form would never open. Give "
-        f"its type as the model has it: bound_to={{{name!r}: Uuid()}}"
+        f"binding column {name} is of type {reflected!r} in the database, which does not say what "
+        "the model's values are, and a value sealed for another form would never open. Give the "
+        f"model's type: bound_to={{{name!r}: Uuid()}}"
     )
 
 
@@ -138,12 +139,28 @@ _DDL: Final = re.compile(
 )
 _MYSQL_BITS: Final = {"TINYINT": 8, "SMALLINT": 16, "MEDIUMINT": 24, "INT": 32, "INTEGER": 32}
 _MYSQL_CHARACTERS: Final = {"TINYTEXT": 63, "TEXT": 16_383}
-"""What fits these types, which are limited in bytes, whatever the characters are."""
+"""Characters that always fit these types, which are limited in bytes."""
 _SQLITE_TEXT: Final = re.compile("CHAR|CLOB|TEXT|BLOB")
 
 
+def row_checks(
+    table: Table | None, names: Sequence[str], context: str, dialect: Dialect
+) -> list[Callable[[Any], str | None]]:
+    """Return the :func:`value_check` of each binding column; none if their table is not known."""
+    checks: list[Callable[[Any], str | None]] = []
+    if table is None:
+        return checks
+    for name in names:
+        column = table.columns.get(name)
+        fault = "which its table does not have" if column is None else fault_of_type(column)
+        if column is None or fault is not None:
+            raise ConfigurationError(f"{context} is bound to {name!r}, {fault}")
+        checks.append(value_check(column, dialect))
+    return checks
+
+
 def value_check(column: Column[Any], dialect: Dialect) -> Callable[[Any], str | None]:
-    """Return what says why a value would not come back from `column` as it was given, if so."""
+    """Return a function that says why a value would not come back from `column` as it was given."""
     type_ = column.type
     impl = type_.dialect_impl(dialect)
     bind, result = impl.bind_processor(dialect), impl.result_processor(dialect, None)
@@ -152,18 +169,18 @@ def value_check(column: Column[Any], dialect: Dialect) -> Callable[[Any], str | 
 
     def check(value: Any) -> str | None:
         if type(value) is expected and bind is None and result is None:
-            return fault_when_stored(value)  # as most are
+            return fault_when_stored(value)
         if value is None:
-            return None  # `encode_row` says it
+            return None  # `encode_row` refuses it
         kind, text = type(value), _text_of(value)
         if expected is not None and not isinstance(value, expected):
             return (
-                f"has values of type {expected.__name__} and was given one of type {kind.__name__}"
+                f"has values of type {expected.__name__} but was given one of type {kind.__name__}"
             )
         try:
             sent = value if bind is None else bind(value)
         except Exception:  # noqa: BLE001
-            return None  # the statement fails of it too
+            return None  # the statement will raise it
         try:
             back = sent if result is None else result(sent)
         except Exception:  # noqa: BLE001
@@ -171,25 +188,25 @@ def value_check(column: Column[Any], dialect: Dialect) -> Callable[[Any], str | 
                 return "has a type that cannot read back what it was given"
             back = _returned(impl, value, dialect)
         if back is not value and _text_of(back) != text:
-            return "has a type that makes another value of the one that it was given"
+            return "has a type that changes the value that it was given"
         if type(sent) not in _EXACT and _text_of(sent) not in (None, _text_of(str(sent))):
             # Drivers differ on which of the two they take.
-            return f"was given a {kind.__name__} that prints itself as another text than it holds"
+            return f"was given a {kind.__name__} whose str() is not the text that it holds"
         return fault_when_stored(sent)
 
     return check
 
 
 def _returned(type_: Any, value: Any, dialect: Dialect) -> Any:
-    """Return what a type makes of a value in both directions, apart from the driver's own forms."""
+    """Return a value after a type converted it both ways, without the driver's own conversions."""
     try:
         return type_.process_result_value(type_.process_bind_param(value, dialect), dialect)
     except Exception:  # noqa: BLE001
-        return value  # it takes only what the driver gives, and that is not at hand
+        return value  # the type converts only the driver's forms, which are not known here
 
 
 def _fault_when_stored(type_: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], str | None]:
-    """Return what says how the database changes a value, from the type that it gives a column."""
+    """Return a function that says how the database would change a value, judged by the DDL."""
     try:
         ddl = _DDL.match(type_.compile(dialect))
     except Exception:  # noqa: BLE001  (a type that only exists in Python, or lacks a length)
@@ -214,12 +231,12 @@ def _fault_when_stored(type_: TypeEngine[Any], dialect: Dialect) -> Callable[[An
             return None
         elif on_sqlite:
             if is_number_there and _is_number(value):
-                return f"is of the type {word}, and SQLite would make a number of the text"
+                return f"is of type {word}, and SQLite would turn the text into a number"
         elif word == "UUID":
             if value != _canonical(value):
-                return "has the UUID in another spelling than str(uuid.UUID(text))"
+                return "was given a UUID spelled otherwise than str(uuid.UUID(text))"
         elif size is not None and len(value) > size:
-            return "was given a text that is longer than it can hold"
+            return "was given a longer text than it can hold"
         elif pads and (value.endswith(" ") if on_mysql else len(value) != size):
             return "is a CHAR, where the database adds or drops spaces at the end; use VARCHAR"
         return None

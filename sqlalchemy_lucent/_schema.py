@@ -1,7 +1,7 @@
 """Typed values: a dataclass, TypedDict, msgspec Struct or pydantic model in place of plain JSON.
 
-msgspec converts all of them but pydantic's, which convert themselves. Neither library's messages
-are passed on, because both may quote the document; the path and the types are taken out of them.
+msgspec converts all of them but pydantic models, which convert themselves. Messages of either
+library are not passed on, because they may quote the document: only the path and the types are.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _IMMUTABLE: Final = (
     inspect.DecimalType,
     inspect.EnumType,
     inspect.LiteralType,
-    # What is in these, or is annotated, is looked at by itself.
+    # Their members are checked separately.
     inspect.UnionType,
     inspect.Metadata,
 )
@@ -55,7 +55,7 @@ class Schema(Generic[T]):
     """Converts between JSON documents and values of one type.
 
     :param type_: the type, or an annotation made of such types: ``list[Account]``.
-    :raises ConfigurationError: it is none that can be converted.
+    :raises ConfigurationError: the type is not supported.
 
     The type must define equality, as dataclasses, Structs and models do by default.
     """
@@ -90,14 +90,14 @@ class Schema(Generic[T]):
         """Return the value that `document` holds: a JSON value, or its UTF-8 text as bytes.
 
         :raises SchemaMismatchError: it does not fit the type; the message gives the path of the
-            fault, and never the value.
+            fault, never the value.
         """
         data = document if isinstance(document, bytes) else STRICT.dumps(document)
         try:
             return self._decode(data)
         except Exception as error:  # noqa: BLE001  (the type's own code may raise anything)
             fault = self._explain(error)
-        del document, data  # a tracker of errors would send them
+        del document, data  # an error reporter would send them
         raise SchemaMismatchError(f"a document does not fit {_name(self.type)}: {fault}")
 
     def dump(self, value: T) -> Any:
@@ -117,19 +117,19 @@ class Schema(Generic[T]):
                 fault = f"it is of type {_name(type(value))}, and would not come back equal"
             except SchemaMismatchError as error:
                 fault = str(error)
-        del value, document  # a tracker of errors would send them
+        del value, document  # an error reporter would send them
         raise SerializationError(f"$: a value is not one of {_name(self.type)}: {fault}")
 
     def untracked_part(self) -> str | None:
-        """Return the name of a type in this one whose values may be edited without our seeing it;
-        ``None`` if all that can be edited is a dict or a list.
+        """Return the name of a type in this one whose values can be edited without being tracked;
+        ``None`` if only dicts and lists can be edited.
         """
         root = self._describe()
         if not isinstance(root, msgspec.Struct):
             return _name(self.type)  # pydantic's
         for node in _walk(root):
             if isinstance(node, _TUPLES):
-                # A dict or a list in a tuple is not seen either.
+                # A dict or list in a tuple is not tracked either.
                 if not all(isinstance(n, (*_TUPLES, *_IMMUTABLE)) for n in _types_in(node)):
                     return type(node).__name__.removesuffix("Type").lower()
             elif isinstance(node, inspect.Type) and not isinstance(
@@ -140,7 +140,7 @@ class Schema(Generic[T]):
         return None
 
     def _explain(self, error: Exception) -> str:
-        """Return the path and the kind of a fault, and nothing of the document."""
+        """Return the path and the kind of a fault, without any of the document."""
         if isinstance(error, msgspec.MsgspecError):
             message = str(error)
             found = _PATH.search(message)
@@ -157,7 +157,7 @@ class Schema(Generic[T]):
         return f"$: {type(error).__name__}"
 
     def _path(self, parts: Iterable[int | str | None]) -> str:
-        """Return a path with the names that the type has; others are the document's own."""
+        """Return a path with the names that the type has; other names are data and are hidden."""
         names: set[str] = set()
         steps = []
         for part in parts:
@@ -169,7 +169,7 @@ class Schema(Generic[T]):
         return path_of(steps)
 
     def __reduce__(self) -> tuple[type[Schema[T]], tuple[type[T]]]:
-        # The converters are not pickled; they are made anew.
+        # The converters cannot be pickled.
         return type(self), (self.type,)
 
     def __repr__(self) -> str:
@@ -185,7 +185,7 @@ def _name(type_: Any) -> str:
 
 
 def _walk(root: object) -> Iterator[object]:
-    """Go through the description of a type, as msgspec or pydantic give it."""
+    """Walk through the description of a type that msgspec or pydantic returned."""
     seen, waiting = set(), [root]
     while waiting:
         node = waiting.pop()
@@ -212,5 +212,5 @@ def _field_names(root: object) -> Iterator[str]:
         elif isinstance(node, dict):
             fields, aliases = node.get("fields"), node.get("validation_alias")
             yield from fields if isinstance(fields, dict) else ()
-            # Beside an alias, the name is only accepted where the model says so.
+            # A field with an alias accepts its name only if the model says so.
             yield from (part for part in _walk([aliases, node.get("name")]) if type(part) is str)

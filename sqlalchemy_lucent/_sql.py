@@ -23,7 +23,7 @@ from .exceptions import UnsupportedOperationError
 
 
 def is_mysql(dialect: Dialect) -> bool:
-    """Say whether it is MySQL or MariaDB: one dialect, which SQLAlchemy knows by both names."""
+    """Say whether `dialect` is MySQL or MariaDB; SQLAlchemy has one dialect for both names."""
     return dialect.name in ("mysql", "mariadb")
 
 
@@ -44,10 +44,10 @@ class key_id(FunctionElement[str]):  # noqa: N801
 
 
 class is_sealed(FunctionElement[bool]):  # noqa: N801
-    """Whether a value is sealed, for CHECK constraints; not true and not false for NULL.
+    """Whether a value is sealed, for CHECK constraints; NULL for NULL.
 
-    It says what ``key_version IS NOT NULL`` says in less SQL. PostgreSQL reads a constraint anew
-    for each statement, so its length counts there; SQLite calls each function for each row.
+    The same as ``key_version IS NOT NULL``, in less SQL: PostgreSQL parses a constraint for each
+    statement, and SQLite calls each function for each row.
     """
 
     name = "lucent_is_sealed"
@@ -77,15 +77,14 @@ def comparison_refused(op: Callable[..., Any]) -> UnsupportedOperationError:
     return UnsupportedOperationError(
         f"the operator {name!r} has no meaning on an EncryptedJSON column: every seal of a "
         "value is different, so the database sees nothing to compare, sort or index into. "
-        "Look rows up by a key or a column of their own; is_(None), is_not(None) and "
-        ".key_version work"
+        "Look rows up by a column of their own; is_(None), is_not(None) and .key_version work"
     )
 
 
-# {value} is the expression, {colon} the position of its first colon. A value counts as sealed when
-# a version of legal length and alphabet ends at a colon and the format byte follows, which no text
-# format has. The alphabet matters to SQLite, whose drivers fail on text that is not UTF-8.
-# Each part may use those above it. The parentheses are for CREATE INDEX on PostgreSQL.
+# {value} is the expression, {colon} the position of its first colon. A value counts as sealed if a
+# version of legal length and alphabet ends at a colon, and the format byte follows, which no text
+# format has. SQLite needs the test of the alphabet, because its drivers fail on text that is not
+# UTF-8. Each part may use those above it. The parentheses are for CREATE INDEX on PostgreSQL.
 _GUARDED: Final = "(CASE WHEN {legal_length} AND {format_byte} AND {alphabet} THEN {result} END)"
 _LEGAL_LENGTH: Final = f"{{colon}} BETWEEN 2 AND {MAX_VERSION_LENGTH + 1}"
 _FORMAT: Final = f"{FORMAT_AES_256_GCM:02x}"
@@ -98,7 +97,7 @@ _FORMS: Final[dict[str, dict[str, str]]] = {
         "key_version": "CAST(substr({value}, 1, {colon} - 1) AS TEXT)",
         "key_id": f"lower(hex(substr({{value}}, {{colon}} + 2, {KEY_ID_SIZE})))",
         "alphabet": (
-            # GLOB stops at a NUL, and so does not see what is behind it.
+            # GLOB stops at a NUL.
             "instr(substr({value}, 1, {colon} - 1), x'00') = 0"
             " AND {key_version} NOT GLOB '*[^A-Za-z0-9._-]*'"
         ),
@@ -127,8 +126,7 @@ _FORMS["mariadb"] = _FORMS["mysql"]
 _END: Final = f"3A{_FORMAT}"
 _SEALED: Final[dict[str, str]] = {
     "sqlite": (
-        # Fast path: v0 to v9, with one function. A blob is greater than an empty one, and nothing
-        # else is.
+        # Fast path: v0 to v9, with one function. Only blobs are greater than the empty blob.
         f"({{value}} >= x'7630' AND {{value}} < x'763A' AND substr({{value}}, 3, 2) = x'{_END}'"
         " OR {value} > x''"
         f" AND instr({{value}}, x'{_END}') BETWEEN 2 AND {MAX_VERSION_LENGTH + 1}"
@@ -137,7 +135,7 @@ _SEALED: Final[dict[str, str]] = {
         f" AND instr({{value}}, x'00') NOT BETWEEN 1 AND instr({{value}}, x'{_END}'))"
     ),
     "postgresql": (
-        # encode() leaves nothing but ASCII, so \w is what it is in C.
+        # encode() returns ASCII, so \w does not depend on the locale.
         f"(encode(substr({{value}}, 1, {MAX_VERSION_LENGTH + 2}), 'escape')"
         rf" ~ '^[\w.-]{{{{1,{MAX_VERSION_LENGTH}}}}}:\u00{_FORMAT}')"
     ),
@@ -158,8 +156,8 @@ def has_form(dialect_name: str) -> bool:
 def _render(result: str, element: FunctionElement[Any], compiler: SQLCompiler, **kw: Any) -> str:
     if not has_form(compiler.dialect.name):
         raise UnsupportedOperationError(
-            f"{result} has no SQL form for the dialect {compiler.dialect.name!r}; "
-            f"there is one for {', '.join(_FORMS)}"
+            f"{result} does not support the dialect {compiler.dialect.name!r}; "
+            f"it supports {', '.join(_FORMS)}"
         )
     (argument,) = element.clauses
     parts = {"value": compiler.process(argument, **kw)}
@@ -193,12 +191,12 @@ _WRAPPERS: Final = {
     elements.Over: "element",
     elements.FunctionFilter: "func",
 }
-"""Expressions that have the value and the type of an expression inside, and where they keep it."""
+"""Expressions with the value and type of an inner expression, and the attribute that holds it."""
 
 
 def sources(expression: Any) -> Iterator[Any]:
-    """Give the expressions that the value of `expression` may be taken from: columns of tables,
-    parameters, and whatever else passes on no value of the same type.
+    """Yield the expressions that the value of `expression` may come from: columns of tables,
+    parameters, and other expressions that pass on no value of the same type.
 
     The conditions of a CASE are left out. A function passes on its arguments if it has the type
     of one of them, as ``coalesce`` does.
@@ -225,13 +223,13 @@ def sources(expression: Any) -> Iterator[Any]:
 
 
 def selected(query: Any, position: int) -> Iterator[Any]:
-    """Give the sources of a query's column at `position`, in every member of a UNION."""
+    """Yield the sources of a query's column at `position`, in every member of a UNION."""
     for columns in columns_of_members(query):
         yield from sources(columns[position]) if position < len(columns) else [query]
 
 
 def columns_of_members(query: Any) -> Iterator[list[Any]]:
-    """Give the columns of a query, or those of each member of a UNION."""
+    """Yield the columns of a query, or those of each member of a UNION."""
     if isinstance(query, SelectStatementGrouping):
         query = query.element
     if isinstance(query, CompoundSelect):

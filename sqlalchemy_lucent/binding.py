@@ -8,10 +8,10 @@
         name: Mapped[str] = mapped_column(primary_key=True)
         credentials: Mapped[dict[str, Any]] = row_bound("tenant_id", "name")
 
-A column type sees a value and never its row. So where a mapped column has a type with `bound_to`,
-its attribute reads and writes plain values in front of it. What is set goes to the column as a
-:class:`Bound`, which asks the object for its binding columns when the row is written; what is
-loaded comes as a :class:`Sealed`, opened with the object's binding columns when it is read.
+A column type sees a value and never its row. So the attribute of a mapped column whose type has
+`bound_to` converts between plain values and the column's. A value that is set goes to the column as
+a :class:`Bound`, which asks the object for its binding columns when the row is written. A value
+that is loaded is a :class:`Sealed`, opened with the object's binding columns when it is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from sqlalchemy import Column, Table, event, inspect, null
 from sqlalchemy.orm import InstanceState, InstrumentedAttribute, Mapped, Mapper, mapped_column
 from sqlalchemy.orm.attributes import flag_modified, get_attribute
 
-from ._row import fault_of_type
+from ._row import RowPart, encode_row, fault_of_type
+from ._sealing import Bound, Sealed
 from .exceptions import (
     ConfigurationError,
     DecryptionError,
@@ -32,7 +33,7 @@ from .exceptions import (
     UnsupportedOperationError,
     hide_locals,
 )
-from .types import Bound, EncryptedJSON, RowPart, Sealed, encode_row
+from .types import EncryptedJSON
 
 _MISSING: Final = object()
 _TYPE_OPTIONS: Final = ("none_as_null", "context", "accept_contexts", "redact", "schema")
@@ -46,13 +47,13 @@ def row_bound(
     :param bound_to: names of the columns of the same table whose values the secret is bound to:
         str, int or UUID columns whose values are known before the row is written.
     :param name: name of the database column, if not the attribute's.
-    :param nullable: whether a row may have no value. The annotation is not looked at.
+    :param nullable: whether a row may have no value. The annotation is ignored.
     :param options: passed to :class:`EncryptedJSON` (``none_as_null``, ``context``,
         ``accept_contexts``, ``redact``, ``schema``), or else to
         :func:`sqlalchemy.orm.mapped_column` (``comment``, ``sort_order``, ``deferred``, and the
         options of a dataclass field; the field is never part of the ``repr``).
-    :raises ConfigurationError: no column is named; when mappers are configured, a named column
-        does not exist, cannot be bound to, or has its value made by the database.
+    :raises ConfigurationError: no column is named. When mappers are configured: a named column does
+        not exist, cannot be bound to, or gets its value from the database.
 
     Reading the attribute opens the value once per load. ``select(Model.attribute)`` gives
     :class:`Sealed` objects, opened with ``.open(row=(…))``.
@@ -62,7 +63,7 @@ def row_bound(
     type_options = {key: options.pop(key) for key in _TYPE_OPTIONS if key in options}
     type_ = EncryptedJSON(bound_to=bound_to, **type_options)
     column: Any = mapped_column(type_, name=name, nullable=nullable, **options)
-    # Passed as an option, it would be refused in a class that is no dataclass.
+    # Passed as an option, it would be refused in a class that is not a dataclass.
     column._attribute_options = column._attribute_options._replace(dataclasses_repr=False)
     return cast("Mapped[Any]", _Declaration(column))
 
@@ -72,10 +73,10 @@ def bound_rows(model: type[Any], rows: Iterable[Mapping[str, Any]]) -> list[dict
     """Prepare dicts with plain values of row-bound attributes for ORM bulk statements.
 
     ``session.execute(insert(Model), bound_rows(Model, rows))`` works on every supported
-    SQLAlchemy; from 2.1 on, ``session.execute(insert(Model), rows)`` does the same by itself.
+    SQLAlchemy; from 2.1 on, ``session.execute(insert(Model), rows)`` does the same.
 
-    :param rows: one dict per row, by attribute name; with every binding column, also where it
-        has a default.
+    :param rows: one dict per row, by attribute name, with every binding column, even one with a
+        default.
     :raises ConfigurationError: a binding column of a row is missing.
     """
     mapper = cast("Mapper[Any]", inspect(model))
@@ -89,18 +90,18 @@ def bound_rows(model: type[Any], rows: Iterable[Mapping[str, Any]]) -> list[dict
 
 
 class _Declaration:
-    """Stands in the class body until the class exists, then gives way to the mapped column."""
+    """A placeholder in the class body; once the class exists, the mapped column replaces it."""
 
     def __init__(self, column: Any) -> None:
         self._column = column
 
     def __set_name__(self, owner: type[Any], name: str) -> None:
-        # An error raised here would arrive as a RuntimeError of Python's; see `__get__`.
+        # Python would turn an error raised here into a RuntimeError; see `__get__`.
         if not is_pydantic(owner):
             setattr(owner, name, self._column)
 
-    # Reached only where Python calls no `__set_name__`: without these, a value that is assigned
-    # would stay a plain attribute of the object, and never be stored.
+    # Reached only if `__set_name__` was not called. Without these, an assigned value would stay a
+    # plain attribute of the object and never be stored.
     def __get__(self, instance: object, owner: type[Any]) -> NoReturn:
         raise self._refusal(owner)
 
@@ -111,13 +112,13 @@ class _Declaration:
     def _refusal(owner: type[Any]) -> ConfigurationError:
         if is_pydantic(owner):
             return ConfigurationError(
-                f"row_bound() cannot be a field of {owner.__name__}, which is a pydantic model. In "
+                f"row_bound() cannot be a field of {owner.__name__}, a pydantic model. In "
                 "SQLModel, give the field a type that names the binding columns: "
                 'Field(sa_type=EncryptedJSON(bound_to=["tenant_id"]))'
             )
         return ConfigurationError(
-            "row_bound() is written in the body of a class (a model, mixin or base), not returned "
-            "by declared_attr and not assigned to a class afterwards"
+            "row_bound() must be written in the body of a class (a model, mixin or base), not "
+            "returned by declared_attr or assigned to a class afterwards"
         )
 
 
@@ -126,8 +127,7 @@ def is_pydantic(owner: type[Any]) -> bool:
     return hasattr(owner, "__pydantic_complete__")
 
 
-# Not documented by a string: SQLAlchemy makes `__doc__` of an attribute that of its column.
-# The class of a row-bound attribute, with what sets it apart from that of a plain column.
+# The class of row-bound attributes. Without a docstring: an attribute has its column's `__doc__`.
 class _RowBound(InstrumentedAttribute[Any]):
     __slots__ = ()
 
@@ -148,7 +148,7 @@ class _RowBound(InstrumentedAttribute[Any]):
     def __delete__(self, instance: object) -> None:
         self.__set__(instance, null())
 
-    # SQLAlchemy 2.1 calls what this gives for each dict of a bulk statement; 2.0 does not.
+    # SQLAlchemy 2.1 calls the returned function for each dict of a bulk statement; 2.0 does not.
     def _bulk_dml_setter(self, key: str) -> Callable[..., Any] | None:
         return partial(_bind_row, cast("Mapper[Any]", self.parent), key)
 
@@ -157,10 +157,9 @@ class _RowBound(InstrumentedAttribute[Any]):
 
 
 def bind_attributes(mapper: Mapper[Any], class_: type[Any]) -> None:
-    """Put what binds values to their rows on each attribute of a mapper that asks for it.
+    """Make the attributes of a mapper's row-bound columns bind their values.
 
-    Called when a mapper was configured. It looks at the type that the column has in the end, so
-    copies of columns and types are covered, however they were declared.
+    A listener for ``mapper_configured``: column types are final then, however they were declared.
     """
     bound = list(_bound_attributes(mapper))
     for key, column in bound:
@@ -174,12 +173,16 @@ def bind_attributes(mapper: Mapper[Any], class_: type[Any]) -> None:
             if fault is not None:
                 raise ConfigurationError(f"{column} is bound to {name!r}, {fault}")
         for other_key, _ in _binding_columns(mapper, key):
-            # A loaded value is opened with the old value of a column that was changed, so the old
-            # one has to be loaded when it is replaced; this is what the option does.
+            # A loaded value is opened with the old value of a changed column. The option loads the
+            # old value when it is replaced.
             event.listen(getattr(class_, other_key), "set", _no_change, active_history=True)
         attribute: Any = mapper.class_manager[key]
-        # Its own class, so that it stays what SQLAlchemy made of it, with its listeners, and all
-        # that takes a mapped attribute takes it: refresh, defer, validates …
+        # No supported hook serves. There is an event for setting an attribute, none for reading it.
+        # Opening values in the events "load" and "refresh" would put plaintext into every loaded
+        # object and its pickles. A hybrid or synonym in front of the attribute is not accepted
+        # under its name by defer(), refresh(), expire(), validates() and set_committed_value(),
+        # nor as a field by SQLModel and dataclasses. With another class, the attribute stays the
+        # one that SQLAlchemy has instrumented.
         attribute.__class__ = _RowBound
         event.listen(attribute, "set", partial(_bind, key), retval=True, raw=True)
     if bound:
@@ -193,7 +196,7 @@ def _bound_attributes(mapper: Mapper[Any]) -> Iterator[tuple[str, Any]]:
     """Give the row-bound attributes, by name, each with its column."""
     for attribute in mapper.column_attrs:
         column = attribute.columns[0]
-        # In a class that is mapped to a subquery, values stay sealed, as they are when selected.
+        # In a class that is mapped to a subquery, values stay sealed, as in a SELECT.
         if isinstance(column, Column) and isinstance(column.table, Table):
             type_: Any = column.type
             if isinstance(type_, EncryptedJSON) and type_.bound_to:
@@ -217,20 +220,20 @@ def _no_change(target: object, value: object, old: object, initiator: object) ->
 def _bind(key: str, state: InstanceState[Any], value: Any, old: object, initiator: object) -> Any:
     """Return what is stored in the object for a value that is set."""
     if type(value) is Sealed:
-        return value  # by merge(), most likely: looked at when the row is written
+        return value  # by merge(), most likely; checked when the row is written
     if type(value) is Bound:
-        value = value.value  # of another object, which merge() copies from
+        value = value.value  # merge() copies it from another object
     return _bound(state, key, value)
 
 
 def _current_row(state: InstanceState[Any], key: str) -> list[RowPart]:
-    """The binding columns as the object has them now: what a new value is sealed for."""
+    """Return the object's current binding columns, which a new value is sealed for."""
     target = state.obj()
     return [getattr(target, other) for other, _ in _binding_columns(state.mapper, key)]
 
 
 def _stored_row(state: InstanceState[Any], key: str) -> list[RowPart]:
-    """The binding columns as the database has them: what a loaded value was sealed for."""
+    """Return the binding columns as the database has them, which a loaded value is sealed for."""
     target = state.obj()
     row = []
     for other, _ in _binding_columns(state.mapper, key):
@@ -242,7 +245,7 @@ def _stored_row(state: InstanceState[Any], key: str) -> list[RowPart]:
 
 @hide_locals
 def _open(key: str, given: list[Any]) -> Any:
-    """Open the value of an object; both are taken out of `given`."""
+    """Open the value of an object; take both out of `given`."""
     sealed, target = given.pop(), given.pop()
     state = cast("InstanceState[Any]", inspect(target))
     try:
@@ -266,7 +269,7 @@ def _before_insert(keys: list[str], mapper: Mapper[Any], connection: object, tar
         stored = state.dict.get(key, _MISSING)
         if type(stored) is Sealed:
             # An object that was loaded and is inserted again: merged or made transient.
-            _reseal_for_current_row(state, key, stored, "the row is another one now")
+            _reseal_for_current_row(state, key, stored, "the row is a different one now")
         elif stored is not _MISSING:
             for other, _ in _binding_columns(mapper, key):
                 if getattr(target, other) is None:
@@ -287,12 +290,12 @@ def _before_update(keys: list[str], mapper: Mapper[Any], connection: object, tar
         if type(stored) is Sealed:
             if moved:
                 _reseal_for_current_row(
-                    state, key, stored, f"{moved} of that row would change beneath it"
+                    state, key, stored, f"the flush would change {moved} of that row"
                 )
             elif is_set:
-                _reseal_for_current_row(state, key, stored, "this value is that of another row")
+                _reseal_for_current_row(state, key, stored, "this value belongs to another row")
         elif type(stored) is Bound:
-            if moved and not is_set:  # still as it was set, and the row is another one now
+            if moved and not is_set:  # written before, for the row as it was
                 _set(state, key, stored.value)
         elif is_set:
             _set(state, key, stored)
@@ -300,13 +303,13 @@ def _before_update(keys: list[str], mapper: Mapper[Any], connection: object, tar
 
 @hide_locals
 def _after_update(keys: list[str], mapper: Mapper[Any], connection: object, target: Any) -> None:
-    """Refuse, too, what a listener of the model's own changed after :func:`_before_update`."""
+    """Refuse changes that a listener of the model's own made after :func:`_before_update`."""
     state = cast("InstanceState[Any]", inspect(target))
     for key in keys:
         moved = _moved(state, key)
         stored = get_attribute(target, key) if moved else None
         if type(stored) is Sealed and not _opens_here(state, key, stored):
-            raise _refusal(mapper, key, f"{moved} of that row changed beneath it")
+            raise _refusal(mapper, key, f"the flush changed {moved} of that row")
 
 
 def _moved(state: InstanceState[Any], key: str) -> str:
@@ -316,19 +319,18 @@ def _moved(state: InstanceState[Any], key: str) -> str:
 
 
 def _set(state: InstanceState[Any], key: str, value: Any) -> None:
-    # Not as the application sets it: it was validated then, and SQLModel puts a value past the
-    # attribute.
+    # Not by setattr(): the value was validated when it was set.
     state.dict[key] = _bound(state, key, value)
     flag_modified(state.obj(), key)
 
 
 def _bound(state: InstanceState[Any], key: str, value: Any) -> Bound:
-    # Not the row itself: its columns may be set after this attribute, or only at flush.
+    # A function, because the row's columns may be set after this attribute, or only at flush.
     return Bound(value, partial(_current_row, state, key))
 
 
 def _reseal_for_current_row(state: InstanceState[Any], key: str, stored: Sealed, why: str) -> None:
-    """Have a value that was loaded sealed for the row that the object has now."""
+    """Seal a loaded value for the object's current row."""
     if stored._is_open():
         _set(state, key, stored._opened)
     elif _opens_here(state, key, stored):
@@ -348,8 +350,8 @@ def _opens_here(state: InstanceState[Any], key: str, stored: Sealed) -> bool:
 def _refusal(mapper: Mapper[Any], key: str, why: str) -> UnsupportedOperationError:
     return UnsupportedOperationError(
         f"{mapper.column_attrs[key].columns[0]} is sealed for its row, and {why}: read the "
-        f"attribute {key!r} before you change the row, so that it is sealed again in the same "
-        "flush, or set it to a plain value"
+        f"attribute {key!r} before you change the row, so that the flush seals it again, or set it "
+        "to a plain value"
     )
 
 
@@ -365,10 +367,8 @@ def _bind_row(mapper: Mapper[Any], key: str, row: MutableMapping[str, Any]) -> N
 
 
 def _apply_default(mapper: Mapper[Any], key: str, target: Any) -> None:
-    """Give the object its Python-side default now; SQLAlchemy would only when the row is written,
-    and by then the value is sealed.
-    """
-    # With joined inheritance, the default is that of the parent table's column.
+    """Apply the column's Python default now: SQLAlchemy would apply it after values were sealed."""
+    # With joined inheritance, the parent table's column has the default.
     for column in mapper.column_attrs[key].columns:
         default: Any = column.default
         if default is not None and default.is_scalar:
@@ -386,19 +386,19 @@ def _fault_of_origin(mapper: Mapper[Any], bound: Column[Any]) -> str | None:
         or (default is not None and (default.is_clause_element or default.is_sequence))
     ):
         return (
-            "whose value the database makes: it is known only after the row was written. Bind to "
-            "a natural key, to a UUID with a default in Python, or set autoincrement=False and "
-            "number the rows yourself"
+            "whose value comes from the database, after the row was written. Bind to a natural key "
+            "or to a UUID with a default in Python, or set autoincrement=False and number the rows "
+            "yourself"
         )
     if bound.onupdate is not None or bound.server_onupdate is not None:
-        return "which changes with every UPDATE; bind to columns that stay"
+        return "which changes with every UPDATE; bind to columns that do not change"
     if bound is mapper.version_id_col:
-        return "which counts the versions of the row; bind to columns that stay"
+        return "which counts the versions of the row; bind to columns that do not change"
     for key in bound.foreign_keys:
         actions = {(key.onupdate or "").upper(), (key.ondelete or "").upper()}
         if (key.onupdate or "").upper() == "CASCADE" or actions & {"SET NULL", "SET DEFAULT"}:
             return (
-                "which the database changes by itself (its foreign key has ON UPDATE or ON DELETE "
-                "actions), and the secret would stay sealed for the old value"
+                "which the database may change (its foreign key has ON UPDATE or ON DELETE "
+                "actions) while the secret stays sealed for the old value"
             )
     return None

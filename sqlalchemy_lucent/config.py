@@ -28,15 +28,15 @@ if TYPE_CHECKING:  # without greenlet, which only async programs need, it does n
 class SecretsConfig:
     """Whether secrets are on, and under which keys.
 
-    :param enabled: whether :meth:`Lucent.secrets` gives a repository.
-    :param master_key: the one master key, in any form that :class:`Keyring` takes. Empty is taken
-        for absent, as an unset variable often arrives that way.
+    :param enabled: whether :meth:`Lucent.secrets` returns a repository.
+    :param master_key: the one master key, in any form that :class:`Keyring` takes. An empty one
+        counts as absent, because an unset variable often arrives that way.
     :param key_version: the version of `master_key`.
-    :param keyring: the keys, when there is more than one; instead of `master_key`.
+    :param keyring: the keys, if there are several; instead of `master_key`.
     :raises InvalidKeyError: the key or version breaks its rule.
     :raises ConfigurationError: both `master_key` and `keyring` are given.
 
-    The key is turned into a :class:`Keyring` at once and its text is not kept.
+    The key is turned into a :class:`Keyring` at once; its text is not kept.
     """
 
     enabled: bool
@@ -96,13 +96,12 @@ class LucentConfig:
     @classmethod
     @hide_locals
     def from_mapping(cls, mapping: Mapping[str, Any]) -> LucentConfig:
-        """Read a plain dict, as any settings library gives it.
+        """Read a plain dict, as settings libraries return it.
 
         ``{"secrets": {"enabled": True, "master_key": …, "key_version": "v1"}}``; the spelling of
         the source document (``masterKey``, ``keyVersion``) is taken too.
 
-        :raises ConfigurationError: a name is not known or is given twice, or `mapping` is not a
-            mapping.
+        :raises ConfigurationError: a name is unknown or given twice, or `mapping` is no mapping.
         :raises InvalidKeyError: the key or version breaks its rule.
         """
         _refuse_unknown(mapping, {"secrets"}, "the configuration")

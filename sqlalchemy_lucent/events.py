@@ -1,4 +1,4 @@
-"""Access events: what an audit is told of each use of a secret, and never its value.
+"""Access events: they report each use of a secret to an audit, and never its value.
 
 ::
 
@@ -8,9 +8,9 @@
     secrets = LucentSecrets(session, on_access=audit)
 
 ==========  ==================================================================  =================
-action      told after                                                          outcomes
+action      reported after                                                      outcomes
 ==========  ==================================================================  =================
-``read``    a value was opened, or was to be: ``get``, ``require``,             ``ok``,
+``read``    a value was opened, or failed to: ``get``, ``require``,             ``ok``,
             ``get_many``, the source of ``copy`` and ``move``                   ``missing``, or an
                                                                                 error's class name
 ``write``   a value was stored: ``set``, ``set_many``, the target of            ``ok``,
@@ -18,11 +18,11 @@ action      told after                                                          
 ``delete``  a secret was deleted: ``delete``, ``delete_many``, the source       ``ok``,
             of ``move``                                                         ``missing``,
                                                                                 ``conflict``
-``rotate``  a value was sealed anew: ``rotate``, ``rotate_many``                ``ok``
+``rotate``  a value was sealed again: ``rotate``, ``rotate_many``               ``ok``
 ==========  ==================================================================  =================
 
-``exists``, ``info``, ``list`` and ``count`` open nothing and tell nothing. An error of the
-database is raised and not told.
+``exists``, ``info``, ``list`` and ``count`` open nothing and report nothing. Errors of the database
+are raised and not reported.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ Action: TypeAlias = Literal["read", "write", "delete", "rotate"]
 class SecretAccess:
     """One use of one secret.
 
-    `key_version` is that of the value read or written; ``None`` for a deletion and for what is
-    missing. `time` is in UTC. `outcome` is ``ok``, ``missing``, ``conflict`` (a compare-and-swap
-    lost), or the name of the error's class if the value did not open, such as ``TamperedError``.
+    `key_version` is that of the value read or written; ``None`` if it was deleted or is missing.
+    `time` is in UTC. `outcome` is ``ok``, ``missing``, ``conflict`` (a compare-and-swap lost), or
+    the name of the error's class if the value did not open, such as ``TamperedError``.
     """
 
     action: Action
@@ -57,7 +57,7 @@ class SecretAccess:
 
 AccessHandler: TypeAlias = Callable[[SecretAccess, Session], None]
 """
-Is called with each access and the repository's session (with an ``AsyncSession``, the synchronous
-session beneath it), inside the caller's transaction. If it raises, the operation is undone and the
-exception goes on to the caller.
+Called with each access and the repository's session (of an ``AsyncSession``, its synchronous
+session), inside the caller's transaction. If it raises, the operation is undone and the caller gets
+the exception.
 """

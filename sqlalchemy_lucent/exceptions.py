@@ -1,4 +1,4 @@
-"""The errors that this package raises: one base, one tree; and how they are raised beside keys.
+"""The errors that this package raises, in one tree, and how they are raised without showing keys.
 
 ::
 
@@ -9,9 +9,9 @@
                                     a value that JSON would not give back equal
       SchemaMismatchError           a stored document that its schema refuses
       UnsupportedOperationError (sqlalchemy.exc.InvalidRequestError)
-                                    SQL that cannot mean anything on ciphertext
+                                    SQL that has no meaning on ciphertext
       PicklingRefusedError (TypeError)
-                                    an object that holds keys is not pickled
+                                    an object that holds keys was to be pickled
       DecryptionError
         NotSealedError              not our bytes
         UnknownKeyVersionError      sealed under a version that the keyring lacks
@@ -22,13 +22,13 @@
       RotationError
         KeyInUseError               a key that rows still need
 
-Every class derives from :class:`sqlalchemy.exc.DontWrapMixin`: an ordinary exception raised
-while SQLAlchemy binds parameters is wrapped in a ``StatementError`` whose message prints the
-row's parameters, and those are the plaintext.
+Every class derives from :class:`sqlalchemy.exc.DontWrapMixin`. SQLAlchemy wraps other exceptions
+that are raised while it binds parameters in a ``StatementError`` whose message prints the row's
+parameters, which are plaintext.
 
-No message holds a key, a plaintext or a part of one. For the same reason errors are raised
-outside the ``except`` block of what caused them: a chained ``JSONDecodeError`` or
-``UnicodeEncodeError`` carries the whole document.
+No message holds a key, a plaintext or part of one. For the same reason, errors are raised outside
+the ``except`` block of their cause: a chained ``JSONDecodeError`` or ``UnicodeEncodeError`` carries
+the whole document.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class LucentError(sa_exc.DontWrapMixin, Exception):
 
 
 class ConfigurationError(LucentError):
-    """The keyring, the environment or a column is not set up; the message says what to set."""
+    """The keyring, the environment or a column is not set up. The message says what to set."""
 
 
 class InvalidKeyError(LucentError, ValueError):
@@ -59,8 +59,8 @@ class InvalidKeyError(LucentError, ValueError):
 class SerializationError(LucentError, TypeError, ValueError):
     """A value that JSON would not give back equal.
 
-    The message gives the path of the fault and the type found there, never the value. A name is
-    data, so a path has the place of a member: ``$.{1st}[2].{3rd}``.
+    The message gives the path of the fault and the type found there, never the value. Names are
+    data, so a path has a member's position: ``$.{1st}[2].{3rd}``.
     """
 
 
@@ -69,7 +69,7 @@ class SchemaMismatchError(LucentError):
 
 
 class UnsupportedOperationError(LucentError, sa_exc.InvalidRequestError):
-    """A SQL operation that cannot mean anything on ciphertext, or would need the plaintext."""
+    """A SQL operation that has no meaning on ciphertext, or would need the plaintext."""
 
 
 class PicklingRefusedError(LucentError, TypeError):
@@ -101,23 +101,23 @@ class SecretNotFoundError(LucentError, LookupError):
 
 
 class ConflictError(LucentError):
-    """A compare-and-swap lost: somebody else changed the row first."""
+    """A compare-and-swap lost: another writer changed the row first."""
 
 
 class RotationError(LucentError):
-    """A rotation could not start or did not finish; the message says what is left."""
+    """A rotation could not start or did not finish. The message says what is left."""
 
 
 class KeyInUseError(RotationError):
-    """A key version is still needed by stored rows."""
+    """Stored rows still need a key version."""
 
 
 def hide_locals(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Make `function` raise the package's errors without the frames that hold its arguments.
 
     A traceback keeps the local variables of every frame that an error passed through, and error
-    reporters send them: beside a key that is refused, its neighbours would be sent too. So the
-    error starts its traceback again, in a frame that has forgotten its arguments.
+    reporters send them: not only a key that is refused, but also valid ones. So the error's
+    traceback is started over, in a frame that has dropped its arguments.
     """
 
     @wraps(function)

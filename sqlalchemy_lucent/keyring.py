@@ -1,7 +1,7 @@
 """Master keys by version, and the process default.
 
-The newest key seals: a :class:`Keyring` holds any number of master keys and exactly one of them,
-the *primary*, seals new values. Every other one opens what was sealed before.
+A :class:`Keyring` holds any number of master keys. Exactly one, the *primary*, seals new values;
+the others open what was sealed before.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Final, NoReturn, Self
 
 from . import _aead
-from ._envelope import MAX_VERSION_LENGTH, VERSION_PATTERN, header_size, parse
+from ._envelope import MAX_VERSION_LENGTH, VERSION_PATTERN
 from ._environment import read_environment
+from ._subkeys import ContextKeys
 from .exceptions import (
     ConfigurationError,
-    DecryptionError,
     InvalidKeyError,
     LucentError,
-    NotSealedError,
     PicklingRefusedError,
-    TamperedError,
-    UnknownKeyVersionError,
-    WrongKeyError,
     hide_locals,
 )
 
@@ -34,7 +30,6 @@ _KEY_FORMS: Final = (
 )
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/]{43}=?", re.ASCII)
 _BASE64URL: Final = re.compile(r"[A-Za-z0-9_-]{43}=?", re.ASCII)
-_OTHER_FORMAT: Final = re.compile(rb"[A-Za-z0-9._-]{1,32}:[\x00-\x08]")
 _HEX: Final = re.compile(r"[0-9A-Fa-f]{64}", re.ASCII)
 
 
@@ -77,8 +72,8 @@ def _check_version(version: object) -> str:
 def _read_keys(pairs: Collection[tuple[object, object]]) -> dict[str, _aead.MasterKey]:
     """Return the master keys of `pairs`, by version.
 
-    An entry that is refused is named by its position: its version is not repeated, because with
-    the two swapped by mistake that would be the key.
+    A refused entry is named by its position, not by its version, which would be the key if the two
+    were swapped by mistake.
     """
     keys: dict[str, _aead.MasterKey] = {}
     for position, (name, key) in enumerate(pairs, 1):
@@ -90,92 +85,11 @@ def _read_keys(pairs: Collection[tuple[object, object]]) -> dict[str, _aead.Mast
             if version not in keys:
                 keys[version] = _aead.MasterKey(decoded)
                 continue
-            fault = "another key has its version"
+            fault = "duplicate version"
         raise InvalidKeyError(
             f"key {position} of {len(pairs)}: {fault}" if len(pairs) > 1 else fault
         )
     return keys
-
-
-class ContextKeys:
-    """The subkeys of one context under every key of a keyring. Internal; made by `Keyring`."""
-
-    __slots__ = ("_context", "_keyring", "primary", "primary_header_size", "subkeys")
-
-    def __init__(self, keyring: Keyring, context: str) -> None:
-        encoded = context.encode("utf-8", "surrogatepass")
-        self._context = context
-        self._keyring = keyring
-        # By header, which holds the version, the format and the key id: one look-up finds the
-        # right key or nothing. No key is ever tried on the chance that it fits.
-        subkeys = {v: key.subkey(v, encoded) for v, key in keyring._master_keys.items()}
-        self.subkeys = {subkey.header: subkey for subkey in subkeys.values()}
-        self.primary = subkeys[keyring.primary]
-        self.primary_header_size = len(self.primary.header)
-
-    def seal(self, plaintext: bytes, row: bytes = b"") -> bytes:
-        """Seal `plaintext` under the primary key."""
-        return self.primary.seal(plaintext, row)
-
-    def open(self, sealed: bytes, row: bytes = b"") -> bytes:
-        """Return the plaintext of `sealed`, or raise the `DecryptionError` that says why not."""
-        # Most headers are as long as the primary's, which saves looking for where this one ends.
-        subkey = self.subkeys.get(sealed[: self.primary_header_size])
-        if subkey is None:
-            subkey = self.subkeys.get(sealed[: header_size(sealed)])
-            if subkey is None:
-                raise self._diagnose(sealed)
-        plaintext = subkey.open(sealed, row)
-        if plaintext is None:
-            raise TamperedError(
-                f"a value in {self._context} does not open, though the keyring has its key: it "
-                "was sealed for another column, table or row, or its bytes were changed. If one "
-                "result column takes values from several columns (UNION, concrete inheritance, "
-                "coalesce), select from a subquery or give them one context. If the table or "
-                "column was renamed, pass the old name as EncryptedJSON(context=). " + _VERIFY
-            )
-        return plaintext
-
-    def _diagnose(self, sealed: bytes) -> DecryptionError:
-        envelope = parse(sealed)
-        where = f"a value in {self._context}"
-        if envelope is None:
-            return NotSealedError(
-                f"{where} is {len(sealed)} bytes that EncryptedJSON did not write "
-                f"({_shape(sealed)}); if the column held data before it was encrypted, "
-                "seal that data first with a migration that encrypts the column. " + _VERIFY
-            )
-        keyring, version = self._keyring, envelope.version
-        master = keyring._master_keys.get(version)
-        if master is None:
-            return UnknownKeyVersionError(
-                f"{where} is sealed under key version {version!r}; the keyring has "
-                f"{', '.join(map(repr, keyring.versions))}. Add the key of {version!r} to it. "
-                + _VERIFY
-            )
-        return WrongKeyError(
-            f"{where} was sealed under another key of the name {version!r}: the value has "
-            f"fingerprint {envelope.key_id.hex()}, the keyring's key has {master.key_id.hex()}. "
-            "A new key needs a new version. " + _VERIFY
-        )
-
-
-_VERIFY: Final = "verify() lists the rows that do not open"
-
-
-def _shape(data: bytes) -> str:
-    """Say what `data` looks like, from its first bytes alone and without repeating any."""
-    if not data:
-        return "it is empty"
-    if _OTHER_FORMAT.match(data):
-        return "it begins as a sealed value, but was cut short, changed, or made by a later release"
-    if data.startswith(b"gAAAA"):
-        return "it has the shape of a Fernet token"
-    if data[:1] in (b"{", b"["):
-        return "it has the shape of JSON text"
-    if data.isascii():
-        return "it is ASCII text"
-    return "it is binary"
 
 
 class Keyring:
@@ -185,20 +99,20 @@ class Keyring:
         a key is 32 bytes, or their base64, base64url (padded or not) or hex text.
     :param primary: the version that seals. May be left out when there is one key only.
     :raises InvalidKeyError: a version or key breaks its rule.
-    :raises ConfigurationError: no key, one key under two versions, or a primary that is not among
-        them.
+    :raises ConfigurationError: there is no key, or one key under two versions, or `primary` is not
+        among them.
 
-    A keyring never shows a key: ``repr`` gives versions and fingerprints, copies are the keyring
-    itself, and pickling raises :exc:`PicklingRefusedError`. Let each process build its own.
+    A keyring never shows a key: ``repr`` shows versions and fingerprints, copying returns the
+    keyring itself, and pickling raises :exc:`PicklingRefusedError`. Let each process build its own.
     """
 
     __slots__ = ("_contexts", "_master_keys", "_primary")
 
-    _contexts: dict[str, ContextKeys]
+    _contexts: dict[tuple[str, ...], ContextKeys]
     _master_keys: dict[str, _aead.MasterKey]
     _primary: str
 
-    # Made by `__new__`, so that there is no `__init__` to call on a keyring a second time.
+    # `__new__`, because an `__init__` could be called again on an existing keyring.
     @hide_locals
     def __new__(cls, keys: Mapping[str, bytes | str], *, primary: str | None = None) -> Self:
         """Check and decode the keys."""
@@ -213,8 +127,8 @@ class Keyring:
         if primary is None:
             if len(master_keys) > 1:
                 raise ConfigurationError(
-                    f"a keyring of {len(master_keys)} keys must be told which one seals: "
-                    f"pass primary= one of {', '.join(map(repr, master_keys))}"
+                    f"a keyring of {len(master_keys)} keys needs primary=, the version that seals: "
+                    f"one of {', '.join(map(repr, master_keys))}"
                 )
             (primary,) = master_keys
         return cls._of(master_keys, primary)
@@ -226,14 +140,14 @@ class Keyring:
             if (same := versions.setdefault(key.key_id, version)) != version:
                 raise ConfigurationError(
                     f"versions {same!r} and {version!r} have the same key (fingerprint "
-                    f"{key.key_id.hex()}): a rotation from one to the other would renew nothing. "
+                    f"{key.key_id.hex()}), so a rotation from one to the other would be void. "
                     "Give the new version a key of its own, from generate_master_key()"
                 )
         keyring = super().__new__(cls)
         object.__setattr__(keyring, "_master_keys", master_keys)
         object.__setattr__(keyring, "_primary", keyring._require(primary))
-        # Subkeys are a function of the keys, derived on first use and kept, because a derivation
-        # costs as much as sealing several values. Bounded by the number of encrypted columns.
+        # Subkeys are derived at first use and kept, because deriving one costs as much as sealing
+        # several values. Their number is bounded by that of the encrypted columns.
         object.__setattr__(keyring, "_contexts", {})
         return keyring
 
@@ -244,10 +158,10 @@ class Keyring:
 
         Either ``LUCENT_SECRETS_KEY`` with optional ``LUCENT_SECRETS_KEY_VERSION`` (``v1`` if not
         set), or ``LUCENT_SECRETS_KEYS="v2:KEY,v1:KEY"``, whose first key is the primary. Each may
-        be given as ``…_FILE`` instead: the path of a file that holds the value. White space
-        around a value is not part of it.
+        be given as ``…_FILE`` instead: the path of a file that holds the value. White space around
+        a value is ignored.
 
-        :param environ: the variables; ``os.environ`` if left out.
+        :param environ: the variables, instead of ``os.environ``.
         :raises ConfigurationError: nothing is set, both forms are, or a value breaks a rule. The
             message names the variable and the fault, and shows no character of a key.
         """
@@ -270,10 +184,9 @@ class Keyring:
 
     @hide_locals
     def fingerprint(self, version: str) -> str:
-        """Return the 8 hex digits that tell the key of `version` from another key.
+        """Return the 8 hex digits that tell the key of `version` from other keys.
 
-        They are the key id that every value sealed under the key carries, and say nothing
-        about the key.
+        They are the key id in every value that the key sealed, and reveal nothing about the key.
 
         :raises ConfigurationError: the keyring lacks `version`.
         """
@@ -289,16 +202,16 @@ class Keyring:
 
     @hide_locals
     def adding(self, version: str, key: bytes | str) -> Keyring:
-        """Return a keyring that has `key` too; the primary stays what it is.
+        """Return a keyring with `key` added, and the same primary.
 
         :raises ConfigurationError: the keyring has `version` or `key` already. A key is never
-            replaced under its name: values sealed under the old one would be lost.
+            replaced under its version: values sealed under the old one would be lost.
         :raises InvalidKeyError: the version or key breaks its rule.
         """
         name = _check_version(version)
         if name in self._master_keys:
             raise ConfigurationError(
-                f"the keyring has a key of version {name!r} already; "
+                f"the keyring already has a key of version {name!r}; "
                 "give the new key a version of its own"
             )
         added = _aead.MasterKey(_decode_key(key))
@@ -306,33 +219,36 @@ class Keyring:
 
     @hide_locals
     def without(self, version: str) -> Keyring:
-        """Return a keyring that lacks `version`. Check first that no row needs it.
+        """Return a keyring without `version`. Check first that no row needs it.
 
         :raises ConfigurationError: the keyring lacks `version`, or it is the primary.
         """
         if self._require(version) == self._primary:
             raise ConfigurationError(
-                f"version {self._primary!r} is the primary and cannot be taken away; "
-                "make another one primary first"
+                f"version {self._primary!r} is the primary and cannot be removed; "
+                "make another version primary first"
             )
         rest = {name: key for name, key in self._master_keys.items() if name != version}
         return self._of(rest, self._primary)
 
-    def for_context(self, context: str) -> ContextKeys:
-        """Return the subkeys of `context`, derived at first use. Internal."""
-        keys = self._contexts.get(context)
+    def for_context(self, *contexts: str) -> ContextKeys:
+        """Return keys that seal in the first of `contexts` and open in any of them. Internal."""
+        keys = self._contexts.get(contexts)
         if keys is None:
-            keys = self._contexts.setdefault(context, ContextKeys(self, context))
+            context, *others = contexts
+            accepted = [self.for_context(other) for other in others]
+            keys = ContextKeys(self._master_keys, self._primary, context, accepted)
+            keys = self._contexts.setdefault(contexts, keys)
         return keys
 
     def _require(self, version: object) -> str:
-        """Return `version` as a plain str if the keyring has it; it is not repeated if not."""
+        """Return `version` as a plain str, or raise an error that does not repeat it."""
         if isinstance(version, str):
             for name in self._master_keys:
                 if name == version:
                     return name
         raise ConfigurationError(
-            "the keyring has no key of the version that was asked for; "
+            "the keyring has no key of the given version; "
             f"it has {', '.join(map(repr, self._master_keys))}"
         )
 
@@ -354,8 +270,8 @@ class Keyring:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise PicklingRefusedError(
-            "a Keyring is not pickled: its keys would be in the pickle. Let the other process "
-            "build its own, for instance with Keyring.from_env()"
+            "a Keyring cannot be pickled, because its keys would be in the pickle. Let the other "
+            "process build its own, for instance with Keyring.from_env()"
         )
 
     def __getstate__(self) -> NoReturn:
@@ -364,9 +280,9 @@ class Keyring:
 
 _default: Keyring | Callable[[], Keyring] | None = None
 
-# The keyring of the environment, once it was read. There is no lock, because a child that is forked
-# while another thread holds it would wait for ever: two threads may both read the environment, and
-# either result serves.
+# The keyring of the environment, once it was read. Without a lock, because a child that is forked
+# while another thread holds one would wait forever. Two threads may both read the environment;
+# either result will do.
 _from_environment: Keyring | None = None
 
 
@@ -374,10 +290,10 @@ _from_environment: Keyring | None = None
 def set_default_keyring(keyring: Keyring | Callable[[], Keyring] | None) -> None:
     """Set the keyring that the process uses where none is passed.
 
-    :param keyring: a keyring; or a callable that returns one, called at each use, so that keys can
-        change while the process runs (let it cache); or ``None`` to go back to the environment,
-        read again at the next use.
-    :raises ConfigurationError: it is none of these.
+    :param keyring: a keyring; a callable that returns one, called at each use so that keys can
+        change while the process runs (it should cache); or ``None`` to go back to the environment,
+        which is read again at the next use.
+    :raises ConfigurationError: `keyring` is of another type.
     """
     global _default, _from_environment
     if keyring is not None and not isinstance(keyring, Keyring) and not callable(keyring):
@@ -389,10 +305,9 @@ def set_default_keyring(keyring: Keyring | Callable[[], Keyring] | None) -> None
 
 
 def default_keyring() -> Keyring:
-    """Return the process's keyring: what was set, else :meth:`Keyring.from_env`, read once.
+    """Return the process's keyring: the one that was set, else :meth:`Keyring.from_env`, read once.
 
-    :raises ConfigurationError: none is configured, or the callable failed or returned something
-        else.
+    :raises ConfigurationError: none is configured, or the callable failed or returned no keyring.
     """
     global _from_environment
     chosen = _default
@@ -406,13 +321,13 @@ def default_keyring() -> Keyring:
     return known
 
 
-def context_keys(context: str, keyring: Keyring | None = None) -> ContextKeys:
-    """Return the subkeys of `context` in `keyring`, or in the default one. Internal."""
-    # One function of what is asked for each value, and would be three calls.
+def context_keys(contexts: tuple[str, ...], keyring: Keyring | None = None) -> ContextKeys:
+    """Return the keys of `contexts` in `keyring`, or in the default one. Internal."""
+    # Inlined: runs once per value.
     if keyring is None:
         keyring = _default if type(_default) is Keyring else default_keyring()
-    keys = keyring._contexts.get(context)
-    return keyring.for_context(context) if keys is None else keys
+    keys = keyring._contexts.get(contexts)
+    return keyring.for_context(*contexts) if keys is None else keys
 
 
 def _call(source: Callable[[], Keyring]) -> Keyring:
@@ -421,9 +336,9 @@ def _call(source: Callable[[], Keyring]) -> Keyring:
     except LucentError:
         raise
     except Exception as error:  # noqa: BLE001
-        # Not let through: raised while parameters are bound, it would be wrapped by SQLAlchemy
-        # in a StatementError that prints the row's plaintext.
-        fault = f"raised {type(error).__name__}; call it by itself to see why"
+        # If it were raised while parameters are bound, SQLAlchemy would wrap it in a StatementError
+        # that prints the row's plaintext.
+        fault = f"raised {type(error).__name__}; call it yourself to see why"
     else:
         if isinstance(result, Keyring):
             return result

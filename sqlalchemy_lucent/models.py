@@ -1,4 +1,4 @@
-"""``LucentSecret``: the model of table ``lucent_secrets``, and the mixin to put it elsewhere.
+"""``LucentSecret``, the model of table ``lucent_secrets``, and the mixin for a table of your own.
 
 ::
 
@@ -43,8 +43,8 @@ from .types import EncryptedJSON
 def byte_wise_string(length: int) -> String:
     """Return a string type that every database compares and sorts byte for byte.
 
-    By default MySQL would take ``apiKey`` and ``apikey`` for one key, and PostgreSQL would sort by
-    the rules of the server's locale.
+    By default, MySQL takes ``apiKey`` and ``apikey`` for one key, and PostgreSQL sorts by the
+    server's locale.
     """
     return (
         String(length)
@@ -68,12 +68,12 @@ class UTCDateTime(TypeDecorator[datetime]):
         return dialect.type_descriptor(DateTime(timezone=True))
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Convert to UTC; drop the zone where the database cannot keep one."""
+        """Convert to UTC; drop the time zone where the database cannot keep one."""
         if value is None:
             return None
         if value.tzinfo is None:
             raise SerializationError(
-                "a datetime without a time zone says no moment; use datetime.now(UTC) or "
+                "a datetime without a time zone is ambiguous; use datetime.now(UTC) or "
                 "datetime(…, tzinfo=UTC)"
             )
         if value.tzinfo is not UTC:
@@ -81,7 +81,7 @@ class UTCDateTime(TypeDecorator[datetime]):
         return value if dialect.name == "postgresql" else value.replace(tzinfo=None)
 
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        """Give the value in UTC."""
+        """Return the value in UTC."""
         if value is None:
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
@@ -95,9 +95,9 @@ def key_version_type() -> String:
 
 
 def computed_key_version(column_name: str) -> Computed:
-    """Return what makes a column hold the key version of the sealed column `column_name`.
+    """Return the expression that computes a column of key versions from sealed `column_name`.
 
-    The database computes it from the stored bytes at each write, so the two cannot disagree.
+    The database computes it at each write, so the two columns cannot disagree.
     """
     return Computed(key_version(literal_column(column_name)), persisted=True)
 
@@ -120,7 +120,7 @@ def secrets_table(metadata: MetaData, name: str, *, schema: str | None = None) -
 
 
 def utc_now() -> datetime:
-    """Return the time, in UTC."""
+    """Return the current time in UTC."""
     return datetime.now(UTC)
 
 
@@ -128,7 +128,7 @@ class LucentSecretMixin:
     """The columns of a table of scoped secrets.
 
     The four parts of the :class:`SecretKey` are the primary key, and the payload is bound to them.
-    ``key_version`` is computed by the database from the payload, so that the two cannot disagree.
+    The database computes ``key_version`` from the payload, so the two cannot disagree.
     """
 
     scope: Mapped[str] = mapped_column(byte_wise_string(MAX_PART_LENGTH), primary_key=True)
@@ -142,12 +142,12 @@ class LucentSecretMixin:
     )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse bases that would make fields of these columns."""
+        """Refuse bases that would turn these columns into fields."""
         kind = "a dataclass" if issubclass(cls, MappedAsDataclass) else "a pydantic model"
         if kind == "a dataclass" or is_pydantic(cls):
             raise ConfigurationError(
-                f"LucentSecretMixin does not mix with {kind}, which would make fields of its "
-                "columns. Give the table a base of its own in the same metadata: "
+                f"LucentSecretMixin does not mix with {kind}, which would turn its columns into "
+                "fields. Give the table a base of its own in the same metadata: "
                 "class SecretsBase(DeclarativeBase): metadata = Base.metadata"
             )
         super().__init_subclass__(**kwargs)
@@ -161,7 +161,7 @@ class LucentSecretMixin:
 
     @validates(*KEY_PART_NAMES)
     def _check_part(self, part_name: str, part: object) -> str:
-        # A key that the repository refuses must not come in through the model.
+        # The model must not accept a key that the repository refuses.
         return check_part(part_name, part)
 
     @property
@@ -170,7 +170,7 @@ class LucentSecretMixin:
         return SecretKey(self.scope, self.owner_id, self.provider, self.name)
 
     def __repr__(self) -> str:
-        # From what is at hand: printing an expired object must not go to the database.
+        # Printing an expired object must not query the database.
         identity = inspect(self).identity or (None,) * len(KEY_PART_NAMES)
         parts = map(vars(self).get, KEY_PART_NAMES, identity)
         return f"<{type(self).__name__} {':'.join(map(str, parts))}>"

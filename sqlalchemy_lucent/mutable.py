@@ -8,17 +8,16 @@
     account.credentials["tokens"][0]["expiry"] = 0
     session.commit()
 
-:class:`sqlalchemy.ext.mutable.MutableDict` sees edits of the outermost ``dict`` only, and takes no
-other kind of document. Here every ``dict`` and ``list`` of a document is of a subclass that tells
-the document's *owner*, the attribute that holds it, of each edit. A document has one owner: what is
-set on an attribute, or put into another document, is copied. So is a container that goes into
-the document from outside; edit the copy, ``account.credentials["new"]``.
+:class:`sqlalchemy.ext.mutable.MutableDict` sees edits of the outermost ``dict`` only. Here every
+``dict`` and ``list`` of a document is a subclass that reports each edit to the document's *owner*,
+the attribute that holds it. A document has one owner: a value that is set on an attribute, or put
+into a document, is copied. Edit the copy: ``account.credentials["new"]``.
 
-SQLModel puts what is set into the object itself, past the event that tracks it; such a value is
-tracked once it was flushed.
+SQLModel bypasses the event that tracks a value when it is set; such a value is tracked after the
+next flush.
 
-Tracked values are a real ``dict`` and ``list``. ``copy.deepcopy()`` gives a value that is not
-tracked; a pickle of the model keeps the tracking, a pickle of the value alone has no owner.
+Tracked values are a real ``dict`` and ``list``. ``copy.deepcopy()`` returns a value that is not
+tracked. A pickle of the model keeps the tracking; a pickle of the value alone has no owner.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from .exceptions import UnsupportedOperationError
 
 
 class Owner:
-    """What all containers of one document share: the attribute that holds it, if one does."""
+    """The attribute that holds a document, if any; shared by all containers of the document."""
 
     __slots__ = ("_key", "_state", "redacts")
 
@@ -47,24 +46,24 @@ class Owner:
         self._key = ""
 
     def attach(self, state: InstanceState[Any], key: str) -> None:
-        """Belong to this attribute of this object."""
+        """Make this attribute of this object the owner."""
         self._state = weakref.ref(state)
         self._key = key
 
     def is_held_by(self, state: InstanceState[Any], key: str) -> bool:
-        """Say whether this attribute of this object is the one."""
+        """Say whether this attribute of this object is the owner."""
         return self._state is not None and self._state() is state and self._key == key
 
     def detach(self) -> None:
-        """Belong to nothing: the attribute holds another value now."""
+        """Give up the owner: its attribute holds another value now."""
         self._state = None
 
     def adopt(self, value: Any, depth: int = 0) -> Any:
         """Return `value` as part of this document."""
-        # Too deep a document, or one that contains itself, is left for the codec to refuse.
+        # The codec refuses a document that is too deep or contains itself.
         if depth > MAX_DEPTH or (isinstance(value, _TRACKED) and value._owner is self):
             return value
-        # No comprehensions and no helpers: a level must not take several of Python's frames.
+        # No comprehensions or helpers: each level must take only one of Python's frames.
         if isinstance(value, dict):
             members = dict.__new__(TrackedDict)
             members._owner = self
@@ -82,7 +81,7 @@ class Owner:
     def changed(self) -> None:
         """Mark the attribute as modified.
 
-        :raises UnsupportedOperationError: the attribute does not hold this document any more.
+        :raises UnsupportedOperationError: the attribute no longer holds this document.
         """
         state = None if self._state is None else self._state()
         target = None if state is None else state.obj()
@@ -90,9 +89,9 @@ class Owner:
             return
         if getattr(state.dict.get(self._key), "_owner", None) is not self:
             raise UnsupportedOperationError(
-                f"{type(target).__name__}.{self._key} holds this value no longer: the object was "
+                f"{type(target).__name__}.{self._key} no longer holds this value: the object was "
                 "expired or loaded again after the value was read (commit() and rollback() expire "
-                "objects), so the edit would be lost. Read the attribute again and edit that"
+                "objects), so the edit would be lost. Read the attribute again and edit that value"
             )
         flag_modified(target, self._key)
 
@@ -273,17 +272,17 @@ def _restore(value: Any, redacts: bool) -> Any:
 # -- listeners -------------------------------------------------------------------------------------
 
 _PICKLED: Final = "lucent.tracked"
-"""Where the pickled state of an object keeps its tracked values, to find them again."""
+"""The name of the tracked values in the pickled state of an object."""
 
 
 def track_mapped_columns(mapper: Mapper[Any], class_: type[Any]) -> None:
-    """Listen on each attribute of a mapper that asks for tracking (``mapper_configured``).
+    """Track the attributes of a mapper whose columns ask for it.
 
-    It looks at the column's type as it is in the end, so copies of columns and types are covered.
+    A listener for ``mapper_configured``: column types are final then, however they were declared.
     """
     for attribute in mapper.column_attrs:
         column = attribute.columns[0]
-        # An inherited attribute has its listeners from the class that it belongs to.
+        # An inherited attribute has the listeners of the class that defines it.
         if attribute.parent is mapper and isinstance(column, Column):
             type_: Any = column.type
             if getattr(type_, "tracks_changes", False):
@@ -311,7 +310,7 @@ def _listen(attribute: QueryableAttribute[Any], redacts: bool) -> None:
             load(state)
 
     def written(_: Any, __: Any, state: InstanceState[Any]) -> None:
-        # SQLModel puts what is set into the object's dict itself, past the event "set".
+        # SQLModel writes to the object's dict, bypassing the event "set".
         load(state)
 
     def replace(state: InstanceState[Any], value: Any, old: Any, _: Any) -> Any:
@@ -327,7 +326,7 @@ def _listen(attribute: QueryableAttribute[Any], redacts: bool) -> None:
             pickled.setdefault(_PICKLED, {})[key] = value
 
     def unpickle(state: InstanceState[Any], pickled: dict[str, Any]) -> None:
-        # The object has no attributes yet; this is the value that its attribute is going to have.
+        # The object has no attributes yet. Its attribute is going to have this value.
         value = pickled.get(_PICKLED, {}).get(key)
         if isinstance(value, _TRACKED):
             value._owner.attach(state, key)

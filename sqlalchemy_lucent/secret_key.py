@@ -29,9 +29,9 @@ class SecretKey(_Parts):
     """The key of a secret: an immutable tuple of four strings, hashable and ordered.
 
     :param scope: what kind of owner it is, such as ``tenant``, ``user`` or ``app``.
-    :param owner_id: which owner; a UUID or int is taken by its text form.
+    :param owner_id: which owner; a UUID or int is converted to text.
     :param provider: whose secret it is, such as ``stripe``.
-    :param name: which one of theirs, such as ``apiKey``.
+    :param name: which of the provider's secrets it is, such as ``apiKey``.
     :raises InvalidKeyError: a part is not 1 to 128 characters, or has a colon, a control
         character, leading or trailing white space, or text that is not in Unicode's NFC. Nothing
         is trimmed or normalised silently, so one secret has one key.
@@ -42,10 +42,10 @@ class SecretKey(_Parts):
     __slots__ = ()
 
     def __new__(cls, scope: str, owner_id: str | int | uuid.UUID, provider: str, name: str) -> Self:
-        """Check the parts; a named tuple has no `__init__` to do it in."""
+        """Check the parts here, because a named tuple has no `__init__`."""
         owner: object = owner_id
         if isinstance(owner, uuid.UUID) or (
-            # Far above what fits, Python refuses to convert it (`sys.set_int_max_str_digits`).
+            # Python refuses to convert huge integers (`sys.set_int_max_str_digits`).
             isinstance(owner, int)
             and not isinstance(owner, bool)
             and owner.bit_length() <= _MAX_INT_BITS
@@ -56,12 +56,12 @@ class SecretKey(_Parts):
 
     @classmethod
     def _make(cls, iterable: Iterable[Any]) -> Self:  # type: ignore[override]
-        # What `_replace` and `copy.replace` of a named tuple call; theirs checks nothing.
+        # `_replace` and `copy.replace` call this. The inherited one checks nothing.
         return cls(*iterable)
 
     @classmethod
     def parse(cls, text: str) -> SecretKey:
-        """Return the key that `text` spells; the inverse of ``str(key)``.
+        """Return the key that `text` spells, the inverse of ``str(key)``.
 
         :raises InvalidKeyError: `text` is not four valid parts joined by colons.
         """
@@ -81,7 +81,7 @@ class SecretKey(_Parts):
     def of(cls, key: SecretKey | str) -> SecretKey:
         """Return `key` itself, or parse it if it is text.
 
-        :raises InvalidKeyError: it is neither, or breaks a rule.
+        :raises InvalidKeyError: it is of another type, or breaks a rule.
         """
         return key if isinstance(key, SecretKey) else cls.parse(key)
 

@@ -29,13 +29,14 @@ from .. import _sql
 from .._database.faults import Fault, errors_of, fault_of
 from .._database.relations import is_binary
 from .._database.visibility import require_full_visibility
+from .._statements import refuse_server_default
 from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
 from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate
 from ..rotation._run import run_workers
 from ..rotation.jobs import RebindWorker
-from ..types import EncryptedJSON, refuse_server_default
+from ..types import EncryptedJSON
 from ._checks import create_check, declared_check, drop_check
 from ._convert import convert_column, log_failures
 from ._reflect import reflect_table, translated

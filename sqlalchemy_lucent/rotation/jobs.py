@@ -40,12 +40,13 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.expression import ColumnClause
 from sqlalchemy.types import NullType, TypeDecorator, TypeEngine
 
-from .._envelope import LONGEST_PREFIX
+from .._envelope import LONGEST_PREFIX, as_bytes
 from .._json import Codec, JSONValue, same_value
 from .._pagination import key_type
+from .._row import encode_row
 from ..exceptions import DecryptionError, LucentError, SerializationError
 from ..keyring import Keyring
-from ..types import EncryptedJSON, as_bytes, encode_row, open_in_contexts
+from ..types import EncryptedJSON
 from ._updates import on_update_columns
 from .report import FailedRow
 from .rows import Batch, BatchBounds, PrimaryKey, Rows
@@ -371,7 +372,7 @@ class _Worker(Rows):
     def _open(self, sealed: _Held, row: Sequence[Any], contexts: Sequence[str] = ()) -> bytes:
         contexts = contexts or self._type.contexts
         data = as_bytes(sealed.raw)
-        return open_in_contexts(contexts, data, self._row_context(row), self._keyring())
+        return self._keyring().for_context(*contexts).open(data, self._row_context(row))
 
     def _set(
         self,

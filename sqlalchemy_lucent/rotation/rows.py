@@ -33,8 +33,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.expression import ColumnClause, TableClause
 
 from .._database.visibility import require_full_visibility
-from .._envelope import LONGEST_PREFIX, parse
+from .._envelope import LONGEST_PREFIX, as_bytes, parse
 from .._pagination import as_sort_value, row_after, sort_columns
+from .._row import encode_row
 from .._sql import is_mysql
 from ..exceptions import (
     ConfigurationError,
@@ -43,7 +44,6 @@ from ..exceptions import (
     UnknownKeyVersionError,
 )
 from ..keyring import Keyring
-from ..types import as_bytes, encode_row, open_in_contexts
 from ._updates import Changes, Writer, check_rights, without_limits, writer_for
 from .report import FailedRow
 from .targets import TargetColumn, TargetTable
@@ -701,4 +701,4 @@ def _binary_results(connection: Connection) -> Iterator[None]:
 def _open_in_contexts(
     contexts: Sequence[str], keyring: Keyring, sealed: bytes, row: bytes
 ) -> bytes:
-    return open_in_contexts(contexts, sealed, row, keyring)
+    return keyring.for_context(*contexts).open(sealed, row)

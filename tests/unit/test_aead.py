@@ -25,7 +25,7 @@ from sqlalchemy_lucent import (
 )
 from sqlalchemy_lucent._aead import MasterKey, random_master_key
 from sqlalchemy_lucent._envelope import length_prefixed, pack_header
-from sqlalchemy_lucent.keyring import ContextKeys
+from sqlalchemy_lucent._subkeys import ContextKeys
 from tests.conftest import KEY_1, KEY_2
 from tests.strategies import MASTER_KEYS
 

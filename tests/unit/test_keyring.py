@@ -284,7 +284,7 @@ def test_a_keyring_without_a_key_is_refused() -> None:
 
 
 def test_a_keyring_of_several_keys_must_be_told_its_primary() -> None:
-    with pytest.raises(ConfigurationError, match="primary= one of 'v1', 'v2'"):
+    with pytest.raises(ConfigurationError, match=r"primary=.* one of 'v1', 'v2'"):
         Keyring({"v1": KEY_1, "v2": KEY_2})
 
 
@@ -333,7 +333,7 @@ def test_adding_keeps_the_primary_and_leaves_the_original_alone(keyring: Keyring
 
 def test_adding_never_replaces_a_key(keyring: Keyring) -> None:
     for key in (KEY_1, KEY_2):
-        with pytest.raises(ConfigurationError, match="has a key of version 'v1' already"):
+        with pytest.raises(ConfigurationError, match="already has a key of version 'v1'"):
             keyring.adding("v1", key)
 
 
@@ -606,7 +606,7 @@ BAD_ENVIRONMENTS: list[tuple[dict[str, str], str]] = [
     (environ_of(KEYS="v1:"), "LUCENT_SECRETS_KEYS: the master key has 0 characters"),
     (
         environ_of(KEYS=f"v1:{URLSAFE_1},v1:{URLSAFE_2}"),
-        "LUCENT_SECRETS_KEYS: key 2 of 2: another key has its version",
+        "LUCENT_SECRETS_KEYS: key 2 of 2: duplicate version",
     ),
     (environ_of(KEYS=f"{URLSAFE_1}:v1"), "LUCENT_SECRETS_KEYS: the key version"),
     (environ_of(KEYS=f"v2:{URLSAFE_2},v1:short"), "key 2 of 2: the master key has 5 characters"),
@@ -753,15 +753,15 @@ def test_the_subkeys_of_a_value_are_those_of_the_keyring_at_hand(
 ) -> None:
     for _ in range(2):  # derived, and kept
         set_default_keyring(promoted)
-        assert context_keys("c") is promoted.for_context("c")
-        assert context_keys("c", keyring) is keyring.for_context("c")
+        assert context_keys(("c",)) is promoted.for_context("c")
+        assert context_keys(("c",), keyring) is keyring.for_context("c")
         set_default_keyring(lambda: keyring)
-        assert context_keys("c") is keyring.for_context("c")
-        assert context_keys("d") is keyring.for_context("d") is not context_keys("c")
+        assert context_keys(("c",)) is keyring.for_context("c")
+        assert context_keys(("d",)) is keyring.for_context("d") is not context_keys(("c",))
     monkeypatch.setenv("LUCENT_SECRETS_KEY", KEY_2.hex())
     set_default_keyring(None)
-    assert context_keys("c") is default_keyring().for_context("c")
-    assert context_keys("c").primary.header.startswith(b"v1:")
+    assert context_keys(("c",)) is default_keyring().for_context("c")
+    assert context_keys(("c",)).primary.header.startswith(b"v1:")
 
 
 @pytest.mark.usefixtures("no_default")

@@ -42,7 +42,7 @@ from rich.traceback import Traceback
 from sqlalchemy_lucent import Bound, Keyring, SerializationError
 from sqlalchemy_lucent._json import STRICT, Codec, EngineCodec
 from sqlalchemy_lucent._redacted import RedactedStr, redact
-from sqlalchemy_lucent.types import ColumnCodec, Sealed
+from sqlalchemy_lucent._sealing import ColumnCodec, Sealed
 from tests.strategies import JSON_VALUES, TEXT
 
 MARKER = "MARKER"
@@ -328,7 +328,7 @@ def test_a_print_is_refused_in_every_spelling(place: str, codec: str) -> None:
         value = PLACES[place](text)
         if codec == "orjson" and place == "beside a wide integer":
             continue
-        with pytest.raises(SerializationError, match="printed in place of one") as caught:
+        with pytest.raises(SerializationError, match="place of a hidden value") as caught:
             CODECS[codec].dumps(value)
         assert caught.value.__context__ is None
 

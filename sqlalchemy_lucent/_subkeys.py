@@ -1,0 +1,116 @@
+"""The keys of a column: seal a value, find the key that opens one, or say why none does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from ._aead import MasterKey
+from ._envelope import as_bytes, header_size, parse
+from .exceptions import (
+    DecryptionError,
+    NotSealedError,
+    TamperedError,
+    UnknownKeyVersionError,
+    WrongKeyError,
+)
+
+_VERIFY: Final = "verify() lists the rows that do not open"
+_OTHER_FORMAT: Final = re.compile(rb"[A-Za-z0-9._-]{1,32}:[\x00-\x08]")
+
+
+class ContextKeys:
+    """The subkeys of one context under every key of a keyring, made by `Keyring.for_context`.
+
+    :param accepted: the keys of other contexts whose values open as well.
+    """
+
+    __slots__ = (
+        "_accepted",
+        "_context",
+        "_master_keys",
+        "primary",
+        "primary_header_size",
+        "seal",
+        "subkeys",
+    )
+
+    def __init__(
+        self,
+        master_keys: Mapping[str, MasterKey],
+        primary: str,
+        context: str,
+        accepted: Sequence[ContextKeys] = (),
+    ) -> None:
+        self._accepted = accepted
+        self._context = context
+        self._master_keys = master_keys
+        encoded = context.encode("utf-8", "surrogatepass")
+        subkeys = {v: key.subkey(v, encoded) for v, key in master_keys.items()}
+        # A header holds the version, the format and the key id, so one look-up finds the right key
+        # or nothing. No key is ever tried on the chance that it fits.
+        self.subkeys = {subkey.header: subkey for subkey in subkeys.values()}
+        self.primary = subkeys[primary]
+        self.primary_header_size = len(self.primary.header)
+        self.seal = self.primary.seal
+
+    def open(self, sealed: object, row: bytes = b"") -> bytes:
+        """Return the plaintext of `sealed`, or raise the `DecryptionError` that says why not."""
+        data = sealed if type(sealed) is bytes else as_bytes(sealed)
+        # Most headers are as long as the primary's, which saves looking for where this one ends.
+        subkey = self.subkeys.get(data[: self.primary_header_size])
+        if subkey is None:
+            subkey = self.subkeys.get(data[: header_size(data)])
+            if subkey is None:
+                raise self._diagnose(data)
+        plaintext = subkey.open(data, row)
+        if plaintext is not None:
+            return plaintext
+        for other in self._accepted:
+            plaintext = other.subkeys[subkey.header].open(data, row)
+            if plaintext is not None:
+                return plaintext
+        raise TamperedError(
+            f"a value in {self._context} does not open, though the keyring has its key: it was "
+            "sealed for another column, table or row, or its bytes were changed. If one result "
+            "column takes values from several columns (UNION, concrete inheritance, coalesce), "
+            "select from a subquery or give them one context. If the table or column was renamed, "
+            f"pass the old name as EncryptedJSON(context=). {_VERIFY}"
+        )
+
+    def _diagnose(self, data: bytes) -> DecryptionError:
+        envelope = parse(data)
+        where = f"a value in {self._context}"
+        if envelope is None:
+            return NotSealedError(
+                f"{where} is {len(data)} bytes that EncryptedJSON did not write ({_shape(data)}); "
+                "if the column held data before it was encrypted, seal that data first with a "
+                f"migration that encrypts the column. {_VERIFY}"
+            )
+        version = envelope.version
+        master = self._master_keys.get(version)
+        if master is None:
+            return UnknownKeyVersionError(
+                f"{where} is sealed under key version {version!r}; the keyring has "
+                f"{', '.join(map(repr, self._master_keys))}. Add the key of {version!r} to it. "
+                f"{_VERIFY}"
+            )
+        return WrongKeyError(
+            f"{where} was sealed under another key named {version!r}: the value has fingerprint "
+            f"{envelope.key_id.hex()}, the keyring's key has {master.key_id.hex()}. "
+            f"A new key needs a new version. {_VERIFY}"
+        )
+
+
+def _shape(data: bytes) -> str:
+    """Say what `data` looks like, from its first bytes alone and without repeating any."""
+    if not data:
+        return "it is empty"
+    if _OTHER_FORMAT.match(data):
+        return "it begins as a sealed value, but was cut short, changed, or made by a later release"
+    if data.startswith(b"gAAAA"):
+        return "it has the shape of a Fernet token"
+    if data[:1] in (b"{", b"["):
+        return "it has the shape of JSON text"
+    return "it is ASCII text" if data.isascii() else "it is binary"

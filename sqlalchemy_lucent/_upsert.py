@@ -1,0 +1,161 @@
+"""The repository's statements, built once: building one takes as long as running it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, Final
+
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    Dialect,
+    Select,
+    String,
+    Table,
+    and_,
+    bindparam,
+    column,
+    func,
+    or_,
+    select,
+    tuple_,
+)
+from sqlalchemy.sql.dml import Insert
+
+from ._sealing import ColumnCodec
+from ._sql import is_mysql
+from .exceptions import UnsupportedOperationError
+from .secret_key import KEY_PART_NAMES, SecretKey
+from .types import EncryptedJSON
+
+_KEYS_PER_STATEMENT: Final = 128
+"""Each takes four parameters; databases limit these, and plan long for many."""
+
+
+@lru_cache(maxsize=32)
+def payload_codec(table: Table, dialect: Dialect) -> ColumnCodec:
+    """Return the codec of the payloads; making one takes as long as sealing."""
+    type_ = table.c.payload.type
+    assert isinstance(type_, EncryptedJSON)
+    return type_.column_codec(dialect)
+
+
+@lru_cache(maxsize=32)
+def select_payload(table: Table) -> Select[Any]:
+    """Return the SELECT of one payload, with a parameter for each part of the key."""
+    return select(table.c.payload).where(
+        *(table.c[name] == bindparam(name) for name in KEY_PART_NAMES)
+    )
+
+
+def select_payloads(
+    table: Table, dialect: Dialect, keys: Sequence[SecretKey]
+) -> Iterator[tuple[Select[Any], Any]]:
+    """Yield statements that select the keys and payloads of `keys`, with their parameters."""
+    if dialect.name == "postgresql":
+        parts = map(list, zip(*keys, strict=True))
+        yield _select_by_arrays(table), dict(zip(KEY_PART_NAMES, parts, strict=True))
+        return
+    for size, parameters in batches(keys):
+        yield _select_by_keys(table, is_mysql(dialect), size), parameters
+
+
+@lru_cache(maxsize=256)
+def _select_by_keys(table: Table, on_mysql: bool, size: int) -> Select[Any]:
+    return _select_keys_and_payloads(table).where(is_one_of(table, on_mysql, size))
+
+
+@lru_cache(maxsize=32)
+def _select_by_arrays(table: Table) -> Select[Any]:
+    """Use one array for each part of the keys: PostgreSQL plans any number of them as a join."""
+    wanted = (
+        func.unnest(*(bindparam(name, type_=ARRAY(String)) for name in KEY_PART_NAMES))
+        .table_valued(*(column(name, String) for name in KEY_PART_NAMES), name="wanted")
+        .render_derived()
+    )
+    return _select_keys_and_payloads(table).where(
+        *(table.c[name] == wanted.c[name] for name in KEY_PART_NAMES)
+    )
+
+
+def _select_keys_and_payloads(table: Table) -> Select[Any]:
+    return select(*(table.c[name] for name in (*KEY_PART_NAMES, "payload")))
+
+
+@lru_cache(maxsize=256)
+def is_one_of(table: Table, on_mysql: bool, size: int) -> ColumnElement[bool]:
+    """Return the condition that a key is one of `size` keys, the parameters of `batches`.
+
+    MySQL and MariaDB are faster with ``(a, b, …) IN (…)``. SQLite would scan the table for it, and
+    PostgreSQL plans it for twice as long.
+    """
+    columns = [table.c[name] for name in KEY_PART_NAMES]
+    keys = [
+        [bindparam(f"{column.name}_{position}", type_=column.type) for column in columns]
+        for position in range(size)
+    ]
+    if on_mysql:
+        return tuple_(*columns).in_([tuple_(*key) for key in keys])
+    return or_(*(and_(*(c == part for c, part in zip(columns, key, strict=True))) for key in keys))
+
+
+def batches(keys: Sequence[SecretKey]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the size and the parameters of :func:`is_one_of` for `keys`, batch by batch.
+
+    The last key of a batch fills it up to a power of two, so that there are few sizes.
+    """
+    for start in range(0, len(keys), _KEYS_PER_STATEMENT):
+        batch = keys[start : start + _KEYS_PER_STATEMENT]
+        size = 1 << (len(batch) - 1).bit_length()
+        filled = [*batch, *[batch[-1]] * (size - len(batch))]
+        yield (
+            size,
+            {
+                f"{name}_{position}": part
+                for position, key in enumerate(filled)
+                for name, part in zip(KEY_PART_NAMES, key, strict=True)
+            },
+        )
+
+
+@lru_cache(maxsize=32)
+def insert_or(table: Table, dialect_name: str, *updated: str) -> Insert:
+    """Return an INSERT that updates the columns `updated` if the key exists.
+
+    A dialect is imported with its database only: importing all three takes as long as the rest of
+    the package.
+    """
+    if dialect_name in ("mysql", "mariadb"):
+        from sqlalchemy.dialects import mysql
+
+        # Callers that insert one new key at once wait for the first, and continue when it commits.
+        # If it rolls back, InnoDB leaves each of them a lock on the gap where the row was, and
+        # resolves the deadlock (error 1213) by rolling back one of their transactions. No form of
+        # INSERT takes other locks there, and repeating the statement would lose the rest of that
+        # transaction; so the error goes to the caller, who has to repeat the transaction.
+        mysql_insert = mysql.insert(table)
+        # MySQL has no DO NOTHING; assigning a column to itself leaves the row as it is.
+        return mysql_insert.on_duplicate_key_update(
+            {name: mysql_insert.inserted[name] for name in updated} or {"scope": table.c.scope}
+        )
+    if dialect_name not in ("postgresql", "sqlite"):
+        raise UnsupportedOperationError(
+            f"LucentSecrets has no upsert for the dialect {dialect_name!r}; it supports sqlite, "
+            "postgresql, mysql and mariadb"
+        )
+    insert: Any = importlib.import_module(f"sqlalchemy.dialects.{dialect_name}").insert(table)
+    if not updated:
+        statement: Insert = insert.on_conflict_do_nothing(index_elements=KEY_PART_NAMES)
+    else:
+        statement = insert.on_conflict_do_update(
+            index_elements=KEY_PART_NAMES,
+            set_={name: insert.excluded[name] for name in updated},
+        )
+    return statement
+
+
+def upsert(table: Table, dialect_name: str) -> Insert:
+    """Return the one-statement upsert; `created_at` stays that of the first write."""
+    return insert_or(table, dialect_name, "payload", "updated_at")
