@@ -31,8 +31,6 @@ from sqlalchemy import (
     String,
     Table,
     Uuid,
-    literal,
-    select,
 )
 from sqlalchemy import table as table_clause
 from sqlalchemy.exc import NoSuchTableError, UnreflectableTableError
@@ -46,7 +44,7 @@ from ..rotation import needs_rotation
 from ..rotation.jobs import RebindWorker
 from ..rotation.targets import resolve_targets
 from ..types import EncryptedJSON, has_check
-from ._checks import find_check
+from ._checks import find_check, has_row
 from ._run import is_empty
 from .operations import (
     BoundTo,
@@ -329,9 +327,9 @@ def _conversion_for(connection: Connection, operation: AlterColumnOp) -> Convert
             create_constraint=new.create_constraint,
         )
     if isinstance(new, (JSON, String)) and isinstance(old, _Binary):
-        owner = table_clause(operation.table_name, Column(name, LargeBinary), schema=schema)
-        sealed = select(literal(1)).where(_sql.key_version(owner.c[name]).is_not(None)).limit(1)
-        if connection.execute(sealed.select_from(owner)).first() is not None:
+        value: Column[Any] = Column(name, LargeBinary)
+        owner = table_clause(operation.table_name, value, schema=schema)
+        if has_row(connection, owner, _sql.key_version(value).is_not(None)):
             logger.info("Detected that %s.%s is to be decrypted", operation.table_name, name)
             return DecryptColumnOp(operation.table_name, name, existing_type=new, schema=schema)
     return None

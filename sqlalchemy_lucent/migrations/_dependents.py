@@ -1,108 +1,13 @@
-"""A table as the database has it: its columns, its primary key, and what reads a column of it."""
+"""What depends on a column: constraints, indexes, generated columns, views, triggers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from sqlalchemy import Column, Connection, TextClause, inspect, text
-from sqlalchemy.types import NullType, TypeEngine
-
-from .._row import type_as_bound
-from ..exceptions import RotationError
-
-
-def translated(connection: Connection, schema: str | None) -> str | None:
-    """Return the schema that is meant, where the connection has a ``schema_translate_map``.
-
-    :raises RotationError: the map would translate that schema again.
-    """
-    schemas = connection.get_execution_options().get("schema_translate_map") or {}
-    found: str | None = schemas.get(schema, schema)
-    if schemas.get(found, found) != found:
-        raise RotationError(
-            f"schema_translate_map has {found!r} both as a schema and as its translation, so that "
-            "statements would reach another one; give the operation a connection without that map, "
-            "and the schema= of the database"
-        )
-    return found
-
-
-class ReflectedTable(NamedTuple):
-    """A table's columns by name, as SQLAlchemy's inspector describes them, and its primary key."""
-
-    columns: Mapping[str, Any]
-    primary_key: list[str]
-
-    def identity(
-        self, connection: Connection, bound_types: Mapping[str, TypeEngine[Any] | None]
-    ) -> list[Column[Any]]:
-        """Return the columns that say which row it is: the primary key, and those of `bound_types`.
-
-        :param bound_types: the columns that values are bound to, and their types if the database
-            does not tell them.
-        """
-        return [
-            Column(
-                name,
-                self._type(connection, name, bound_types),
-                primary_key=name in self.primary_key,
-            )
-            for name in dict.fromkeys([*self.primary_key, *bound_types])
-        ]
-
-    def _type(
-        self,
-        connection: Connection,
-        name: str,
-        bound_types: Mapping[str, TypeEngine[Any] | None],
-    ) -> TypeEngine[Any]:
-        type_: TypeEngine[Any] = self.columns[name]["type"]
-        if name in bound_types:
-            return type_as_bound(name, bound_types[name], type_)
-        # SQLite keeps values of any type in any column: a key is what it is there.
-        return NullType() if connection.dialect.name == "sqlite" else type_
-
-
-def reflect_columns(
-    connection: Connection, table_name: str, schema: str | None, needed: Iterable[str]
-) -> Mapping[str, Any]:
-    """Return the columns of a table by name.
-
-    :param needed: the columns that it must have.
-    :raises RotationError: it is not there, or lacks one of them.
-    """
-    inspector = inspect(connection)
-    full_name = ".".join(filter(None, (schema, table_name)))
-    if not inspector.has_table(table_name, schema=schema):
-        raise RotationError(f"there is no table {full_name} in this database")
-    columns = {found["name"]: found for found in inspector.get_columns(table_name, schema=schema)}
-    missing = set(needed) - columns.keys()
-    if missing:
-        raise RotationError(f"table {full_name} has no column {', '.join(sorted(missing))}")
-    return columns
-
-
-def reflect_table(
-    connection: Connection, table_name: str, schema: str | None, needed: Iterable[str]
-) -> ReflectedTable:
-    """Return the table.
-
-    :raises RotationError: as for :func:`reflect_columns`, or it has no primary key.
-    """
-    columns = reflect_columns(connection, table_name, schema, needed)
-    key = inspect(connection).get_pk_constraint(table_name, schema=schema)["constrained_columns"]
-    if not key:
-        full_name = ".".join(filter(None, (schema, table_name)))
-        raise RotationError(
-            f"table {full_name} has no primary key, which is needed to go through the rows in order"
-        )
-    return ReflectedTable(columns, key)
-
-
-# -- What reads a column ---------------------------------------------------------------------------
+from sqlalchemy import Connection, TextClause, inspect, text
 
 
 def dependents(
