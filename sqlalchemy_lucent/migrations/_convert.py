@@ -1,14 +1,14 @@
-"""Turn a column from plaintext to sealed or back, in steps that a kill at any instant leaves whole.
+"""Turn a plaintext column into a sealed one or back, in steps that survive a kill at any instant.
 
 1. Add a second column.
 2. Fill it from the first, in committed batches.
-3. On PostgreSQL: compare every row, and fill again what a writer changed meanwhile.
+3. On PostgreSQL: compare every row, and fill again where a writer changed the source meanwhile.
 4. Under a lock of the table: compare every row (on PostgreSQL those written since step 3 began)
-   and fill again, then let the second column take the first one's name and NOT NULL, and drop the
-   first. That is one transaction on PostgreSQL and SQLite; on MariaDB and MySQL it is one ALTER
+   and fill again. Then give the second column the first one's name and NOT NULL, and drop the
+   first. This is one transaction on PostgreSQL and SQLite. On MariaDB and MySQL it is one ALTER
    TABLE, which is atomic there.
 
-Nothing is noted down between the steps: which of them are done is read off the database.
+No progress is recorded between the steps: the columns themselves tell which of them are done.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ Content = Literal["plain", "sealed"]
 _FAILURES_LOGGED: Final = 20
 
 _SAMPLE: Final = 100
-"""Values that are looked at where a type does not say what they are in Python."""
+"""How many values are read where a type does not tell their Python type."""
 
 
 def convert_column(operations: Operations, plan: ConvertColumnOp) -> None:
-    """Do what is left to do of `plan`, over a connection in AUTOCOMMIT mode.
+    """Do the steps of `plan` that are left, over a connection in AUTOCOMMIT mode.
 
-    :raises RotationError: something is missing or in the way, or there are values that cannot be
-        converted; nothing was written, or the column is as it was.
+    :raises RotationError: something is missing or in the way, or some values cannot be converted;
+        the column is unchanged.
     """
-    # Inside `batch_alter_table`, too, the operations are carried out at once.
+    # A batch would defer its operations to its end.
     _Conversion(Operations(operations.migration_context), plan).run()
 
 
@@ -114,7 +114,7 @@ class _Conversion:
             self._add()
         if plan.swap:
             began = time.monotonic()
-            # What writers add meanwhile is filled under the lock: there is no end to wait for.
+            # Writers may never pause: the rest is filled under the lock.
             self._stop_if_failed(self._fill(passes=3, final=False))
             self._swap(self._compare_beforehand(patience=time.monotonic() - began))
         else:
@@ -122,10 +122,10 @@ class _Conversion:
             self._stop_if_failed(self._fill(compare=True))
             logger.info("%s is filled from %s", plan.second, plan.full_name)
 
-    # -- what there is -----------------------------------------------------------------------------
+    # -- preconditions -----------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Read the table's columns; refuse what there is no way to convert."""
+        """Read the table's columns; refuse a column that cannot be converted."""
         plan = self._plan
         needed = (plan.column_name, *plan.bound_types)
         reflected = reflect_table(self._connection, plan.table_name, plan.schema, needed)
@@ -140,8 +140,8 @@ class _Conversion:
             raise RotationError(f"{plan.full_name} is a column that identifies its row")
         if plan.reader is None and plan.writer is not None and not plan.to_sealed:
             raise RotationError(
-                "pass reader= with writer=: what is written is read again and compared before the "
-                "sealed values are dropped"
+                "pass reader= with writer=: each written value is read again and compared before "
+                "the sealed values are dropped"
             )
         if plan.batch_size < 1:
             raise RotationError("batch_size is a whole number of rows, 1 or more")
@@ -155,7 +155,7 @@ class _Conversion:
         Rows(self._owner.fullname, self._owner, key, self._dialect).check_keys(self._connection)
 
     def _content(self, name: str) -> Content | None:
-        """Say what a column holds; `None` if it may be either, having no value."""
+        """Say what a column holds; ``None`` if it has no value and may be either."""
         plan = self._plan
         type_ = self._columns[name]["type"]
         if not isinstance(type_, _Binary):
@@ -178,7 +178,7 @@ class _Conversion:
         return has_row(self._connection, owner, *conditions)
 
     def _refuse_what_would_be_lost(self, name: str) -> None:
-        """Refuse what would go with a column, or mean nothing on it."""
+        """Refuse a column that something depends on: a drop would lose it."""
         plan = self._plan
         check = self._check(name).find()  # dropped with the column
         ours = check and check["name"]
@@ -187,11 +187,11 @@ class _Conversion:
             raise RotationError(
                 f"{self._owner.fullname}.{name} is used by {', '.join(found)}, which would be lost "
                 "with it or mean nothing on its new values. Drop these in an earlier revision, and "
-                "create what fits the new values in a later one"
+                "create what the new values need in a later one"
             )
 
     def _refuse_values_that_are_not_json(self) -> None:
-        """Refuse a type whose values have no JSON form, unless functions give them one."""
+        """Refuse a type whose values are not JSON, unless `reader` and `writer` convert them."""
         plan = self._plan
         if plan.reader is not None and (plan.to_sealed or plan.writer is not None):
             return
@@ -202,8 +202,8 @@ class _Conversion:
         if kind is not None:
             raise RotationError(
                 f"the values of {plan.full_name} are of the type {kind}, which JSON does not have. "
-                "Pass functions that make JSON of them and undo it, such as reader=str and a "
-                "writer= that reads such text"
+                "Pass functions that turn them into JSON and back, such as reader=str and a "
+                "writer= that parses such text"
             )
 
     def _kind_of_values(self, plain: PlainColumn) -> str | None:
@@ -275,7 +275,7 @@ class _Conversion:
     ) -> Failures:
         """Fill the second column in committed batches. A column without values needs no key.
 
-        Unless this is `final`, a row that is not filled is no failure: it may be newer.
+        Unless this is `final`, a row that is not filled is no failure: it may be new.
         """
         failures = Failures()
         columns = [self._plan.column_name, *([self._plan.second] if compare else [])]
@@ -309,34 +309,33 @@ class _Conversion:
         log_failures(plan.full_name, "cannot be converted", failures.named, failures.count)
         raise RotationError(
             f"{failures.count} values of {plan.full_name} cannot be {plan.verb} (the first were "
-            "logged by primary key). The column is as it was; what could be converted is kept in "
-            f"{plan.second}. The revision is not stamped: run it again when these rows are dealt "
-            "with, or pass the reader= that they need"
+            "logged by primary key). The column is as it was; the values that could be converted "
+            f"are kept in {plan.second}. The revision is not stamped: mend these rows, or pass the "
+            "reader= that they need, and run it again"
         )
 
     # -- the swap ----------------------------------------------------------------------------------
 
     def _compare_beforehand(self, *, patience: float) -> ColumnElement[bool] | None:
-        """Compare every row before the table is locked; return what tells those written since.
+        """Compare every row before the lock; return the condition of those written since.
 
-        Nothing tells that on the other databases, so they are left to :meth:`_reconcile`. Here a
-        row has the transaction that wrote it in ``xmin``. If all that are as old had ended before
-        the first row was read, then the row has been as it is ever since, and was compared. The
-        rows that were just filled are as old when no transaction is left that is older: that is
-        waited for, for `patience` seconds.
+        Only PostgreSQL can tell: ``xmin`` is the transaction that wrote a row. If every transaction
+        up to that one had ended before the first row was read, the comparison saw the row as it is
+        now. For the rows just filled, that takes the end of every older transaction. Wait for it,
+        but no longer than `patience` seconds. On other databases, :meth:`_reconcile` compares all.
         """
         if self._dialect.name != "postgresql":
             return None
         filled = self._end_of_snapshot("pg_snapshot_xmax")
         deadline = time.monotonic() + patience
-        # Not pg_visible_in_snapshot(), which is wrong about subtransactions: they come after the
-        # oldest that has not ended. `xmin` has the lower 32 bits of a number, which age() counts
-        # back from the transaction of the lock; a row of before a wraparound counts as written.
+        # pg_visible_in_snapshot() would be wrong about subtransactions, so compare with the oldest
+        # transaction that has not ended. `xmin` has the lower 32 bits of a number; age() counts
+        # back from the transaction of the lock. A row older than a wraparound counts as written.
         while (oldest := self._end_of_snapshot("pg_snapshot_xmin")) < filled:
             if time.monotonic() >= deadline:
                 logger.info(
-                    "a transaction that is older than the values of %s has not ended; they are "
-                    "compared once more under the lock",
+                    "a transaction older than the values of %s has not ended; they are compared "
+                    "again under the lock",
                     self._plan.full_name,
                 )
                 break
@@ -346,7 +345,7 @@ class _Conversion:
         return func.age(column("xmin")) <= current - literal(oldest, BigInteger)
 
     def _end_of_snapshot(self, name: str) -> int:
-        """Return the oldest transaction that has not ended, or the next one that will begin."""
+        """Return the oldest transaction that has not ended, or the next one to begin."""
         end = text(f"SELECT CAST(CAST({name}(pg_current_snapshot()) AS text) AS bigint)")
         return int(self._connection.execute(end).scalar_one())
 
@@ -354,7 +353,7 @@ class _Conversion:
         plan = self._plan
         swap = Swap(self._operations, plan, self._columns)
         if self._any(column(plan.column_name).is_not(None)):
-            self._keyring()  # a missing keyring is an error of its own, not one of every row
+            self._keyring()  # raise a missing keyring once, not for every row
         try:
             with Link(self._connection) as link, swap.locked(link):
                 self._stop_if_failed(self._reconcile(written_since))
@@ -371,7 +370,7 @@ class _Conversion:
             )
             self._finish_check()
             return
-        if is_refused:  # a value that was written meanwhile; this names its row
+        if is_refused:  # a value written meanwhile: name its row
             self._stop_if_failed(self._fill(compare=True, passes=1))
         raise RotationError(
             f"the database refused to swap {plan.full_name} and {plan.second}: {fault}. The "
@@ -379,7 +378,7 @@ class _Conversion:
         )
 
     def _reconcile(self, written_since: ColumnElement[bool] | None) -> Failures:
-        """Fill again what no longer agrees with its source: all rows, or those `written_since`."""
+        """Fill again where a row differs from its source: all rows, or those `written_since`."""
         worker = self._worker(compare=True, written_since=written_since)
         worker.prepare(self._connection)
         pace = Throttle(self._plan.batch_size, None, None, 0, time.sleep)
@@ -395,19 +394,19 @@ class _Conversion:
             more = batch.more
             after = worker.advanced(after, batch.last)
             pace.after(batch.rows, batch.size, 0)
-        # Nobody writes now, so that a row which was not looked at, or looked at twice, is a fault
-        # of the order of the primary key; and the value of one which was not is lost by the swap.
+        # Nobody writes now, so a row that was skipped or read twice means that the primary key
+        # has no reliable order; and the swap would lose the value of a skipped row.
         if pending:
             raise RotationError(
-                f"the rows of table {self._owner.fullname} cannot be gone through in the order of "
-                "their primary key, as with an inexact type (FLOAT). The column is as it was"
+                f"table {self._owner.fullname} cannot be paged by its primary key, as with an "
+                "inexact type (FLOAT). The column is as it was"
             )
-        # Whatever became of the passes: with this lock, a value that is not there is lost.
+        # Count again: under this lock, the swap loses every value that is missing.
         failures.count = max(failures.count, worker.count_stale(self._connection))
         return failures
 
     def _drop_what_is_left(self) -> None:
-        """The swap is done: drop the other column, unless it is to be kept."""
+        """Finish after the swap: drop the other column, unless `drop` or `swap` is off."""
         plan = self._plan
         if plan.swap and plan.drop:
             self._refuse_what_would_be_lost(plan.second)
@@ -419,21 +418,21 @@ class _Conversion:
 
 
 def log_failures(name: str, what: str, failed: Sequence[FailedRow], count: int) -> None:
-    """Log the first values that something is wrong with, each by primary key, and how many more."""
+    """Log the first failed values by primary key, and the number of the others."""
     for row in failed[:_FAILURES_LOGGED]:
         logger.error(
             "%s of the row with primary key %r %s: %s", name, row.primary_key, what, row.error
         )
     if len(failed) > _FAILURES_LOGGED:
-        logger.error("%s: %d values more, which are not logged", name, count - _FAILURES_LOGGED)
+        logger.error("%s: %d more values, not logged", name, count - _FAILURES_LOGGED)
 
 
 def _contents(plan: ConvertColumnOp) -> tuple[Content, Content]:
-    """Return what the column is to hold, and what the other one holds then."""
+    """Return what the column will hold, and what the other one will."""
     return ("sealed", "plain") if plan.to_sealed else ("plain", "sealed")
 
 
 def _implemented(type_: TypeEngine[Any], dialect: Dialect) -> object:
-    """Return the type that a decorator stands for."""
+    """Return the database's type of a decorator."""
     impl = type_.dialect_impl(dialect)
     return getattr(impl, "impl_instance", impl)

@@ -18,11 +18,11 @@ def dependents(
     *,
     ours: str | None = None,
 ) -> list[str]:
-    """Return what reads a column, or is made of it, each as its kind and name.
+    """Return what depends on a column, each by kind and name.
 
-    Function bodies are looked into for the triggers of the table only.
+    Function bodies are searched for triggers of the table only.
 
-    :param ours: the name of the CHECK constraint that a sealed column has, which is left out.
+    :param ours: the name of the column's own CHECK constraint, which is left out.
     """
     dialect = connection.dialect.name
     names = {"table": table_name, "schema": schema, "column": column_name, "ours": ours}
@@ -51,7 +51,7 @@ def _constraints(
 
 # Constraints and indexes, also of expressions, conditions and INCLUDE; generated columns; views,
 # rules, policies, triggers, publications, statistics. Not the column's own default, nor PostgreSQL
-# 18's NOT NULL. What a table inherits is dropped with its parent's.
+# 18's NOT NULL. Dropping a parent's column drops it in the tables that inherit it.
 _DEPENDS_ON_COLUMN: Final = text("""
 WITH RECURSIVE family (relation) AS (
     SELECT CAST(to_regclass(coalesce(quote_ident(CAST(:schema AS text)) || '.', '')
@@ -81,7 +81,7 @@ def _on_postgresql(connection: Connection, names: Mapping[str, Any]) -> Iterator
     yield from connection.scalars(_DEPENDS_ON_COLUMN, names)
     owner = {name: names[name] for name in ("table", "schema")}
     for trigger, body, arguments in connection.execute(_TRIGGER_FUNCTIONS, owner):
-        # The function may be given names of columns, each of which ends with a NUL.
+        # Its arguments may name columns. A NUL ends each argument.
         words = arguments.replace("\\000", " ")
         if names["column"].lower() in _tokens(f"{body} {words}"):
             yield f"trigger {trigger}"
@@ -139,9 +139,9 @@ def _on_mysql(connection: Connection, names: Mapping[str, Any]) -> Iterator[str]
             yield f"default of column {name}"
     for name, clause, of_column in rows(_MARIADB_CHECKS if is_mariadb else _MYSQL_CHECKS):
         found = _tokens(f"CHECK ({clause})", escapes=True)
-        # MariaDB's JSON type is text with such a check, which goes with the column.
-        goes_with_it = name == names["ours"] or (of_column and _says_json(found, column))
-        if column in found and not goes_with_it:
+        # MariaDB's JSON type is text with such a check, dropped with the column.
+        is_dropped_with_it = name == names["ours"] or (of_column and _says_json(found, column))
+        if column in found and not is_dropped_with_it:
             yield f"check constraint {name}"
     for name, clause in () if is_mariadb else rows(_MYSQL_INDEXES):
         if column in _tokens(clause, escapes=True):
@@ -174,7 +174,7 @@ def _on_sqlite(connection: Connection, names: Mapping[str, Any]) -> Iterator[str
 
 
 def _in_create_table(created: list[str], column: str, ours: str) -> Iterator[str]:
-    """Give what reads `column` in the CREATE TABLE of its table."""
+    """Give what depends on `column` in the CREATE TABLE of its table."""
     for first, *others in _parts(created):
         if first == column:
             is_ours = ours in others and others.count("check") == 1
@@ -190,7 +190,7 @@ def _in_create_table(created: list[str], column: str, ours: str) -> Iterator[str
 
 
 _KEY_WORDS: Final = frozenset({"constraint", "primary", "unique", "foreign"})
-"""What a part of a CREATE TABLE begins with that is no column, and that reflection shows."""
+"""The first words of constraints in a CREATE TABLE, which reflection shows."""
 
 
 def _parts(created: list[str]) -> Iterator[list[str]]:
@@ -209,13 +209,13 @@ def _parts(created: list[str]) -> Iterator[list[str]]:
 
 
 def _has_star(tokens: list[str]) -> bool:
-    """Say whether every column is selected: a star that is no product and no ``count(*)``."""
+    """Say whether a star selects every column, and is no product and no ``count(*)``."""
     ahead = {one for one, other in pairwise(tokens) if other == "*"}
     return not ahead.isdisjoint({"select", "distinct", "all", ",", "."})
 
 
 def _says_json(tokens: list[str], column: str) -> bool:
-    """Say whether the one thing that reads `column` is a check that it is JSON."""
+    """Say whether the only use of `column` is a check that it is JSON."""
     said = f"check ( json_valid ( {column} ) )" in " ".join(tokens)
     return said and tokens.count(column) == 1
 
@@ -226,10 +226,10 @@ _WORD: Final = r"[\w$]+|[^\w\s]"
 
 
 def _tokens(sql: str | None, *, escapes: bool = False, brackets: bool = False) -> list[str]:
-    """Return the names and signs in `sql`, in small letters; no strings and no comments.
+    """Return the names and signs in `sql` in lower case, without strings and comments.
 
-    :param escapes: a backslash in a string takes the meaning from a quote.
-    :param brackets: a name may stand in brackets.
+    :param escapes: a backslash escapes a quote in a string.
+    :param brackets: brackets may quote a name.
     """
     string = r"'(?:[^'\\]|\\.|'')*'" if escapes else r"'(?:[^']|'')*'"
     quoted = rf"{_QUOTED}|\[[^\]]*\]" if brackets else _QUOTED

@@ -1,8 +1,7 @@
-"""How the operations are carried out, on the connection of the migration."""
+"""Run the operations on the connection of the migration."""
 
 from __future__ import annotations
 
-import inspect as python_inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -200,10 +199,10 @@ def _is_written_as_sql(operations: Operations) -> bool:
 
 @contextmanager
 def _autocommit_block(context: MigrationContext) -> Iterator[None]:
-    """Alembic's block, except that what ended it is raised also when the connection is gone.
+    """Raise the cause when Alembic's block ends on a connection that is gone.
 
-    SQLAlchemy gives a connection up that is interrupted (Ctrl-C) or lost; the block fails to end
-    on it, and that failure would be all that is said.
+    SQLAlchemy gives up a connection that is interrupted (Ctrl-C) or lost. The block then fails at
+    its end, and that failure would hide the cause.
     """
     assert context.connection is not None
     errors = errors_of(context.connection.dialect)
@@ -216,7 +215,7 @@ def _autocommit_block(context: MigrationContext) -> Iterator[None]:
                 cause = error
                 if isinstance(error, KeyboardInterrupt):
                     logger.warning(
-                        "interrupted; the batch in hand is rolled back, the others are kept, and "
+                        "interrupted; the current batch is rolled back, earlier ones are kept, and "
                         "the revision is not stamped. Run it again to go on"
                     )
                 raise
@@ -228,14 +227,14 @@ def _autocommit_block(context: MigrationContext) -> Iterator[None]:
 
 
 def _finish(report: RotationReport, name: str, connection: Connection, column: Column[Any]) -> None:
-    """Log what does not open, and fail while something is left to do."""
+    """Log the values that do not open; fail if any value is left to do."""
     log_failures(name, "does not open", report.failed, report.failed_count)
     if report.ok:
         return
     cause = (
         "because they do not open (the first were logged by primary key) or because a process "
-        "still seals otherwise. The others are re-encrypted; the revision is not stamped, so run "
-        "it again when these rows are dealt with"
+        "still seals with another key or context. The others are re-encrypted; the revision is "
+        "not stamped. Mend these rows, then run it again"
     )
     if {row.error for row in report.failed} == {"TamperedError"}:
         values = connection.scalar(select(func.count(column)).select_from(column.table))
@@ -272,7 +271,7 @@ def _is_plain(connection: Connection, operation: ColumnOp, type_: TypeEngine[Any
 
 
 def _log(progress: RotationProgress) -> None:
-    # Writers may have added some since they were counted.
+    # Writers may have added values since the count.
     total = max(progress.total, progress.rotated)
     logger.info(
         "re-encrypted %d of %d values of %s so far", progress.rotated, total, progress.table
@@ -296,7 +295,7 @@ def _refuse_where_batches_cannot_commit(context: MigrationContext, what: str) ->
 def _reflect(
     connection: Connection, operation: ValuesOp, accept_contexts: Iterable[str]
 ) -> Column[Any]:
-    """Return the column, in its table as the database has it, with the type of the migration."""
+    """Return the column with the operation's type, in its table as the database has it."""
     needed = (operation.column_name, *operation.bound_to)
     reflected = reflect_table(connection, operation.table_name, operation.schema, needed)
     type_ = reflected.columns[operation.column_name]["type"]
@@ -317,16 +316,12 @@ def _reflect(
     return table.c[operation.column_name]
 
 
+@Operations.implementation_for(ops.AlterColumnOp, replace=True)
 def _alter_column(operations: Operations, operation: ops.AlterColumnOp) -> None:
-    """Carry out Alembic's own operation, unless it gives a sealed column a server default."""
+    """Run Alembic's own operation, unless it gives a sealed column a server default."""
     type_ = to_instance(operation.modify_type or operation.existing_type)
     default = operation.modify_server_default
     if isinstance(type_, EncryptedJSON) and default is not False:
         column = f"{operation.table_name}.{operation.column_name}"
         refuse_server_default(column, "server_default", default)
     toimpl.alter_column(operations, operation)
-
-
-# From Alembic 1.17.2 on; before, only the column's CHECK constraint refuses such a default.
-if "replace" in python_inspect.signature(Operations.implementation_for).parameters:
-    Operations.implementation_for(ops.AlterColumnOp, replace=True)(_alter_column)
