@@ -22,7 +22,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the table if it is empty; with ``-x drop_secrets=yes``, whatever it holds."""
+    """Drop the table if it is empty; with ``-x drop_secrets=yes``, drop its secrets too."""
     told = context.get_x_argument(as_dictionary=True).get("drop_secrets") == "yes"
     try:
         op.drop_lucent_secrets(force=told)

@@ -22,4 +22,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Nothing to undo: every value stays readable, whichever key it is under."""
+    """Nothing to undo: every value stays readable under any key of the keyring."""

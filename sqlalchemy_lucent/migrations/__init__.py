@@ -1,4 +1,4 @@
-"""Alembic's side: operations, renderers, and what autogenerate looks at.
+"""Alembic operations, their rendering, and what autogenerate compares.
 
 In a migration environment's ``env.py``::
 
@@ -11,12 +11,11 @@ In a migration environment's ``env.py``::
         transaction_per_migration=True,
     )
 
-The import registers the operations with Alembic (and, from Alembic 1.18 on, the comparators as a
-plugin that is used only where ``autogenerate_plugins`` names it), in the ways that Alembic
-documents for its users; nothing is patched. Each operation is a method of ``op`` and, for type
-checkers, a function of this module.
+The import registers the operations with Alembic, and the comparators as a plugin that runs only
+where ``autogenerate_plugins`` names it. Each operation is a method of ``op`` and, typed, a function
+of this module.
 
-Operations on data commit batch by batch on Alembic's own connection, so keep them in revisions of
+Operations on data commit batch by batch on Alembic's own connection. Keep them in revisions of
 their own, apart from changes of the schema, and configure ``transaction_per_migration=True``.
 """
 

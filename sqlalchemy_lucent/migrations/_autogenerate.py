@@ -1,4 +1,4 @@
-"""What autogenerate finds: conversions, values to re-encrypt, renames, columns like secrets."""
+"""What autogenerate finds: conversions, values to re-encrypt, renames, unencrypted secrets."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from alembic.operations.ops import (
     ModifyTableOps,
     UpgradeOps,
 )
+from alembic.runtime.plugins import Plugin
+from alembic.util import DispatchPriority, PriorityDispatchResult
 from sqlalchemy import (
     JSON,
     Column,
@@ -31,8 +33,6 @@ from sqlalchemy import (
     String,
     Table,
     Uuid,
-    literal,
-    select,
 )
 from sqlalchemy import table as table_clause
 from sqlalchemy.exc import NoSuchTableError, UnreflectableTableError
@@ -46,7 +46,7 @@ from ..rotation import needs_rotation
 from ..rotation.jobs import RebindWorker
 from ..rotation.targets import resolve_targets
 from ..types import EncryptedJSON, has_check
-from ._checks import find_check
+from ._checks import find_check, has_row
 from ._run import is_empty
 from .operations import (
     BoundTo,
@@ -70,22 +70,21 @@ LINT_PLUGIN_NAME = "lucent_lint"
 ``sqlalchemy_lucent.*`` does not select it."""
 
 _SAMPLE: Final = 20
-"""Values that are opened to tell whether a column's values are of its context."""
+"""How many values are opened to tell whether a column's values are of its context."""
 
 
-def setup(plugin: Any) -> None:
-    """Add the comparators to an Alembic plugin (Alembic 1.18 and later)."""
+def setup(plugin: Plugin) -> None:
+    """Add the comparators to an Alembic plugin."""
     plugin.add_autogenerate_comparator(
         _compare_columns, "autogenerate", "lucent", priority=DispatchPriority.LAST
     )
 
 
 def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> Any:
-    """Put conversions in the place of bare type changes.
+    """Replace bare type changes by conversions; if the schema is up to date, look at the values.
 
-    Where the schema is up to date, add what is to be done for values.
-
-    A rotation shares its revision with no change of schema, and the tables may not be there yet.
+    A rotation must not share its revision with a change of the schema, whose tables may not exist
+    yet.
     """
     connection = autogen_context.connection
     assert connection is not None
@@ -95,10 +94,10 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
     if conversions and not upgrade_ops.is_empty():
         logger.warning(
             "This revision changes the schema and converts values. It converts first; if it is "
-            "killed later on, it may have to be finished by hand. Two revisions are safer"
+            "killed after that, it may have to be finished by hand. Two revisions are safer"
         )
     _free_columns_of_checks(autogen_context, upgrade_ops)
-    # First, so that a run that was killed while it converted can begin at the beginning again.
+    # First, so that a revision killed during a conversion can be run again from its start.
     upgrade_ops.ops[:0] = [*drops, *conversions]
     if not upgrade_ops.is_empty():
         tables = autogen_context.sorted_tables
@@ -118,9 +117,9 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
 
 
 def _included_columns(autogen_context: AutogenContext) -> Iterator[Column[Any]]:
-    """Give the columns that the environment's filters let autogenerate look at.
+    """Give the columns that the environment's filters include.
 
-    They are asked as Alembic asks them: with what is in the database beside what is in the models.
+    As in Alembic, a filter gets the object of the database with the one of the models.
     """
     assert autogen_context.connection is not None
     inspector = autogen_context.inspector
@@ -136,14 +135,16 @@ def _included_columns(autogen_context: AutogenContext) -> Iterator[Column[Any]]:
         found = Table(table.name, MetaData(), schema=schema)
         with suppress(NoSuchTableError, UnreflectableTableError):
             inspector.reflect_table(found, None, resolve_fks=False)
-        there = found if len(found.columns) else None
-        if not autogen_context.run_object_filters(table, table.name, "table", False, there):
+        existing = found if len(found.columns) else None
+        if not autogen_context.run_object_filters(table, table.name, "table", False, existing):
             continue
         for column in table.columns:
-            name, beside = column.name, found.columns.get(column.name)
+            name, existing_column = column.name, found.columns.get(column.name)
             if autogen_context.run_name_filters(
                 name, "column", {"table_name": table.name, "schema_name": schema}
-            ) and autogen_context.run_object_filters(column, name, "column", False, beside):
+            ) and autogen_context.run_object_filters(
+                column, name, "column", False, existing_column
+            ):
                 yield column
 
 
@@ -159,8 +160,17 @@ def _is_in_a_table(connection: Connection, column: Column[Any]) -> bool:
     return False
 
 
+def _modifications(upgrade_ops: UpgradeOps) -> Iterator[ModifyTableOps]:
+    """Give the changes of each table; drop those that the caller leaves empty."""
+    for table_ops in list(upgrade_ops.ops):
+        if isinstance(table_ops, ModifyTableOps):
+            yield table_ops
+            if not table_ops.ops:
+                upgrade_ops.ops.remove(table_ops)
+
+
 def _free_columns_of_checks(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
-    """Have a CHECK dropped before its column is, on a copy of a SQLite table.
+    """Drop a CHECK before its column, where batch mode copies a SQLite table.
 
     Batch mode reflects the constraint as text, and would write it into a table without the column.
     """
@@ -168,20 +178,19 @@ def _free_columns_of_checks(autogen_context: AutogenContext, upgrade_ops: Upgrad
     assert connection is not None
     if connection.dialect.name != "sqlite" or not autogen_context.opts.get("render_as_batch"):
         return
-    for table_ops in list(upgrade_ops.ops):
-        if not isinstance(table_ops, ModifyTableOps):
-            continue
+    for table_ops in _modifications(upgrade_ops):
         name, schema = table_ops.table_name, table_ops.schema
         for operation in table_ops.ops:
             if isinstance(operation, DropColumnOp):
                 dropped = operation.column_name
                 if find_check(connection, name, dropped, schema):
                     upgrade_ops.ops.insert(0, DropSealedCheckOp(name, dropped, schema=schema))
-            elif isinstance(operation, AddColumnOp):
-                added = operation.column
-                if has_check(added, connection.dialect):
-                    # It comes with the column, and is there for its reverse.
-                    upgrade_ops.ops.append(CreateSealedCheckOp(name, added.name, schema=schema))
+            elif isinstance(operation, AddColumnOp) and has_check(
+                operation.column, connection.dialect
+            ):
+                # Adding the column adds the constraint: this is for its reverse.
+                added = operation.column.name
+                upgrade_ops.ops.append(CreateSealedCheckOp(name, added, schema=schema))
 
 
 def _missing_checks(
@@ -199,77 +208,47 @@ def _missing_checks(
 
 
 def _warn_of_renames(upgrade_ops: UpgradeOps) -> None:
-    """Autogenerate takes what was renamed for something added and something dropped."""
-    _warn_of_renamed_tables(upgrade_ops)
-    for table_ops in upgrade_ops.ops:
-        if not isinstance(table_ops, ModifyTableOps):
-            continue
-        added = [
-            operation.column.name
-            for operation in table_ops.ops
-            if isinstance(operation, AddColumnOp)
-            and isinstance(operation.column.type, EncryptedJSON)
-        ]
-        dropped = [
-            operation.column_name
-            for operation in table_ops.ops
-            if isinstance(operation, DropColumnOp)
-            and isinstance(operation.to_column().type, _Binary)
-        ]
-        for name in added if dropped else ():
-            logger.warning(
-                "%s.%s is added and %s is dropped, with its values. If it was renamed, write "
-                "op.alter_column(..., new_column_name=%r) instead, and declare the column as "
-                "EncryptedJSON(accept_contexts=[%r]) so that its values open",
-                table_ops.table_name,
-                name,
-                " or ".join(dropped),
-                name,
-                f"{table_ops.table_name}.{dropped[0]}",
-            )
-
-
-def _warn_of_renamed_tables(upgrade_ops: UpgradeOps) -> None:
-    created = [op.to_table() for op in upgrade_ops.ops if isinstance(op, CreateTableOp)]
+    """Warn that autogenerate writes a rename as something added and something dropped."""
+    template = (
+        "%s is %s and %s is dropped, with its values. If it was renamed, write %s instead, and "
+        "declare %s as EncryptedJSON(accept_contexts=[%r]) so that its values open"
+    )
     dropped = [op.to_table() for op in upgrade_ops.ops if isinstance(op, DropTableOp)]
-    for new in created:
-        for column in new.columns:
-            olds = [
-                old.name
-                for old in dropped
-                if column.name in old.c and isinstance(old.c[column.name].type, _Binary)
-            ]
-            if isinstance(column.type, EncryptedJSON) and olds:
-                logger.warning(
-                    "%s is created and %s is dropped, with the values of %s. If it was renamed, "
-                    "write op.rename_table(%r, %r) instead, and declare the column as "
-                    "EncryptedJSON(accept_contexts=[%r]) so that its values open",
-                    new.name,
-                    " or ".join(olds),
-                    column.name,
-                    olds[0],
-                    new.name,
-                    f"{olds[0]}.{column.name}",
-                )
+    created = [op.to_table() for op in upgrade_ops.ops if isinstance(op, CreateTableOp)]
+    for table, new in [(owner, column) for owner in created for column in owner.columns]:
+        names = [t.name for t in dropped if new.name in t.c and _may_replace(t.c[new.name], new)]
+        if names:
+            fix = f"op.rename_table({names[0]!r}, {table.name!r})"
+            old = f"{names[0]}.{new.name}"
+            logger.warning(template, table.name, "created", " or ".join(names), fix, new, old)
+    for table_ops in _modifications(upgrade_ops):
+        owner = table_ops.table_name
+        gone = [op.to_column() for op in table_ops.ops if isinstance(op, DropColumnOp)]
+        for new in [op.column for op in table_ops.ops if isinstance(op, AddColumnOp)]:
+            names = [column.name for column in gone if _may_replace(column, new)]
+            if names:
+                fix = f"op.alter_column(..., new_column_name={new.name!r})"
+                full = f"{owner}.{new.name}"
+                old = f"{owner}.{names[0]}"
+                logger.warning(template, full, "added", " or ".join(names), fix, full, old)
+
+
+def _may_replace(old: Column[Any], new: Column[Any]) -> bool:
+    return isinstance(new.type, EncryptedJSON) and isinstance(old.type, _Binary)
 
 
 def _take_conversions(connection: Connection, upgrade_ops: UpgradeOps) -> Iterator[ConvertColumnOp]:
     """Take the type changes from or to `EncryptedJSON` out of `upgrade_ops`."""
-    for table_ops in list(upgrade_ops.ops):
-        if not isinstance(table_ops, ModifyTableOps):
-            continue
+    for table_ops in _modifications(upgrade_ops):
         for operation in list(table_ops.ops):
             if not isinstance(operation, AlterColumnOp):
                 continue
             conversion = _conversion_for(connection, operation)
-            if conversion is None:
-                continue
-            yield conversion
-            operation.existing_type, operation.modify_type = operation.modify_type, None
-            if not operation.has_changes():
-                table_ops.ops.remove(operation)
-        if not table_ops.ops:
-            upgrade_ops.ops.remove(table_ops)
+            if conversion is not None:
+                yield conversion
+                operation.existing_type, operation.modify_type = operation.modify_type, None
+                if not operation.has_changes():
+                    table_ops.ops.remove(operation)
 
 
 def _take_drops(
@@ -279,9 +258,9 @@ def _take_drops(
 ) -> Iterator[MigrateOperation]:
     """Take out what drops an index or constraint of a table that is converted.
 
-    A conversion refuses a column that has one, so these go first. It also commits what was before
-    it, so that after a kill they are done already: IF EXISTS, where Alembic and the database know
-    it.
+    These go first, since a conversion refuses a column that has one. It also commits them, so they
+    have IF EXISTS, where Alembic and the database know it, for a revision that is run again after
+    a kill.
     """
     assert autogen_context.dialect is not None
     dialect = autogen_context.dialect
@@ -290,9 +269,7 @@ def _take_drops(
         "render_as_batch"
     )
     converted = {(operation.table_name, operation.schema) for operation in conversions}
-    for table_ops in list(upgrade_ops.ops):
-        if not isinstance(table_ops, ModifyTableOps):
-            continue
+    for table_ops in _modifications(upgrade_ops):
         if (table_ops.table_name, table_ops.schema) not in converted:
             continue
         constraints = ModifyTableOps(table_ops.table_name, [], schema=table_ops.schema)
@@ -310,8 +287,6 @@ def _take_drops(
         if constraints.ops:
             yield constraints  # first: MySQL keeps an index that a foreign key needs
         yield from indexes  # not in a batch, which does not take `if_exists`
-        if not table_ops.ops:
-            upgrade_ops.ops.remove(table_ops)
 
 
 def _conversion_for(connection: Connection, operation: AlterColumnOp) -> ConvertColumnOp | None:
@@ -329,16 +304,16 @@ def _conversion_for(connection: Connection, operation: AlterColumnOp) -> Convert
             create_constraint=new.create_constraint,
         )
     if isinstance(new, (JSON, String)) and isinstance(old, _Binary):
-        owner = table_clause(operation.table_name, Column(name, LargeBinary), schema=schema)
-        sealed = select(literal(1)).where(_sql.key_version(owner.c[name]).is_not(None)).limit(1)
-        if connection.execute(sealed.select_from(owner)).first() is not None:
+        value: Column[Any] = Column(name, LargeBinary)
+        owner = table_clause(operation.table_name, value, schema=schema)
+        if has_row(connection, owner, _sql.key_version(value).is_not(None)):
             logger.info("Detected that %s.%s is to be decrypted", operation.table_name, name)
             return DecryptColumnOp(operation.table_name, name, existing_type=new, schema=schema)
     return None
 
 
 def _work_on_values(connection: Connection, column: Column[Any]) -> Iterator[ColumnOp]:
-    """Give the operations that the values of a column ask for: one at most."""
+    """Give the operation that the values of a column need, if any."""
     type_ = column.type
     assert isinstance(type_, EncryptedJSON)
     table = column.table
@@ -356,8 +331,8 @@ def _work_on_values(connection: Connection, column: Column[Any]) -> Iterator[Col
         )
         return
     worker = RebindWorker(table, column, cache(default_keyring), connection.dialect)
-    # All values are opened while a column accepts earlier contexts, because the first ones may have
-    # been written anew. Whoever is told that none is left takes `accept_contexts` out.
+    # While a column accepts earlier contexts, open all values, not only the first: when none of
+    # them needs an earlier context, the user removes `accept_contexts`.
     earlier = worker.earlier_context(connection) if type_.accept_contexts else None
     if earlier is not None:
         logger.info("Detected values of %s in the context %s", column, earlier)
@@ -403,7 +378,7 @@ _LOOKS_SECRET: Final = re.compile(
 )
 
 
-def _setup_lint(plugin: Any) -> None:
+def _setup_lint(plugin: Plugin) -> None:
     plugin.add_autogenerate_comparator(
         _warn_of_plain_secrets, "autogenerate", "lucent_lint", priority=DispatchPriority.LAST
     )
@@ -422,11 +397,5 @@ def _warn_of_plain_secrets(autogen_context: AutogenContext, upgrade_ops: Upgrade
     return PriorityDispatchResult.CONTINUE
 
 
-try:
-    from alembic.runtime.plugins import Plugin
-    from alembic.util import DispatchPriority, PriorityDispatchResult
-except ImportError:  # Alembic before 1.18 has no plugins, and so no comparators of others
-    pass
-else:
-    setup(Plugin(PLUGIN_NAME))
-    _setup_lint(Plugin(LINT_PLUGIN_NAME))
+setup(Plugin(PLUGIN_NAME))
+_setup_lint(Plugin(LINT_PLUGIN_NAME))

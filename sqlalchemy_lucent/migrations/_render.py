@@ -1,91 +1,50 @@
-"""How the operations and column types are written into a generated file."""
+"""Render operations and column types into a revision file."""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import MISSING, Field, fields
+from typing import Any, Literal
 
 from alembic.autogenerate.api import AutogenContext
 from alembic.autogenerate.render import _repr_type, renderers
 from sqlalchemy import Computed
 from sqlalchemy.sql.expression import ColumnClause
+from sqlalchemy.types import TypeEngine
 
 from .._sql import key_version
 from ..models import UTCDateTime
 from ..types import EncryptedJSON
-from .operations import (
-    ColumnOp,
-    ConvertColumnOp,
-    CreateLucentSecretsOp,
-    CreateSealedCheckOp,
-    DecryptColumnOp,
-    DropLucentSecretsOp,
-    DropSealedCheckOp,
-    EncryptColumnOp,
-    RebindEncryptedColumnOp,
-    RotateEncryptedColumnOp,
-    SealedCheckOp,
-)
+from .operations import LucentOp
 
 
-@renderers.dispatch_for(CreateLucentSecretsOp)
-def _render_create(autogen_context: AutogenContext, operation: CreateLucentSecretsOp) -> str:
-    return f"op.create_lucent_secrets({_rendered_name(operation)})"
+@renderers.dispatch_for(LucentOp)
+def _render_operation(autogen_context: AutogenContext, operation: LucentOp) -> str:
+    """Render the call, with the arguments that differ from their defaults."""
+    arguments = []
+    declared: Any = operation
+    for field in sorted(
+        fields(declared), key=lambda field: field.kw_only and field.default is not MISSING
+    ):
+        value = getattr(operation, field.name)
+        # A `reader` or `writer` is a function and has no text: add it by hand.
+        if value == field.default or callable(value):
+            continue
+        name = f"{field.name}=" if field.kw_only else ""
+        arguments.append(name + _render_value(value, autogen_context))
+    return f"op.{operation.name}({', '.join(arguments)})"
 
 
-@renderers.dispatch_for(DropLucentSecretsOp)
-def _render_drop(autogen_context: AutogenContext, operation: DropLucentSecretsOp) -> str:
-    return f"op.drop_lucent_secrets({_rendered_name(operation)})"
+def _is_option(field: Field[Any]) -> bool:
+    return field.kw_only and field.default is not MISSING
 
 
-def _rendered_name(operation: CreateLucentSecretsOp | DropLucentSecretsOp) -> str:
-    arguments = [] if operation.table_name == "lucent_secrets" else [repr(operation.table_name)]
-    if operation.schema is not None:
-        arguments.append(f"schema={operation.schema!r}")
-    return ", ".join(arguments)
-
-
-@renderers.dispatch_for(RotateEncryptedColumnOp)
-def _render_rotate(autogen_context: AutogenContext, operation: RotateEncryptedColumnOp) -> str:
-    return _rendered_call("rotate_encrypted_column", autogen_context, operation)
-
-
-@renderers.dispatch_for(EncryptColumnOp)
-def _render_encrypt(autogen_context: AutogenContext, operation: EncryptColumnOp) -> str:
-    return _rendered_call("encrypt_column", autogen_context, operation)
-
-
-@renderers.dispatch_for(DecryptColumnOp)
-def _render_decrypt(autogen_context: AutogenContext, operation: DecryptColumnOp) -> str:
-    return _rendered_call("decrypt_column", autogen_context, operation)
-
-
-@renderers.dispatch_for(RebindEncryptedColumnOp)
-def _render_rebind(autogen_context: AutogenContext, operation: RebindEncryptedColumnOp) -> str:
-    return _rendered_call("rebind_encrypted_column", autogen_context, operation)
-
-
-@renderers.dispatch_for(CreateSealedCheckOp)
-@renderers.dispatch_for(DropSealedCheckOp)
-def _render_sealed_check(autogen_context: AutogenContext, operation: SealedCheckOp) -> str:
-    schema = "" if operation.schema is None else f", schema={operation.schema!r}"
-    return f"op.{operation.name}({operation.table_name!r}, {operation.column_name!r}{schema})"
-
-
-def _rendered_call(name: str, autogen_context: AutogenContext, operation: ColumnOp) -> str:
-    """Render a call; a `reader` or `writer` is a function, which has no text: add it by hand."""
-    arguments = [repr(operation.table_name), repr(operation.column_name)]
-    if isinstance(operation, ConvertColumnOp):
-        rendered = _repr_type(operation.existing_type, autogen_context)
-        arguments.append(f"existing_type={rendered}")
-    if isinstance(operation, RebindEncryptedColumnOp):
-        arguments.append(f"from_context={operation.from_context!r}")
-    for argument, value in operation.arguments().items():
-        if isinstance(value, dict):
-            members = (f"{n!r}: {_repr_type(t, autogen_context)}" for n, t in value.items())
-            arguments.append(f"{argument}={{{', '.join(members)}}}")
-        else:
-            arguments.append(f"{argument}={value!r}")
-    return f"op.{name}({', '.join(arguments)})"
+def _render_value(value: object, autogen_context: AutogenContext) -> str:
+    if isinstance(value, TypeEngine):
+        return _repr_type(value, autogen_context)
+    if isinstance(value, dict):
+        members = (f"{name!r}: {_repr_type(t, autogen_context)}" for name, t in value.items())
+        return f"{{{', '.join(members)}}}"
+    return repr(value)
 
 
 def render_item(type_: str, item: object, autogen_context: AutogenContext) -> str | Literal[False]:

@@ -1,12 +1,11 @@
-"""How the operations are carried out, on the connection of the migration."""
+"""Run the operations on the connection of the migration."""
 
 from __future__ import annotations
 
-import inspect as python_inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from copy import copy
 from typing import Any, TypeVar
 
 from alembic.operations import Operations, ops, toimpl
@@ -18,7 +17,6 @@ from sqlalchemy import (
     MetaData,
     Table,
     func,
-    literal,
     select,
 )
 from sqlalchemy import column as column_clause
@@ -27,6 +25,7 @@ from sqlalchemy.types import TypeEngine, to_instance
 
 from .. import _sql
 from .._database.faults import Fault, errors_of, fault_of
+from .._database.reflection import reflect_table, translated
 from .._database.relations import is_binary
 from .._database.visibility import require_full_visibility
 from .._statements import refuse_server_default
@@ -37,22 +36,18 @@ from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate
 from ..rotation._run import run_workers
 from ..rotation.jobs import RebindWorker
 from ..types import EncryptedJSON
-from ._checks import create_check, declared_check, drop_check
+from ._checks import SealedCheck, has_row, not_encrypted
 from ._convert import convert_column, log_failures
-from ._reflect import reflect_table, translated
 from .operations import (
     ColumnOp,
     ConvertColumnOp,
     CreateLucentSecretsOp,
     CreateSealedCheckOp,
-    DecryptColumnOp,
     DropLucentSecretsOp,
     DropSealedCheckOp,
-    EncryptColumnOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
-    SealedCheckOp,
-    bound_types,
+    ValuesOp,
 )
 
 logger = logging.getLogger("alembic.runtime.migration.lucent")
@@ -71,7 +66,7 @@ def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp)
         if operations.migration_context.as_sql:
             raise RotationError(
                 f"offline, nothing can tell whether {name} holds secrets; "
-                "to drop it whatever it holds, pass force=True"
+                "to drop it with any that it holds, pass force=True"
             )
         connection = operations.get_bind()
         schema = translated(connection, operation.schema)
@@ -80,39 +75,42 @@ def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp)
         count = connection.scalar(counted)
         if count:
             raise RotationError(
-                f"{name} holds {count} secrets, which nothing could bring back; "
-                "to drop them all the same, pass force=True"
+                f"{name} holds {count} secrets, which cannot be restored; to drop them all the "
+                "same, pass force=True"
             )
     operations.impl.drop_table(secrets_table(MetaData(), name, schema=operation.schema))
 
 
-_Op = TypeVar("_Op", bound=ColumnOp | SealedCheckOp)
+_Op = TypeVar("_Op", bound=ColumnOp)
 _Implementation = Callable[[Operations, _Op], None]
 
 
-def _in_our_words(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
-    """Have `implementation` raise an error of ours where the database or its driver ends it."""
-    name = implementation.__name__.removeprefix("_")
+def _in_batches(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
+    """Have `implementation` commit as it goes, in the schema of the database.
+
+    Errors of the database or its driver are raised as errors of ours.
+    """
 
     def carry_out(operations: Operations, operation: _Op) -> None:
         context = operations.migration_context
-        connection = context.connection
-        if context.as_sql or connection is None:
-            return implementation(operations, operation)
+        what = f"{operation.name} of {operation.full_name}"
+        _refuse_where_batches_cannot_commit(context, what)
+        connection = operations.get_bind()
         errors: tuple[type[Exception], ...] = (Fault, *errors_of(connection.dialect))
+        translated_operation = copy(operation)
+        translated_operation.schema = translated(connection, operation.schema)
         try:
-            return implementation(operations, operation)
+            with _autocommit_block(context):
+                return implementation(operations, translated_operation)
         except errors as error:
             fault = (
                 error
                 if isinstance(error, Fault)
                 else fault_of(error, connection.dialect, lost=connection.invalidated)
             )
-            names = (operation.schema, operation.table_name, operation.column_name)
             message = (
-                f"the database ended {name} of {'.'.join(filter(None, names))}: {fault.said}. "
-                "Batches that were committed stay, and the revision is not stamped. "
-                f"{fault.again()}"
+                f"the database ended {what}: {fault.said}. Batches that were committed stay, and "
+                f"the revision is not stamped. {fault.again()}"
             )
         # Not chained: SQLAlchemy's error has the parameters.
         raise RotationError(message)
@@ -121,28 +119,23 @@ def _in_our_words(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
 
 
 @Operations.implementation_for(RotateEncryptedColumnOp)
-@_in_our_words
+@_in_batches
 def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedColumnOp) -> None:
-    context = operations.migration_context
     name = operation.full_name
-    _refuse_where_batches_cannot_commit(context, f"rotate_encrypted_column of {name}")
-    with _autocommit_block(context):
-        assert context.connection is not None
-        column = _reflect(context.connection, operation, operation.accept_contexts)
-        if is_empty(context.connection, column):
-            logger.info("%s holds no value; nothing to re-encrypt", name)
-            return
-        if operation.assert_only:
-            if needs_rotation(context.connection, column):
-                raise RotationError(
-                    f"{name} holds values that are not under the primary key; this migration only "
-                    "checks. Re-encrypt them with sqlalchemy_lucent.rotate(), then run it again"
-                )
-            return
-        report = rotate(
-            context.connection, column, batch_size=operation.batch_size, on_progress=_log
-        )
-        _finish(report, name, context.connection, column)
+    connection = operations.get_bind()
+    column = _reflect(connection, operation, operation.accept_contexts)
+    if is_empty(connection, column):
+        logger.info("%s holds no value; nothing to re-encrypt", name)
+        return
+    if operation.assert_only:
+        if needs_rotation(connection, column):
+            raise RotationError(
+                f"{name} holds values that are not under the primary key; this migration only "
+                "checks. Re-encrypt them with sqlalchemy_lucent.rotate(), then run it again"
+            )
+        return
+    report = rotate(connection, column, batch_size=operation.batch_size, on_progress=_log)
+    _finish(report, name, connection, column)
     logger.info(
         "re-encrypted %d values of %s under key version %s",
         report.rotated,
@@ -151,99 +144,66 @@ def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedC
     )
 
 
-@Operations.implementation_for(EncryptColumnOp)
-@_in_our_words
-def _encrypt_column(operations: Operations, operation: EncryptColumnOp) -> None:
-    _convert(operations, operation, f"encrypt_column of {operation.full_name}")
+@Operations.implementation_for(RebindEncryptedColumnOp)
+@_in_batches
+def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedColumnOp) -> None:
+    name = operation.full_name
+    connection = operations.get_bind()
+    column = _reflect(connection, operation, accept_contexts=[operation.from_context])
+    if is_empty(connection, column):
+        logger.info("%s holds no value; nothing to re-seal", name)
+        return
+    keyring = default_keyring()
+    report = run_workers(
+        connection,
+        [RebindWorker(column.table, column, lambda: keyring, connection.dialect)],
+        keyring,
+        batch_size=operation.batch_size,
+        on_progress=_log,
+    )
+    _finish(report, name, connection, column)
+    logger.info(
+        "re-sealed %d values of %s in context %s", report.rotated, name, operation.own_context
+    )
 
 
-@Operations.implementation_for(DecryptColumnOp)
-@_in_our_words
-def _decrypt_column(operations: Operations, operation: DecryptColumnOp) -> None:
-    _convert(operations, operation, f"decrypt_column of {operation.full_name}")
-
-
-def _convert(operations: Operations, operation: ConvertColumnOp, what: str) -> None:
-    context = operations.migration_context
-    _refuse_where_batches_cannot_commit(context, what)
-    with _autocommit_block(context):
-        plan = operation.plan()
-        schema = translated(operations.get_bind(), plan.schema)
-        convert_column(operations, replace(plan, schema=schema))
+Operations.implementation_for(ConvertColumnOp)(_in_batches(convert_column))
 
 
 @Operations.implementation_for(CreateSealedCheckOp)
-@_in_our_words
 def _create_sealed_check(operations: Operations, operation: CreateSealedCheckOp) -> None:
-    where = _place_of_check(operations, operation)
-    if operations.migration_context.as_sql:
-        operations.impl.add_constraint(declared_check(operations, *where))
-        return
-    with _autocommit_block(operations.migration_context):
-        create_check(operations, *where)
+    if _is_written_as_sql(operations):
+        operations.impl.add_constraint(_check(operations, operation).declared())
+    else:
+        _in_batches(lambda *arguments: _check(*arguments).create())(operations, operation)
 
 
 @Operations.implementation_for(DropSealedCheckOp)
-@_in_our_words
 def _drop_sealed_check(operations: Operations, operation: DropSealedCheckOp) -> None:
-    where = _place_of_check(operations, operation)
-    if operations.migration_context.as_sql:
-        check = declared_check(operations, *where)
+    if _is_written_as_sql(operations):
+        name = str(_check(operations, operation).declared().name)
         operations.drop_constraint(
-            str(check.name), operation.table_name, type_="check", schema=operation.schema
+            name, operation.table_name, type_="check", schema=operation.schema
         )
-        return
-    with _autocommit_block(operations.migration_context):
-        drop_check(operations, *where)
+    else:
+        _in_batches(lambda *arguments: _check(*arguments).drop())(operations, operation)
 
 
-def _place_of_check(
-    operations: Operations, operation: SealedCheckOp
-) -> tuple[str, str, str | None]:
+def _check(operations: Operations, operation: ColumnOp) -> SealedCheck:
+    return SealedCheck(operations, operation.table_name, operation.column_name, operation.schema)
+
+
+def _is_written_as_sql(operations: Operations) -> bool:
     context = operations.migration_context
-    if not context.as_sql or context.dialect.name == "sqlite":
-        _refuse_where_batches_cannot_commit(
-            context, f"{operation.name} of {operation.table_name}.{operation.column_name}"
-        )
-    schema = operation.schema
-    if not context.as_sql:
-        schema = translated(operations.get_bind(), schema)
-    return operation.table_name, operation.column_name, schema
-
-
-@Operations.implementation_for(RebindEncryptedColumnOp)
-@_in_our_words
-def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedColumnOp) -> None:
-    context = operations.migration_context
-    name = operation.full_name
-    _refuse_where_batches_cannot_commit(context, f"rebind_encrypted_column of {name}")
-    with _autocommit_block(context):
-        connection = context.connection
-        assert connection is not None
-        column = _reflect(connection, operation, accept_contexts=[operation.from_context])
-        if is_empty(connection, column):
-            logger.info("%s holds no value; nothing to seal anew", name)
-            return
-        keyring = default_keyring()
-        report = run_workers(
-            connection,
-            [RebindWorker(column.table, column, lambda: keyring, connection.dialect)],
-            keyring,
-            batch_size=operation.batch_size,
-            on_progress=_log,
-        )
-        _finish(report, name, connection, column)
-    logger.info(
-        "sealed %d values of %s anew in context %s", report.rotated, name, operation.own_context
-    )
+    return context.as_sql and context.dialect.name != "sqlite"  # which copies the table
 
 
 @contextmanager
 def _autocommit_block(context: MigrationContext) -> Iterator[None]:
-    """Alembic's block, except that what ended it is raised also when the connection is gone.
+    """Raise the cause when Alembic's block ends on a connection that is gone.
 
-    SQLAlchemy gives a connection up that is interrupted (Ctrl-C) or lost; the block fails to end
-    on it, and that failure would be all that is said.
+    SQLAlchemy gives up a connection that is interrupted (Ctrl-C) or lost. The block then fails at
+    its end, and that failure would hide the cause.
     """
     assert context.connection is not None
     errors = errors_of(context.connection.dialect)
@@ -256,7 +216,7 @@ def _autocommit_block(context: MigrationContext) -> Iterator[None]:
                 cause = error
                 if isinstance(error, KeyboardInterrupt):
                     logger.warning(
-                        "interrupted; the batch in hand is rolled back, the others are kept, and "
+                        "interrupted; the current batch is rolled back, earlier ones are kept, and "
                         "the revision is not stamped. Run it again to go on"
                     )
                 raise
@@ -268,14 +228,14 @@ def _autocommit_block(context: MigrationContext) -> Iterator[None]:
 
 
 def _finish(report: RotationReport, name: str, connection: Connection, column: Column[Any]) -> None:
-    """Log what does not open, and fail while something is left to do."""
+    """Log the values that do not open; fail if any value is left to do."""
     log_failures(name, "does not open", report.failed, report.failed_count)
     if report.ok:
         return
     cause = (
         "because they do not open (the first were logged by primary key) or because a process "
-        "still seals otherwise. The others are re-encrypted; the revision is not stamped, so run "
-        "it again when these rows are dealt with"
+        "still seals with another key or context. The others are re-encrypted; the revision is "
+        "not stamped. Mend these rows, then run it again"
     )
     if {row.error for row in report.failed} == {"TamperedError"}:
         values = connection.scalar(select(func.count(column)).select_from(column.table))
@@ -291,31 +251,28 @@ def _finish(report: RotationReport, name: str, connection: Connection, column: C
 
 
 def is_empty(connection: Connection, column: Column[Any]) -> bool:
-    """Say whether there is nothing that a key could be needed for, as in a database made anew."""
-    require_full_visibility(connection, column.table.name, column.table.schema)
-    statement = select(literal(1)).where(column.is_not(None)).limit(1)
-    return connection.execute(statement).first() is None
+    """Say whether the column has no value, and so needs no key."""
+    owner = column.table
+    require_full_visibility(connection, owner.name, owner.schema)
+    return not has_row(connection, owner, column.is_not(None))
 
 
-def _is_plain(
-    connection: Connection, operation: ColumnOp, schema: str | None, type_: TypeEngine[Any]
-) -> bool:
+def _is_plain(connection: Connection, operation: ColumnOp, type_: TypeEngine[Any]) -> bool:
     """Say whether the column never held a sealed value, as far as its type tells."""
     if is_binary(type_):
         return False
     if connection.dialect.name != "sqlite":
         return True
-    # Whatever type is declared there, a value may be of another.
+    # SQLite keeps values of any type in any column.
     value: ColumnElement[Any] = column_clause(operation.column_name)
-    owner = table_clause(operation.table_name, schema=schema)
-    sealed = _sql.key_version(value).is_not(None)
-    statement = select(func.count(), func.count().filter(sealed)).select_from(owner)
-    has, has_sealed = connection.execute(statement.where(value.is_not(None))).one()
-    return bool(has and not has_sealed)
+    owner = table_clause(operation.table_name, schema=operation.schema)
+    if has_row(connection, owner, _sql.key_version(value).is_not(None)):
+        return False
+    return has_row(connection, owner, value.is_not(None))
 
 
 def _log(progress: RotationProgress) -> None:
-    # Writers may have added some since they were counted.
+    # Writers may have added values since the count.
     total = max(progress.total, progress.rotated)
     logger.info(
         "re-encrypted %d of %d values of %s so far", progress.rotated, total, progress.table
@@ -337,18 +294,14 @@ def _refuse_where_batches_cannot_commit(context: MigrationContext, what: str) ->
 
 
 def _reflect(
-    connection: Connection, operation: ColumnOp, accept_contexts: Iterable[str]
+    connection: Connection, operation: ValuesOp, accept_contexts: Iterable[str]
 ) -> Column[Any]:
-    """Return the column, in its table as the database has it, with the type of the migration."""
-    schema = translated(connection, operation.schema)
+    """Return the column with the operation's type, in its table as the database has it."""
     needed = (operation.column_name, *operation.bound_to)
-    reflected = reflect_table(connection, operation.table_name, schema, needed)
-    name, type_ = operation.full_name, reflected.columns[operation.column_name]["type"]
-    if _is_plain(connection, operation, schema, type_):
-        raise RotationError(
-            f"{name} is a column of the type {type(type_).__name__}, and not an encrypted one; "
-            "op.encrypt_column() makes it one"
-        )
+    reflected = reflect_table(connection, operation.table_name, operation.schema, needed)
+    type_ = reflected.columns[operation.column_name]["type"]
+    if _is_plain(connection, operation, type_):
+        raise not_encrypted(operation.full_name, type_)
     sealed_type = EncryptedJSON(
         context=operation.own_context,
         accept_contexts=accept_contexts,
@@ -357,23 +310,19 @@ def _reflect(
     table = Table(
         operation.table_name,
         MetaData(),
-        *reflected.identity(connection, bound_types(operation.bound_to)),
+        *reflected.identity(connection, operation.bound_types),
         Column(operation.column_name, sealed_type),
-        schema=schema,
+        schema=operation.schema,
     )
     return table.c[operation.column_name]
 
 
+@Operations.implementation_for(ops.AlterColumnOp, replace=True)
 def _alter_column(operations: Operations, operation: ops.AlterColumnOp) -> None:
-    """Carry out Alembic's own operation, unless it gives a sealed column a server default."""
+    """Run Alembic's own operation, unless it gives a sealed column a server default."""
     type_ = to_instance(operation.modify_type or operation.existing_type)
     default = operation.modify_server_default
     if isinstance(type_, EncryptedJSON) and default is not False:
         column = f"{operation.table_name}.{operation.column_name}"
         refuse_server_default(column, "server_default", default)
     toimpl.alter_column(operations, operation)
-
-
-# From Alembic 1.17.2 on; before, only the column's CHECK constraint refuses such a default.
-if "replace" in python_inspect.signature(Operations.implementation_for).parameters:
-    Operations.implementation_for(ops.AlterColumnOp, replace=True)(_alter_column)

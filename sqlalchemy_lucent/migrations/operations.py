@@ -1,31 +1,144 @@
-"""The operations: as functions for type checkers, and as the methods of ``op``."""
+"""The operations, each as one class: its signature, documentation, defaults, diff and reverse.
+
+The functions at the end are typed for callers. The methods of ``op`` do the same.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from dataclasses import KW_ONLY, MISSING, InitVar, dataclass, fields, replace
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import alembic.op
 from alembic.operations import AbstractOperations, BatchOperations, MigrateOperation, Operations
 from sqlalchemy.types import TypeEngine, to_instance
 
+from .._database.reflection import dotted
 from ..rotation import DEFAULT_BATCH_SIZE
 from ..rotation.jobs import Reader, Writer
 from ..types import EncryptedJSON
-from ._convert import Plan
 
 BoundTo = Iterable[str] | Mapping[str, TypeEngine[Any]]
 """The columns that a row-bound value is bound to, in order; or the type of each by its name."""
 
-# -- Functions -------------------------------------------------------------------------------------
+
+class LucentOp(MigrateOperation):
+    """What the operations share. The fields of a subclass are its arguments.
+
+    `operations` is for the functions of this module, which run the operation on it.
+    """
+
+    name: ClassVar[str]
+
+    table_name: str
+    schema: str | None
+
+    @classmethod
+    def invoke(cls, operations: Operations, *args: Any, **kw: Any) -> None:
+        """Run the operation: the method of ``op``."""
+        operations.invoke(cls(*args, **kw))
+
+    @property
+    def full_name(self) -> str:
+        """The table's name with its schema."""
+        return dotted(self.schema, self.table_name)
+
+    def to_diff_tuple(self) -> tuple[Any, ...]:
+        """Return what ``alembic check`` shows: the names and the required arguments."""
+        shown = [f.name for f in _fields(self) if not f.kw_only or f.default is MISSING]
+        return (self.name, self.schema, *(getattr(self, name) for name in shown))
 
 
-def create_lucent_secrets(
-    table_name: str = "lucent_secrets",
-    *,
-    schema: str | None = None,
-    operations: AbstractOperations | None = None,
-) -> None:
+class ColumnOp(LucentOp):
+    """An operation on one column."""
+
+    column_name: str
+
+    @classmethod
+    def invoke_in_batch(cls, operations: BatchOperations, column_name: str, **kw: Any) -> None:
+        """Run the operation on the table of a batch."""
+        batch, create = operations.impl, _unchecked(cls)
+        operations.invoke(create(batch.table_name, column_name, schema=batch.schema, **kw))
+
+    @property
+    def full_name(self) -> str:
+        """The column's name with its table and schema."""
+        return dotted(self.schema, self.table_name, self.column_name)
+
+
+class ValuesOp(ColumnOp):
+    """An operation on the values of one column."""
+
+    context: str | None
+    bound_to: BoundTo
+    batch_size: int
+
+    def __post_init__(self, operations: AbstractOperations | None) -> None:
+        bound_to = self.bound_to
+        self.bound_to = dict(bound_to) if isinstance(bound_to, Mapping) else tuple(bound_to)
+
+    @property
+    def own_context(self) -> str:
+        """The context of the column."""
+        return self.context or f"{self.table_name}.{self.column_name}"
+
+    @property
+    def bound_types(self) -> dict[str, TypeEngine[Any] | None]:
+        """The type of each binding column by its name; ``None`` has the database tell it."""
+        given = self.bound_to
+        return {**given} if isinstance(given, Mapping) else dict.fromkeys(given)
+
+
+_Op = TypeVar("_Op", bound=LucentOp)
+_P = ParamSpec("_P")
+
+
+def _fields(operation: Any) -> tuple[Any, ...]:
+    return fields(operation)
+
+
+def _unchecked(operation: type[_Op]) -> Callable[..., _Op]:
+    return operation
+
+
+def _registered(operation: type[_Op]) -> type[_Op]:
+    """Make the operation a method of ``op``; one on a column, a method of a batch as well."""
+    methods: list[tuple[type[AbstractOperations], str]] = [(Operations, "invoke")]
+    if issubclass(operation, ColumnOp):
+        methods.append((BatchOperations, "invoke_in_batch"))
+    for owner, source in methods:
+        owner.register_operation(operation.name, source)(operation)
+        getattr(owner, operation.name).__doc__ = operation.__doc__
+    return operation
+
+
+def _typed(operation: Callable[_P, LucentOp]) -> Callable[_P, None]:
+    """Return a function with the operation's signature and documentation that runs it."""
+
+    def function(*args: _P.args, **kw: _P.kwargs) -> None:
+        # Without `operations`, run it in the current migration, as `alembic.op` does.
+        where: Any = kw.get("operations") or alembic.op
+        where.invoke(operation(*args, **kw))
+
+    described: Any = operation
+    function.__name__ = function.__qualname__ = described.name
+    function.__doc__ = described.__doc__
+    signature = inspect.signature(described)
+    parameters = [
+        parameter.replace(annotation=parameter.annotation.removeprefix("InitVar[")[:-1])
+        if name == "operations"
+        else parameter
+        for name, parameter in signature.parameters.items()
+    ]
+    function.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": "None"}
+    function.__signature__ = inspect.Signature(parameters, return_annotation="None")  # type: ignore[attr-defined]
+    return function
+
+
+@_registered
+@dataclass(eq=False)
+class CreateLucentSecretsOp(LucentOp):
     """Create the table of scoped secrets, as ``op.create_lucent_secrets()``.
 
     ::
@@ -35,16 +148,22 @@ def create_lucent_secrets(
 
     Pass `table_name` for a model of your own made with :class:`LucentSecretMixin`.
     """
-    _invoke(CreateLucentSecretsOp(table_name, schema=schema), operations)
+
+    name = "create_lucent_secrets"
+
+    table_name: str = "lucent_secrets"
+    _: KW_ONLY
+    schema: str | None = None
+    operations: InitVar[AbstractOperations | None] = None
+
+    def reverse(self) -> DropLucentSecretsOp:
+        """Return the operation that drops the table if it is empty."""
+        return DropLucentSecretsOp(self.table_name, schema=self.schema)
 
 
-def drop_lucent_secrets(
-    table_name: str = "lucent_secrets",
-    *,
-    schema: str | None = None,
-    force: bool = False,
-    operations: AbstractOperations | None = None,
-) -> None:
+@_registered
+@dataclass(eq=False)
+class DropLucentSecretsOp(LucentOp):
     """Drop the table of scoped secrets, as ``op.drop_lucent_secrets()``.
 
     ::
@@ -53,23 +172,77 @@ def drop_lucent_secrets(
             op.drop_lucent_secrets()
 
     :param force: drop it even if it holds secrets.
-    :raises RotationError: it holds secrets, or nothing can tell (offline), and `force` is not set.
+    :raises RotationError: it holds secrets, or may hold some (offline), and `force` is not set.
     """
-    _invoke(DropLucentSecretsOp(table_name, schema=schema, force=force), operations)
+
+    name = "drop_lucent_secrets"
+
+    table_name: str = "lucent_secrets"
+    _: KW_ONLY
+    schema: str | None = None
+    force: bool = False
+    operations: InitVar[AbstractOperations | None] = None
+
+    def reverse(self) -> CreateLucentSecretsOp:
+        """Return the operation that creates the table."""
+        return CreateLucentSecretsOp(self.table_name, schema=self.schema)
 
 
-def rotate_encrypted_column(
-    table_name: str,
-    column_name: str,
-    *,
-    schema: str | None = None,
-    context: str | None = None,
-    accept_contexts: Iterable[str] = (),
-    bound_to: BoundTo = (),
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    assert_only: bool = False,
-    operations: AbstractOperations | None = None,
-) -> None:
+@_registered
+@dataclass(eq=False)
+class CreateSealedCheckOp(ColumnOp):
+    """Have the database refuse values that are not sealed, as ``op.create_sealed_check()``.
+
+    ::
+
+        def upgrade() -> None:
+            op.create_sealed_check("users", "credentials")
+
+    Adds the CHECK constraint that a new table has, under the same name. A column that has it is
+    left alone. PostgreSQL reads the rows while others write; MariaDB, MySQL and SQLite copy the
+    table, and nobody can write to it meanwhile.
+
+    :param table_name: the table.
+    :param column_name: its :class:`EncryptedJSON` column.
+    :param schema: the table's schema.
+    :raises RotationError: some values are not sealed, or SQLite's copy of the table would lose
+        something. Nothing was changed.
+    """
+
+    name = "create_sealed_check"
+
+    table_name: str
+    column_name: str
+    _: KW_ONLY
+    schema: str | None = None
+    operations: InitVar[AbstractOperations | None] = None
+
+    def reverse(self) -> DropSealedCheckOp:
+        """Return the operation that drops the constraint."""
+        return DropSealedCheckOp(self.table_name, self.column_name, schema=self.schema)
+
+
+@_registered
+@dataclass(eq=False)
+class DropSealedCheckOp(ColumnOp):
+    """Drop what :func:`create_sealed_check` adds, as ``op.drop_sealed_check()``."""
+
+    name = "drop_sealed_check"
+
+    table_name: str
+    column_name: str
+    _: KW_ONLY
+    schema: str | None = None
+    operations: InitVar[AbstractOperations | None] = None
+
+    def reverse(self) -> CreateSealedCheckOp:
+        """Return the operation that adds the constraint."""
+        return CreateSealedCheckOp(self.table_name, self.column_name, schema=self.schema)
+
+
+@_registered
+@dataclass(eq=False)
+class RotateEncryptedColumnOp(ValuesOp):
     """Re-encrypt a column under the keyring's primary key, as ``op.rotate_encrypted_column()``.
 
     ::
@@ -77,54 +250,111 @@ def rotate_encrypted_column(
         def upgrade() -> None:
             op.rotate_encrypted_column("users", "credentials")
 
-    A migration that was killed goes on where it was when it is run again; its revision is stamped
-    only when a count finds nothing left to do. A column without values needs no key.
+    A migration that was killed continues where it stopped when it is run again. Its revision is
+    stamped only after a count finds nothing left to do. A column without values needs no key.
 
     :param table_name: the table.
     :param column_name: its :class:`EncryptedJSON` column.
     :param schema: the table's schema.
     :param context: the column's context, if it is not ``table.column``.
     :param accept_contexts: earlier contexts whose values still open.
-    :param bound_to: the columns that a row-bound value is bound to, in order; or a dict that has
-        the type of each, for columns whose type the database does not tell (``sa.Uuid()``).
+    :param bound_to: the columns that a row-bound value is bound to, in order; or a dict with the
+        type of each, for columns whose type the database does not tell (``sa.Uuid()``).
     :param batch_size: rows per transaction.
     :param assert_only: re-encrypt nothing; fail while there is something to re-encrypt. For very
         large tables, which are better rotated by :func:`sqlalchemy_lucent.rotate` beforehand.
     :raises RotationError: the table, the column or its primary key is missing, the column's type
         says that it was never encrypted, the migration runs offline or inside somebody else's
-        transaction, or values are left that do not open.
+        transaction, or some values do not open.
     :raises ConfigurationError: there is no keyring.
     """
-    operation = RotateEncryptedColumnOp(
-        table_name,
-        column_name,
-        schema=schema,
-        context=context,
-        accept_contexts=accept_contexts,
-        bound_to=bound_to,
-        batch_size=batch_size,
-        assert_only=assert_only,
-    )
-    _invoke(operation, operations)
+
+    name = "rotate_encrypted_column"
+
+    table_name: str
+    column_name: str
+    _: KW_ONLY
+    schema: str | None = None
+    context: str | None = None
+    accept_contexts: Iterable[str] = ()
+    bound_to: BoundTo = ()
+    batch_size: int = DEFAULT_BATCH_SIZE
+    assert_only: bool = False
+    operations: InitVar[AbstractOperations | None] = None
+
+    def __post_init__(self, operations: AbstractOperations | None) -> None:
+        super().__post_init__(operations)
+        self.accept_contexts = tuple(self.accept_contexts)
+
+    def reverse(self) -> RotateEncryptedColumnOp:
+        """Return the same operation: it goes to the primary key, whichever that is then."""
+        return self
 
 
-def encrypt_column(
-    table_name: str,
-    column_name: str,
-    *,
-    existing_type: TypeEngine[Any] | type[TypeEngine[Any]],
-    schema: str | None = None,
-    context: str | None = None,
-    bound_to: BoundTo = (),
-    reader: Reader | None = None,
-    writer: Writer | None = None,
-    through: str | None = None,
-    swap: bool = True,
-    drop: bool = True,
-    create_constraint: bool = True,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    operations: AbstractOperations | None = None,
-) -> None:
+@dataclass(eq=False)
+class ConvertColumnOp(ValuesOp):
+    """What encryption and decryption of a column share."""
+
+    to_sealed: ClassVar[bool]
+
+    table_name: str
+    column_name: str
+    _: KW_ONLY
+    existing_type: TypeEngine[Any] | type[TypeEngine[Any]]
+    schema: str | None = None
+    context: str | None = None
+    bound_to: BoundTo = ()
+    reader: Reader | None = None
+    writer: Writer | None = None
+    through: str | None = None
+    swap: bool = True
+    drop: bool = True
+    create_constraint: bool = True
+    batch_size: int = DEFAULT_BATCH_SIZE
+    operations: InitVar[AbstractOperations | None] = None
+
+    def __post_init__(self, operations: AbstractOperations | None) -> None:
+        super().__post_init__(operations)
+        self.existing_type = to_instance(self.existing_type)
+
+    @property
+    def plain_type(self) -> TypeEngine[Any]:
+        """The type of the plaintext column."""
+        return to_instance(self.existing_type)
+
+    @property
+    def sealed_type(self) -> EncryptedJSON:
+        """The type of the encrypted column."""
+        return EncryptedJSON(
+            context=self.own_context,
+            bound_to=tuple(self.bound_to),
+            create_constraint=self.create_constraint,
+        )
+
+    @property
+    def second(self) -> str:
+        """The name of the second column."""
+        return self.through or f"{self.column_name}__sealed"
+
+    @property
+    def wants_check(self) -> bool:
+        """Whether the column gets a CHECK constraint."""
+        return self.to_sealed and self.create_constraint
+
+    @property
+    def verb(self) -> str:
+        """What is done to values, for messages."""
+        return "sealed" if self.to_sealed else "opened"
+
+    def _undone_by(self, operation: Callable[..., _Op]) -> _Op:
+        # Whatever part of the way this went, the reverse goes back to where it began.
+        arguments = {f.name: getattr(self, f.name) for f in _fields(self)}
+        return operation(**{**arguments, "swap": True, "drop": True})
+
+
+@_registered
+@dataclass(eq=False)
+class EncryptColumnOp(ConvertColumnOp):
     """Turn a plaintext column into an encrypted one, as ``op.encrypt_column()``.
 
     ::
@@ -136,12 +366,12 @@ def encrypt_column(
         def downgrade() -> None:
             op.decrypt_column("users", "credentials", existing_type=sa.JSON())
 
-    Adds a second column, fills it in committed batches, and lets it take the first one's name and
-    ``NOT NULL`` under a lock of the table, in which every row is compared once more. Killed at any
-    instant, it goes on when it is run again; a column that is encrypted already is left alone. A
-    value that cannot be read is logged by primary key (the first 20 are), and ends it before
-    anything is swapped. What uses the column (an index, check, generated column, view, trigger …)
-    is named, and ends it before the first write.
+    Adds a second column and fills it in committed batches. Under a lock of the table, it compares
+    every row once more and gives the second column the first one's name and ``NOT NULL``. Killed
+    at any instant, it continues when it is run again; a column that is encrypted already is left
+    alone. Values that cannot be read are logged by primary key (the first 20), and nothing is
+    swapped. If anything uses the column (an index, check, generated column, view, trigger …), an
+    error names it before the first write.
 
     A document in a text column is sealed to the letter; other values as their type reads them.
 
@@ -151,56 +381,33 @@ def encrypt_column(
         as another library's encrypted one, whose Python values are sealed.
     :param schema: the table's schema.
     :param context: the context of the column from now on, if it is not ``table.column``.
-    :param bound_to: the columns that a row-bound value is bound to, in order; or a dict that has
-        the type of each, for columns whose type the database does not tell (``sa.Uuid()``).
+    :param bound_to: the columns that a row-bound value is bound to, in order; or a dict with the
+        type of each, for columns whose type the database does not tell (``sa.Uuid()``).
     :param reader: turns a value, as `existing_type` gives it, into the JSON value to seal:
         ``str`` for text that is not JSON, and for numbers and dates that JSON does not have.
     :param writer: what the reverse needs to undo `reader`.
-    :param through: name of the second column; ``<column>__sealed`` if left out.
+    :param through: name of the second column; ``<column>__sealed`` by default.
     :param swap: ``False`` ends when the second column is filled and agrees with the first one.
     :param drop: ``False`` keeps the plaintext, nullable, in the column `through`. A later call
         drops it.
     :param create_constraint: ``False`` leaves the CHECK constraint out, as it does for the type.
     :param batch_size: rows per transaction.
     :raises RotationError: something is missing or in the way, the migration runs offline or inside
-        somebody else's transaction, or there are values that cannot be read.
+        somebody else's transaction, or some values cannot be read.
     :raises ConfigurationError: there is no keyring, and there are values.
     """
-    operation = EncryptColumnOp(
-        table_name,
-        column_name,
-        existing_type=existing_type,
-        schema=schema,
-        context=context,
-        bound_to=bound_to,
-        reader=reader,
-        writer=writer,
-        through=through,
-        swap=swap,
-        drop=drop,
-        create_constraint=create_constraint,
-        batch_size=batch_size,
-    )
-    _invoke(operation, operations)
+
+    name = "encrypt_column"
+    to_sealed = True
+
+    def reverse(self) -> DecryptColumnOp:
+        """Return the operation that brings the plaintext column back."""
+        return self._undone_by(DecryptColumnOp)
 
 
-def decrypt_column(
-    table_name: str,
-    column_name: str,
-    *,
-    existing_type: TypeEngine[Any] | type[TypeEngine[Any]],
-    schema: str | None = None,
-    context: str | None = None,
-    bound_to: BoundTo = (),
-    reader: Reader | None = None,
-    writer: Writer | None = None,
-    through: str | None = None,
-    swap: bool = True,
-    drop: bool = True,
-    create_constraint: bool = True,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    operations: AbstractOperations | None = None,
-) -> None:
+@_registered
+@dataclass(eq=False)
+class DecryptColumnOp(ConvertColumnOp):
     """Turn an encrypted column into a plaintext one, as ``op.decrypt_column()``.
 
     ::
@@ -208,96 +415,41 @@ def decrypt_column(
         def downgrade() -> None:
             op.decrypt_column("users", "credentials", existing_type=sa.JSON())
 
-    The way and the parameters are those of :func:`encrypt_column`, in the other direction. What
+    Works as :func:`encrypt_column` does, with the same parameters, in the other direction. What
     :func:`encrypt_column` left half-way is cleared away.
 
     :param existing_type: what the column is to be: what it was before it was encrypted.
     :param writer: turns a JSON value into what `existing_type` takes.
     :param create_constraint: what the reverse needs.
-    :param reader: undoes `writer`: what was written is read again and compared before the sealed
+    :param reader: undoes `writer`: each written value is read again and compared before the sealed
         values are dropped.
     :raises RotationError: as for :func:`encrypt_column`.
     :raises ConfigurationError: there is no keyring, and there are values.
     """
-    operation = DecryptColumnOp(
-        table_name,
-        column_name,
-        existing_type=existing_type,
-        schema=schema,
-        context=context,
-        bound_to=bound_to,
-        reader=reader,
-        writer=writer,
-        through=through,
-        swap=swap,
-        drop=drop,
-        create_constraint=create_constraint,
-        batch_size=batch_size,
-    )
-    _invoke(operation, operations)
+
+    name = "decrypt_column"
+    to_sealed = False
+
+    def reverse(self) -> EncryptColumnOp:
+        """Return the operation that encrypts the column again."""
+        return self._undone_by(EncryptColumnOp)
 
 
-def create_sealed_check(
-    table_name: str,
-    column_name: str,
-    *,
-    schema: str | None = None,
-    operations: AbstractOperations | None = None,
-) -> None:
-    """Have the database refuse what is not sealed, as ``op.create_sealed_check()``.
-
-    ::
-
-        def upgrade() -> None:
-            op.create_sealed_check("users", "credentials")
-
-    Adds the CHECK constraint that a new table has, under the same name. A column that has it is
-    left alone. PostgreSQL reads the rows while others write; MariaDB, MySQL and SQLite copy the
-    table, and nobody writes to it meanwhile.
-
-    :param table_name: the table.
-    :param column_name: its :class:`EncryptedJSON` column.
-    :param schema: the table's schema.
-    :raises RotationError: there are values that are not sealed, or SQLite's copy of the table
-        would lose something. Nothing was changed.
-    """
-    _invoke(CreateSealedCheckOp(table_name, column_name, schema=schema), operations)
-
-
-def drop_sealed_check(
-    table_name: str,
-    column_name: str,
-    *,
-    schema: str | None = None,
-    operations: AbstractOperations | None = None,
-) -> None:
-    """Drop what :func:`create_sealed_check` adds, as ``op.drop_sealed_check()``."""
-    _invoke(DropSealedCheckOp(table_name, column_name, schema=schema), operations)
-
-
-def rebind_encrypted_column(
-    table_name: str,
-    column_name: str,
-    *,
-    from_context: str,
-    context: str | None = None,
-    schema: str | None = None,
-    bound_to: BoundTo = (),
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    operations: AbstractOperations | None = None,
-) -> None:
-    """Seal values anew after a rename, as ``op.rebind_encrypted_column()``.
+@_registered
+@dataclass(eq=False)
+class RebindEncryptedColumnOp(ValuesOp):
+    """Re-seal values in their new context after a rename, as ``op.rebind_encrypted_column()``.
 
     ::
 
         def upgrade() -> None:
             op.rebind_encrypted_column("users", "credentials", from_context="users.creds")
 
-    Values are bound to their column's context, ``table.column``. What was sealed under the old
-    name opens through ``EncryptedJSON(accept_contexts=["users.creds"])`` until this has run.
+    Values are bound to their column's context, ``table.column``. Until this has run, values sealed
+    under the old name open through ``EncryptedJSON(accept_contexts=["users.creds"])``.
 
-    :param table_name: the table, as it is called now.
-    :param column_name: its :class:`EncryptedJSON` column, as it is called now.
+    :param table_name: the table, by its current name.
+    :param column_name: its :class:`EncryptedJSON` column, by its current name.
     :param from_context: the context that values were sealed in: ``table.column`` of the old names.
     :param context: the context to seal them in, if it is not ``table.column``.
     :param schema: the table's schema.
@@ -306,417 +458,29 @@ def rebind_encrypted_column(
     :raises RotationError: as for :func:`rotate_encrypted_column`.
     :raises ConfigurationError: there is no keyring, and there are values.
     """
-    operation = RebindEncryptedColumnOp(
-        table_name,
-        column_name,
-        from_context=from_context,
-        context=context,
-        schema=schema,
-        bound_to=bound_to,
-        batch_size=batch_size,
-    )
-    _invoke(operation, operations)
 
-
-def _invoke(operation: MigrateOperation, operations: AbstractOperations | None) -> None:
-    # Without `operations`, the migration that is running: what the names in `alembic.op` go to.
-    invoke = alembic.op.invoke if operations is None else operations.invoke
-    invoke(operation)
-
-
-def _in_batch(
-    function: Callable[..., None], operations: BatchOperations, column_name: str, kw: dict[str, Any]
-) -> None:
-    """Call one of the functions above for the table and schema of a batch."""
-    batch = operations.impl
-    function(batch.table_name, column_name, schema=batch.schema, **kw, operations=operations)
-
-
-# -- Operations ------------------------------------------------------------------------------------
-
-
-@Operations.register_operation("create_lucent_secrets")
-class CreateLucentSecretsOp(MigrateOperation):
-    """Create the table of scoped secrets."""
-
-    def __init__(self, table_name: str = "lucent_secrets", *, schema: str | None = None) -> None:
-        self.table_name = table_name
-        self.schema = schema
-
-    @classmethod
-    def create_lucent_secrets(cls, operations: Operations, *args: Any, **kw: Any) -> None:
-        """See :func:`create_lucent_secrets`."""
-        create_lucent_secrets(*args, **kw, operations=operations)
-
-    def reverse(self) -> DropLucentSecretsOp:
-        """Return the operation that drops the table if it is empty."""
-        return DropLucentSecretsOp(self.table_name, schema=self.schema)
-
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        """Return what ``alembic check`` shows."""
-        return ("create_lucent_secrets", self.schema, self.table_name)
-
-
-@Operations.register_operation("drop_lucent_secrets")
-class DropLucentSecretsOp(MigrateOperation):
-    """Drop the table of scoped secrets, unless it holds any."""
-
-    def __init__(
-        self,
-        table_name: str = "lucent_secrets",
-        *,
-        schema: str | None = None,
-        force: bool = False,
-    ) -> None:
-        self.table_name = table_name
-        self.schema = schema
-        self.force = force
-
-    @classmethod
-    def drop_lucent_secrets(cls, operations: Operations, *args: Any, **kw: Any) -> None:
-        """See :func:`drop_lucent_secrets`."""
-        drop_lucent_secrets(*args, **kw, operations=operations)
-
-    def reverse(self) -> CreateLucentSecretsOp:
-        """Return the operation that creates the table."""
-        return CreateLucentSecretsOp(self.table_name, schema=self.schema)
-
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        """Return what ``alembic check`` shows."""
-        return ("drop_lucent_secrets", self.schema, self.table_name)
-
-
-def _bound_to(bound_to: BoundTo) -> tuple[str, ...] | dict[str, TypeEngine[Any]]:
-    return dict(bound_to) if isinstance(bound_to, Mapping) else tuple(bound_to)
-
-
-def bound_types(
-    bound_to: tuple[str, ...] | dict[str, TypeEngine[Any]],
-) -> dict[str, TypeEngine[Any] | None]:
-    """Return the type of each binding column by its name; ``None`` has the database tell it."""
-    return dict(bound_to) if isinstance(bound_to, dict) else dict.fromkeys(bound_to)
-
-
-class SealedCheckOp(MigrateOperation):
-    """What adding and dropping the CHECK constraint of a column share."""
-
-    name: ClassVar[str]
-
-    def __init__(self, table_name: str, column_name: str, *, schema: str | None = None) -> None:
-        self.table_name = table_name
-        self.column_name = column_name
-        self.schema = schema
-
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        """Return what ``alembic check`` shows."""
-        return (self.name, self.schema, self.table_name, self.column_name)
-
-
-@Operations.register_operation("create_sealed_check")
-class CreateSealedCheckOp(SealedCheckOp):
-    """Add the CHECK constraint of a sealed column."""
-
-    name = "create_sealed_check"
-
-    @classmethod
-    def create_sealed_check(cls, operations: Operations, *args: Any, **kw: Any) -> None:
-        """See :func:`create_sealed_check`."""
-        create_sealed_check(*args, **kw, operations=operations)
-
-    def reverse(self) -> DropSealedCheckOp:
-        """Return the operation that drops the constraint."""
-        return DropSealedCheckOp(self.table_name, self.column_name, schema=self.schema)
-
-
-@Operations.register_operation("drop_sealed_check")
-class DropSealedCheckOp(SealedCheckOp):
-    """Drop the CHECK constraint of a sealed column."""
-
-    name = "drop_sealed_check"
-
-    @classmethod
-    def drop_sealed_check(cls, operations: Operations, *args: Any, **kw: Any) -> None:
-        """See :func:`drop_sealed_check`."""
-        drop_sealed_check(*args, **kw, operations=operations)
-
-    def reverse(self) -> CreateSealedCheckOp:
-        """Return the operation that adds the constraint."""
-        return CreateSealedCheckOp(self.table_name, self.column_name, schema=self.schema)
-
-
-class ColumnOp(MigrateOperation):
-    """An operation on the values of one column."""
-
-    DEFAULTS: ClassVar[dict[str, object]]
+    name = "rebind_encrypted_column"
 
     table_name: str
     column_name: str
-    schema: str | None
-    context: str | None
-    bound_to: tuple[str, ...] | dict[str, TypeEngine[Any]]
-    batch_size: int
-
-    @property
-    def full_name(self) -> str:
-        """The column's name with its table and schema."""
-        return ".".join(filter(None, (self.schema, self.table_name, self.column_name)))
-
-    @property
-    def own_context(self) -> str:
-        """The context of the column."""
-        return self.context or f"{self.table_name}.{self.column_name}"
-
-    def arguments(self) -> dict[str, object]:
-        """Return the keyword arguments that are not at their defaults."""
-        return {
-            name: getattr(self, name)
-            for name, default in self.DEFAULTS.items()
-            if getattr(self, name) != default
-        }
-
-
-@Operations.register_operation("rotate_encrypted_column")
-@BatchOperations.register_operation("rotate_encrypted_column", "batch_rotate_encrypted_column")
-class RotateEncryptedColumnOp(ColumnOp):
-    """Re-encrypt a column under the primary key."""
-
-    DEFAULTS: ClassVar[dict[str, object]] = {
-        "schema": None,
-        "context": None,
-        "accept_contexts": (),
-        "bound_to": (),
-        "batch_size": DEFAULT_BATCH_SIZE,
-        "assert_only": False,
-    }
-
-    def __init__(
-        self,
-        table_name: str,
-        column_name: str,
-        *,
-        schema: str | None = None,
-        context: str | None = None,
-        accept_contexts: Iterable[str] = (),
-        bound_to: BoundTo = (),
-        batch_size: int = DEFAULT_BATCH_SIZE,
-        assert_only: bool = False,
-    ) -> None:
-        self.table_name = table_name
-        self.column_name = column_name
-        self.schema = schema
-        self.context = context
-        self.accept_contexts = tuple(accept_contexts)
-        self.bound_to = _bound_to(bound_to)
-        self.batch_size = batch_size
-        self.assert_only = assert_only
-
-    @classmethod
-    def rotate_encrypted_column(cls, operations: Operations, *args: Any, **kw: Any) -> None:
-        """See :func:`rotate_encrypted_column`."""
-        rotate_encrypted_column(*args, **kw, operations=operations)
-
-    @classmethod
-    def batch_rotate_encrypted_column(
-        cls, operations: BatchOperations, column_name: str, **kw: Any
-    ) -> None:
-        """See :func:`rotate_encrypted_column`; the table and schema are those of the batch."""
-        _in_batch(rotate_encrypted_column, operations, column_name, kw)
-
-    def reverse(self) -> RotateEncryptedColumnOp:
-        """Return the same operation: a rotation goes to the primary, whichever that is then."""
-        return self
-
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        """Return what ``alembic check`` shows."""
-        return ("rotate_encrypted_column", self.schema, self.table_name, self.column_name)
-
-
-class ConvertColumnOp(ColumnOp):
-    """What encryption and decryption of a column share."""
-
-    to_sealed: ClassVar[bool]
-
-    DEFAULTS: ClassVar[dict[str, object]] = {
-        "schema": None,
-        "context": None,
-        "bound_to": (),
-        "through": None,
-        "swap": True,
-        "drop": True,
-        "create_constraint": True,
-        "batch_size": DEFAULT_BATCH_SIZE,
-    }
-
-    def __init__(
-        self,
-        table_name: str,
-        column_name: str,
-        *,
-        existing_type: TypeEngine[Any] | type[TypeEngine[Any]],
-        schema: str | None = None,
-        context: str | None = None,
-        bound_to: BoundTo = (),
-        reader: Reader | None = None,
-        writer: Writer | None = None,
-        through: str | None = None,
-        swap: bool = True,
-        drop: bool = True,
-        create_constraint: bool = True,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-    ) -> None:
-        self.table_name = table_name
-        self.column_name = column_name
-        self.existing_type: TypeEngine[Any] = to_instance(existing_type)
-        self.schema = schema
-        self.context = context
-        self.bound_to = _bound_to(bound_to)
-        self.reader = reader
-        self.writer = writer
-        self.through = through
-        self.swap = swap
-        self.drop = drop
-        self.create_constraint = create_constraint
-        self.batch_size = batch_size
-
-    def plan(self) -> Plan:
-        """Return what is to be done."""
-        return Plan(
-            to_sealed=self.to_sealed,
-            table_name=self.table_name,
-            column_name=self.column_name,
-            schema=self.schema,
-            existing_type=self.existing_type,
-            sealed_type=EncryptedJSON(
-                context=self.own_context,
-                bound_to=tuple(self.bound_to),
-                create_constraint=self.create_constraint,
-            ),
-            bound_types=bound_types(self.bound_to),
-            reader=self.reader,
-            writer=self.writer,
-            through=self.through or f"{self.column_name}__sealed",
-            swap=self.swap,
-            drop=self.drop,
-            batch_size=self.batch_size,
-        )
-
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        """Return what ``alembic check`` shows."""
-        name = "encrypt_column" if self.to_sealed else "decrypt_column"
-        return (name, self.schema, self.table_name, self.column_name, self.existing_type)
-
-    def options_of_reverse(self) -> dict[str, Any]:
-        """Return the arguments of the reverse: whatever this left, it ends where this began."""
-        names = ("existing_type", "schema", "context", "bound_to", "reader", "writer", "through")
-        own = ("create_constraint", "batch_size")
-        return {name: getattr(self, name) for name in (*names, *own)}
-
-
-@Operations.register_operation("encrypt_column")
-@BatchOperations.register_operation("encrypt_column", "batch_encrypt_column")
-class EncryptColumnOp(ConvertColumnOp):
-    """Turn a plaintext column into an encrypted one."""
-
-    to_sealed = True
-
-    @classmethod
-    def encrypt_column(cls, operations: Operations, *args: Any, **kw: Any) -> None:
-        """See :func:`encrypt_column`."""
-        encrypt_column(*args, **kw, operations=operations)
-
-    @classmethod
-    def batch_encrypt_column(cls, operations: BatchOperations, column_name: str, **kw: Any) -> None:
-        """See :func:`encrypt_column`; the table and schema are those of the batch."""
-        _in_batch(encrypt_column, operations, column_name, kw)
-
-    def reverse(self) -> DecryptColumnOp:
-        """Return the operation that brings the plaintext column back."""
-        return DecryptColumnOp(self.table_name, self.column_name, **self.options_of_reverse())
-
-
-@Operations.register_operation("decrypt_column")
-@BatchOperations.register_operation("decrypt_column", "batch_decrypt_column")
-class DecryptColumnOp(ConvertColumnOp):
-    """Turn an encrypted column into a plaintext one."""
-
-    to_sealed = False
-
-    @classmethod
-    def decrypt_column(cls, operations: Operations, *args: Any, **kw: Any) -> None:
-        """See :func:`decrypt_column`."""
-        decrypt_column(*args, **kw, operations=operations)
-
-    @classmethod
-    def batch_decrypt_column(cls, operations: BatchOperations, column_name: str, **kw: Any) -> None:
-        """See :func:`decrypt_column`; the table and schema are those of the batch."""
-        _in_batch(decrypt_column, operations, column_name, kw)
-
-    def reverse(self) -> EncryptColumnOp:
-        """Return the operation that encrypts the column again."""
-        return EncryptColumnOp(self.table_name, self.column_name, **self.options_of_reverse())
-
-
-@Operations.register_operation("rebind_encrypted_column")
-@BatchOperations.register_operation("rebind_encrypted_column", "batch_rebind_encrypted_column")
-class RebindEncryptedColumnOp(ColumnOp):
-    """Seal values of an earlier context under another."""
-
-    DEFAULTS: ClassVar[dict[str, object]] = {
-        "context": None,
-        "schema": None,
-        "bound_to": (),
-        "batch_size": DEFAULT_BATCH_SIZE,
-    }
-
-    def __init__(
-        self,
-        table_name: str,
-        column_name: str,
-        *,
-        from_context: str,
-        context: str | None = None,
-        schema: str | None = None,
-        bound_to: BoundTo = (),
-        batch_size: int = DEFAULT_BATCH_SIZE,
-    ) -> None:
-        self.table_name = table_name
-        self.column_name = column_name
-        self.from_context = from_context
-        self.context = context
-        self.schema = schema
-        self.bound_to = _bound_to(bound_to)
-        self.batch_size = batch_size
-
-    @classmethod
-    def rebind_encrypted_column(cls, operations: Operations, *args: Any, **kw: Any) -> None:
-        """See :func:`rebind_encrypted_column`."""
-        rebind_encrypted_column(*args, **kw, operations=operations)
-
-    @classmethod
-    def batch_rebind_encrypted_column(
-        cls, operations: BatchOperations, column_name: str, **kw: Any
-    ) -> None:
-        """See :func:`rebind_encrypted_column`; the table and schema are those of the batch."""
-        _in_batch(rebind_encrypted_column, operations, column_name, kw)
+    _: KW_ONLY
+    from_context: str
+    context: str | None = None
+    schema: str | None = None
+    bound_to: BoundTo = ()
+    batch_size: int = DEFAULT_BATCH_SIZE
+    operations: InitVar[AbstractOperations | None] = None
 
     def reverse(self) -> RebindEncryptedColumnOp:
         """Return the operation with the contexts exchanged."""
-        return RebindEncryptedColumnOp(
-            self.table_name,
-            self.column_name,
-            from_context=self.own_context,
-            context=self.from_context,
-            schema=self.schema,
-            bound_to=self.bound_to,
-            batch_size=self.batch_size,
-        )
+        return replace(self, from_context=self.own_context, context=self.from_context)
 
-    def to_diff_tuple(self) -> tuple[Any, ...]:
-        """Return what ``alembic check`` shows."""
-        return (
-            "rebind_encrypted_column",
-            self.schema,
-            self.table_name,
-            self.column_name,
-            self.from_context,
-        )
+
+create_lucent_secrets = _typed(CreateLucentSecretsOp)
+drop_lucent_secrets = _typed(DropLucentSecretsOp)
+create_sealed_check = _typed(CreateSealedCheckOp)
+drop_sealed_check = _typed(DropSealedCheckOp)
+rotate_encrypted_column = _typed(RotateEncryptedColumnOp)
+encrypt_column = _typed(EncryptColumnOp)
+decrypt_column = _typed(DecryptColumnOp)
+rebind_encrypted_column = _typed(RebindEncryptedColumnOp)

@@ -803,7 +803,7 @@ def test_an_interrupt_is_what_is_raised_and_the_next_run_goes_on(
         encrypt(engine, sa.JSON(), batch_size=50)
     event.remove(engine, "do_executemany", interrupt)
 
-    assert "interrupted; the batch in hand is rolled back" in caplog.text
+    assert "interrupted; the current batch is rolled back" in caplog.text
     assert read(engine, plain_table(sa.JSON())) == values
     with engine.connect() as connection:
         through = sa.text(f"SELECT count({THROUGH}) FROM users")

@@ -229,7 +229,7 @@ def test_a_row_bound_column_without_its_binding_is_told_in_the_error(
     errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert len(errors) == 21
     assert "primary key (19,) does not open: TamperedError" in errors[19]
-    assert errors[20] == "bound.value: 10 values more, which are not logged"
+    assert errors[20] == "bound.value: 10 more values, not logged"
 
     # One value that opens, and it is not the binding of them all.
     with engine.begin() as connection:

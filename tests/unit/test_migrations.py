@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from typing import Any
 
+import alembic.operations
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import render_python_code
 from alembic.operations.ops import UpgradeOps
 
+import sqlalchemy_lucent.migrations as lucent_migrations
 from sqlalchemy_lucent.migrations import (
     DecryptColumnOp,
+    DropLucentSecretsOp,
     EncryptColumnOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
@@ -55,6 +60,10 @@ from sqlalchemy_lucent.migrations import (
             "op.rebind_encrypted_column('users', 'token', from_context='users.old')",
         ),
         (
+            DropLucentSecretsOp("app_secrets", force=True),
+            "op.drop_lucent_secrets('app_secrets', force=True)",
+        ),
+        (
             RotateEncryptedColumnOp("users", "token", bound_to={"id": sa.Uuid()}),
             "op.rotate_encrypted_column('users', 'token', bound_to={'id': sa.Uuid()})",
         ),
@@ -91,3 +100,33 @@ def test_the_reverse_of_a_rebinding_exchanges_the_contexts() -> None:
 
     assert (reverse.from_context, reverse.own_context) == ("users.token", "users.old")
     assert reverse.reverse().to_diff_tuple() == operation.to_diff_tuple()
+
+
+OPERATIONS: list[Any] = [
+    value
+    for value in vars(lucent_migrations).values()
+    if isinstance(value, type) and dataclasses.is_dataclass(value)
+]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: str(operation.name))
+def test_each_operation_is_a_function_and_a_method_with_its_documentation(operation: Any) -> None:
+    function = getattr(lucent_migrations, operation.name)
+
+    parameters = inspect.signature(function).parameters
+    assert [*parameters] == [*(field.name for field in dataclasses.fields(operation)), "operations"]
+    assert {p.kind for name, p in parameters.items() if not name.endswith("_name")} == {
+        inspect.Parameter.KEYWORD_ONLY
+    }
+    assert inspect.getdoc(function) == inspect.getdoc(operation)
+    assert f"``op.{operation.name}()``" in (inspect.getdoc(function) or "")
+    method = getattr(alembic.operations.Operations, operation.name)
+    assert inspect.getdoc(method) == inspect.getdoc(operation)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "named"), [({}, "existing_type"), ({"existing_type": sa.JSON(), "nul": 1}, "nul")]
+)
+def test_a_wrong_argument_is_named(keywords: dict[str, Any], named: str) -> None:
+    with pytest.raises(TypeError, match=f"EncryptColumnOp.*'{named}'"):
+        lucent_migrations.encrypt_column("users", "token", **keywords)

@@ -1,108 +1,13 @@
-"""A table as the database has it: its columns, its primary key, and what reads a column of it."""
+"""What depends on a column: constraints, indexes, generated columns, views, triggers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from sqlalchemy import Column, Connection, TextClause, inspect, text
-from sqlalchemy.types import NullType, TypeEngine
-
-from .._row import type_as_bound
-from ..exceptions import RotationError
-
-
-def translated(connection: Connection, schema: str | None) -> str | None:
-    """Return the schema that is meant, where the connection has a ``schema_translate_map``.
-
-    :raises RotationError: the map would translate that schema again.
-    """
-    schemas = connection.get_execution_options().get("schema_translate_map") or {}
-    found: str | None = schemas.get(schema, schema)
-    if schemas.get(found, found) != found:
-        raise RotationError(
-            f"schema_translate_map has {found!r} both as a schema and as its translation, so that "
-            "statements would reach another one; give the operation a connection without that map, "
-            "and the schema= of the database"
-        )
-    return found
-
-
-class ReflectedTable(NamedTuple):
-    """A table's columns by name, as SQLAlchemy's inspector describes them, and its primary key."""
-
-    columns: Mapping[str, Any]
-    primary_key: list[str]
-
-    def identity(
-        self, connection: Connection, bound_types: Mapping[str, TypeEngine[Any] | None]
-    ) -> list[Column[Any]]:
-        """Return the columns that say which row it is: the primary key, and those of `bound_types`.
-
-        :param bound_types: the columns that values are bound to, and their types if the database
-            does not tell them.
-        """
-        return [
-            Column(
-                name,
-                self._type(connection, name, bound_types),
-                primary_key=name in self.primary_key,
-            )
-            for name in dict.fromkeys([*self.primary_key, *bound_types])
-        ]
-
-    def _type(
-        self,
-        connection: Connection,
-        name: str,
-        bound_types: Mapping[str, TypeEngine[Any] | None],
-    ) -> TypeEngine[Any]:
-        type_: TypeEngine[Any] = self.columns[name]["type"]
-        if name in bound_types:
-            return type_as_bound(name, bound_types[name], type_)
-        # SQLite keeps values of any type in any column: a key is what it is there.
-        return NullType() if connection.dialect.name == "sqlite" else type_
-
-
-def reflect_columns(
-    connection: Connection, table_name: str, schema: str | None, needed: Iterable[str]
-) -> Mapping[str, Any]:
-    """Return the columns of a table by name.
-
-    :param needed: the columns that it must have.
-    :raises RotationError: it is not there, or lacks one of them.
-    """
-    inspector = inspect(connection)
-    full_name = ".".join(filter(None, (schema, table_name)))
-    if not inspector.has_table(table_name, schema=schema):
-        raise RotationError(f"there is no table {full_name} in this database")
-    columns = {found["name"]: found for found in inspector.get_columns(table_name, schema=schema)}
-    missing = set(needed) - columns.keys()
-    if missing:
-        raise RotationError(f"table {full_name} has no column {', '.join(sorted(missing))}")
-    return columns
-
-
-def reflect_table(
-    connection: Connection, table_name: str, schema: str | None, needed: Iterable[str]
-) -> ReflectedTable:
-    """Return the table.
-
-    :raises RotationError: as for :func:`reflect_columns`, or it has no primary key.
-    """
-    columns = reflect_columns(connection, table_name, schema, needed)
-    key = inspect(connection).get_pk_constraint(table_name, schema=schema)["constrained_columns"]
-    if not key:
-        full_name = ".".join(filter(None, (schema, table_name)))
-        raise RotationError(
-            f"table {full_name} has no primary key, which is needed to go through the rows in order"
-        )
-    return ReflectedTable(columns, key)
-
-
-# -- What reads a column ---------------------------------------------------------------------------
+from sqlalchemy import Connection, TextClause, inspect, text
 
 
 def dependents(
@@ -113,11 +18,11 @@ def dependents(
     *,
     ours: str | None = None,
 ) -> list[str]:
-    """Return what reads a column, or is made of it, each as its kind and name.
+    """Return what depends on a column, each by kind and name.
 
-    Function bodies are looked into for the triggers of the table only.
+    Function bodies are searched for triggers of the table only.
 
-    :param ours: the name of the CHECK constraint that a sealed column has, which is left out.
+    :param ours: the name of the column's own CHECK constraint, which is left out.
     """
     dialect = connection.dialect.name
     names = {"table": table_name, "schema": schema, "column": column_name, "ours": ours}
@@ -146,7 +51,7 @@ def _constraints(
 
 # Constraints and indexes, also of expressions, conditions and INCLUDE; generated columns; views,
 # rules, policies, triggers, publications, statistics. Not the column's own default, nor PostgreSQL
-# 18's NOT NULL. What a table inherits is dropped with its parent's.
+# 18's NOT NULL. Dropping a parent's column drops it in the tables that inherit it.
 _DEPENDS_ON_COLUMN: Final = text("""
 WITH RECURSIVE family (relation) AS (
     SELECT CAST(to_regclass(coalesce(quote_ident(CAST(:schema AS text)) || '.', '')
@@ -176,7 +81,7 @@ def _on_postgresql(connection: Connection, names: Mapping[str, Any]) -> Iterator
     yield from connection.scalars(_DEPENDS_ON_COLUMN, names)
     owner = {name: names[name] for name in ("table", "schema")}
     for trigger, body, arguments in connection.execute(_TRIGGER_FUNCTIONS, owner):
-        # The function may be given names of columns, each of which ends with a NUL.
+        # Its arguments may name columns. A NUL ends each argument.
         words = arguments.replace("\\000", " ")
         if names["column"].lower() in _tokens(f"{body} {words}"):
             yield f"trigger {trigger}"
@@ -234,9 +139,9 @@ def _on_mysql(connection: Connection, names: Mapping[str, Any]) -> Iterator[str]
             yield f"default of column {name}"
     for name, clause, of_column in rows(_MARIADB_CHECKS if is_mariadb else _MYSQL_CHECKS):
         found = _tokens(f"CHECK ({clause})", escapes=True)
-        # MariaDB's JSON type is text with such a check, which goes with the column.
-        goes_with_it = name == names["ours"] or (of_column and _says_json(found, column))
-        if column in found and not goes_with_it:
+        # MariaDB's JSON type is text with such a check, dropped with the column.
+        is_dropped_with_it = name == names["ours"] or (of_column and _says_json(found, column))
+        if column in found and not is_dropped_with_it:
             yield f"check constraint {name}"
     for name, clause in () if is_mariadb else rows(_MYSQL_INDEXES):
         if column in _tokens(clause, escapes=True):
@@ -269,7 +174,7 @@ def _on_sqlite(connection: Connection, names: Mapping[str, Any]) -> Iterator[str
 
 
 def _in_create_table(created: list[str], column: str, ours: str) -> Iterator[str]:
-    """Give what reads `column` in the CREATE TABLE of its table."""
+    """Give what depends on `column` in the CREATE TABLE of its table."""
     for first, *others in _parts(created):
         if first == column:
             is_ours = ours in others and others.count("check") == 1
@@ -285,7 +190,7 @@ def _in_create_table(created: list[str], column: str, ours: str) -> Iterator[str
 
 
 _KEY_WORDS: Final = frozenset({"constraint", "primary", "unique", "foreign"})
-"""What a part of a CREATE TABLE begins with that is no column, and that reflection shows."""
+"""The first words of constraints in a CREATE TABLE, which reflection shows."""
 
 
 def _parts(created: list[str]) -> Iterator[list[str]]:
@@ -304,13 +209,13 @@ def _parts(created: list[str]) -> Iterator[list[str]]:
 
 
 def _has_star(tokens: list[str]) -> bool:
-    """Say whether every column is selected: a star that is no product and no ``count(*)``."""
+    """Say whether a star selects every column, and is no product and no ``count(*)``."""
     ahead = {one for one, other in pairwise(tokens) if other == "*"}
     return not ahead.isdisjoint({"select", "distinct", "all", ",", "."})
 
 
 def _says_json(tokens: list[str], column: str) -> bool:
-    """Say whether the one thing that reads `column` is a check that it is JSON."""
+    """Say whether the only use of `column` is a check that it is JSON."""
     said = f"check ( json_valid ( {column} ) )" in " ".join(tokens)
     return said and tokens.count(column) == 1
 
@@ -321,10 +226,10 @@ _WORD: Final = r"[\w$]+|[^\w\s]"
 
 
 def _tokens(sql: str | None, *, escapes: bool = False, brackets: bool = False) -> list[str]:
-    """Return the names and signs in `sql`, in small letters; no strings and no comments.
+    """Return the names and signs in `sql` in lower case, without strings and comments.
 
-    :param escapes: a backslash in a string takes the meaning from a quote.
-    :param brackets: a name may stand in brackets.
+    :param escapes: a backslash escapes a quote in a string.
+    :param brackets: brackets may quote a name.
     """
     string = r"'(?:[^'\\]|\\.|'')*'" if escapes else r"'(?:[^']|'')*'"
     quoted = rf"{_QUOTED}|\[[^\]]*\]" if brackets else _QUOTED
