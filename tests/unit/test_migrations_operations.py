@@ -10,7 +10,9 @@ from alembic.autogenerate import render_python_code
 from alembic.operations.ops import UpgradeOps
 
 from sqlalchemy_lucent.migrations import (
+    CreateLucentSecretsOp,
     DecryptColumnOp,
+    DropLucentSecretsOp,
     EncryptColumnOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
@@ -91,3 +93,11 @@ def test_the_reverse_of_a_rebinding_exchanges_the_contexts() -> None:
 
     assert (reverse.from_context, reverse.own_context) == ("users.token", "users.old")
     assert reverse.reverse().to_diff_tuple() == operation.to_diff_tuple()
+
+
+def test_what_alembic_check_shows_of_the_table_of_secrets() -> None:
+    drop = DropLucentSecretsOp("vault", schema="app")
+    assert drop.to_diff_tuple() == ("drop_lucent_secrets", "app", "vault")
+    create = drop.reverse()
+    assert isinstance(create, CreateLucentSecretsOp)
+    assert create.to_diff_tuple() == ("create_lucent_secrets", "app", "vault")
