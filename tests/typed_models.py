@@ -1,4 +1,4 @@
-"""How type checkers see sealed columns. `make lint` checks it, unused ignores too; nothing runs it."""
+"""How type checkers see sealed columns. `make lint` checks it, and nothing runs it."""
 
 from __future__ import annotations
 
