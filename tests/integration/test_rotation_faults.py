@@ -883,7 +883,7 @@ def test_another_dialect_is_refused_by_name(promoted: Keyring) -> None:
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_memory_does_not_grow_with_the_table(engine: Engine) -> None:
-    count = 1_000_000 if LONG else 150_000
+    count = 1_000_000 if LONG else 200_000
     ledger.metadata.create_all(engine)
     keys = Keyring({"v1": bytes(range(32))})
     sealed = keys.for_context("ledger.free").seal(json.dumps({"x": "y" * 100}).encode())
