@@ -81,7 +81,9 @@ CASES: dict[str, tuple[Callable[[], object], type[LucentError], tuple[str, ...]]
         using_default(lambda: 5), ConfigurationError, ("set_default_keyring()", "int", "Keyring")
     ),
     "default raises": (
-        using_default(lambda: dict[str, int]()["v1"]), ConfigurationError, ("set_default_keyring()", "KeyError")
+        using_default(lambda: dict[str, int]()["v1"]),
+        ConfigurationError,
+        ("set_default_keyring()", "KeyError"),
     ),
     "value never sealed": (
         opening(VALUE),
