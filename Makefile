@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One more than there are cores: the tests often wait for a server or for another process.
 TEST_WORKERS := $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 
-.PHONY: demo demo-web test test-long lint docs bench wheel mutants checklist clean
+.PHONY: demo demo-web test test-long test-release lint docs bench wheel mutants checklist clean
 
 demo: .venv/.demo
 	$(BIN)/python docs/examples/demo.py
@@ -13,10 +13,14 @@ demo-web: .venv/.demo-web
 	cd docs/examples && $(abspath $(BIN))/python -m webapp $(DEMO_ARGS)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-long: .venv/.dev
-	LUCENT_TEST_LONG=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) -m long $(PYTEST_ARGS)
+	LUCENT_TEST_LONG=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m long \
+		$(PYTEST_ARGS)
+
+test-release: .venv/.dev
+	$(BIN)/python -m pytest -m release $(PYTEST_ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -16,7 +16,13 @@ from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sqlalchemy_lucent import Keyring, set_default_keyring
-from tests.databases import ASYNC_DRIVERS, SYNC_DRIVERS, drop_everything, own_database
+from tests.databases import (
+    ASYNC_DRIVERS,
+    SYNC_DRIVERS,
+    drop_everything,
+    own_database,
+    with_driver,
+)
 
 T = TypeVar("T")
 
@@ -100,7 +106,7 @@ def async_url(request: pytest.FixtureRequest, databases: Databases) -> Iterator[
     """The URL of an empty database with an async driver, for each async driver in turn."""
     kind, driver = ASYNC_DRIVERS[request.param]
     url = databases.url(kind)
-    yield url.set(drivername=driver)
+    yield with_driver(url, driver)
     sync_engine = create_engine(url)
     drop_everything(sync_engine)
     sync_engine.dispose()

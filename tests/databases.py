@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, make_url, text
+from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, inspect, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from sqlalchemy_lucent import EncryptedJSON
@@ -24,7 +24,8 @@ from sqlalchemy_lucent import EncryptedJSON
 POSTGRESQL_VARIABLE = "LUCENT_TEST_POSTGRESQL_URL"
 MYSQL_VARIABLE = "LUCENT_TEST_MYSQL_URL"
 LOCAL_POSTGRESQL = "postgresql+psycopg://postgres@127.0.0.1:5432/postgres"
-LOCAL_MYSQL = "mysql+pymysql://root@127.0.0.1:3306/mysql"
+# Without TLS, for which PyMySQL reads the machine's certificates at each connection.
+LOCAL_MYSQL = "mysql+pymysql://root@127.0.0.1:3306/mysql?ssl_disabled=true"
 
 SYNC_DRIVERS = {
     "sqlite": "sqlite+pysqlite",
@@ -37,6 +38,11 @@ ASYNC_DRIVERS = {
     "psycopg_async": ("postgresql", "postgresql+psycopg_async"),
     "asyncmy": ("mysql", "mysql+asyncmy"),
 }
+
+
+def with_driver(url: URL, drivername: str) -> URL:
+    """Return `url` for another driver of its database."""
+    return url.difference_update_query(["ssl_disabled"]).set(drivername=drivername)
 
 
 def in_ci() -> bool:
@@ -148,8 +154,26 @@ def create_extension(connection: Connection, name: str) -> None:
     connection.execute(text(f"CREATE EXTENSION IF NOT EXISTS {name}"))
 
 
+_ENUMS = """
+    SELECT typname FROM pg_type
+    WHERE typtype = 'e' AND typnamespace = current_schema()::regnamespace
+"""
+
+
 def drop_everything(engine: Engine) -> None:
-    """Drop every table, so that the next test begins with none."""
-    metadata = MetaData()
-    metadata.reflect(engine)
-    metadata.drop_all(engine)
+    """Drop every table and enum of the database, so that the next test begins with none."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        run = connection.exec_driver_sql
+        quote = connection.dialect.identifier_preparer.quote
+        names = [quote(name) for name in inspect(connection).get_table_names()]
+        if connection.dialect.name == "postgresql":
+            if names:
+                run(f"DROP TABLE {', '.join(names)} CASCADE")
+            for enum in run(_ENUMS).scalars().all():
+                run(f"DROP TYPE {quote(enum)}")
+        elif names:
+            sqlite = connection.dialect.name == "sqlite"
+            connection.detach()  # it keeps the setting that follows
+            run("PRAGMA foreign_keys = OFF" if sqlite else "SET foreign_key_checks = OFF")
+            for name in names:
+                run(f"DROP TABLE IF EXISTS {name}")

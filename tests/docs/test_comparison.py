@@ -51,6 +51,8 @@ with warnings.catch_warnings():
         PGCryptoBackend,
     )
 
+pytestmark = pytest.mark.release
+
 SECRET = "the secret of the tests, which is long enough for two blocks"
 KEY = "key of the tests"
 

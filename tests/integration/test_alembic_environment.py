@@ -266,7 +266,7 @@ def alembic_process(url: URL, *arguments: str) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_killed_half_way_it_goes_on_where_it_was(engine: Engine, config: Config) -> None:
-    rows = 20_000
+    rows = 10_000
     command.upgrade(config, "0001")
     store(engine, rows)
     seen: set[int] = set()

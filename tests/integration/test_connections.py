@@ -35,7 +35,7 @@ from sqlalchemy_lucent.migrations import (
 )
 from sqlalchemy_lucent.rotation import needs_rotation
 from tests.conftest import Databases
-from tests.databases import SYNC_DRIVERS, drop_everything
+from tests.databases import SYNC_DRIVERS, drop_everything, with_driver
 from tests.integration.workers import contents, fill, ledger
 from tests.proxies import Proxy, haproxy
 
@@ -85,7 +85,7 @@ def own_url(request: pytest.FixtureRequest, databases: Databases) -> Iterator[UR
     """The URL of an empty database on a server, with each driver in turn."""
     kind, driver = DRIVERS[request.param]
     url = databases.url(kind)
-    yield url.set(drivername=driver)
+    yield with_driver(url, driver)
     engine = create_engine(url)
     drop_everything(engine)
     engine.dispose()

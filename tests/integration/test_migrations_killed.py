@@ -9,11 +9,10 @@ import itertools
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,22 @@ import sqlalchemy as sa
 from sqlalchemy import Column, Engine, Integer, MetaData, Table
 
 from sqlalchemy_lucent import EncryptedJSON, TamperedError
+from tests.command import exit_code, request_run
 from tests.conftest import KEY_1
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = 3_000
-KILLS = 50 if os.environ.get("LUCENT_TEST_LONG") == "1" else 3
+LONG = os.environ.get("LUCENT_TEST_LONG") == "1"
+ROWS = 3_000 if LONG else 1_000
+KILLS = 50 if LONG else 2
 VALUES = {n: {"n": n, "padding": "x" * 50} for n in range(ROWS)}
 
 ENV = """
 import logging
 import os
 import sys
+print("pid", os.getpid(), flush=True)
 from alembic import context
 from sqlalchemy import create_engine, pool
 import sqlalchemy_lucent.migrations
@@ -61,6 +63,33 @@ def downgrade():
     print("begun", flush=True)
     {downgrade}
 """
+
+
+class Run:
+    """`alembic` as a process of its own, all of whose output is read here."""
+
+    def __init__(self, folder: Path, environ: Mapping[str, str], arguments: Sequence[str]) -> None:
+        reading, writing = os.pipe()
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        streams = (nothing, writing, writing)
+        self._code = request_run("alembic", arguments, folder, environ, streams)
+        os.close(nothing)
+        os.close(writing)
+        self.output = os.fdopen(reading, encoding="utf-8")
+        word, _, number = self.output.readline().partition(" ")
+        assert word == "pid", word + self.output.read()
+        self._pid = int(number)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(self._pid, signal.SIGKILL)
+        self.end()
+
+    def end(self) -> tuple[int, str]:
+        """Wait for its end; return its exit code, and what it still had to say."""
+        with self.output:
+            rest = self.output.read()
+        return exit_code(self._code), rest
 
 
 def is_said(line: str) -> bool:
@@ -97,28 +126,20 @@ class Project:
         self._moments = {command: self.run(*command) for command in COMMANDS}
         self._random = random.Random(engine.dialect.name)  # the machine adds its own chance
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str) -> Run:
         environ = {
             **os.environ,
             "DATABASE_URL": self.engine.url.render_as_string(hide_password=False),
             "LUCENT_SECRETS_KEY": KEY_1.hex(),
             "PYTHONPATH": str(ROOT),
         }
-        return subprocess.Popen(
-            [sys.executable, "-m", "alembic", *arguments],
-            cwd=self.folder,
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        return Run(self.folder, environ, arguments)
 
     def run(self, *arguments: str) -> list[float]:
         """Run to the end; return the seconds at which each line was said, and at which it ended."""
-        with self.start(*arguments) as process:
-            assert process.stdout is not None
-            moments = [time.monotonic() for line in process.stdout if is_said(line)]
-        assert process.returncode == 0
+        process = self.start(*arguments)
+        moments = [time.monotonic() for line in process.output if is_said(line)]
+        assert process.end() == (0, "")
         moments.append(time.monotonic())
         return [moment - moments[0] for moment in moments]
 
@@ -134,19 +155,16 @@ class Project:
             lines = bisect_right(moments, moment)
             seconds = moment - moments[lines - 1]
         process = self.start(*command)
-        assert process.stdout is not None
-        said = (line for line in process.stdout if is_said(line))
+        said = (line for line in process.output if is_said(line))
         for _ in itertools.islice(said, lines):
             pass
         time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
 
     def finish(self, *arguments: str) -> None:
         """Run once more: the work ends, and the revision is stamped."""
-        process = self.start(*arguments)
-        output, _ = process.communicate()
-        assert process.returncode == 0, output
+        code, output = self.start(*arguments).end()
+        assert code == 0, output
         assert self.revision() == ("0001" if arguments[0] == "upgrade" else None)
 
     def revision(self) -> str | None:

@@ -7,7 +7,21 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, LargeBinary, String, inspect, select, text, type_coerce, update
+from sqlalchemy import (
+    Column,
+    Engine,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    inspect,
+    select,
+    text,
+    type_coerce,
+    update,
+)
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -25,6 +39,7 @@ from sqlalchemy_lucent import (
     UnsupportedOperationError,
     set_default_keyring,
 )
+from sqlalchemy_lucent.models import UTCDateTime
 from tests.databases import create_unguarded
 
 TABLE = LucentBase.metadata.tables["lucent_secrets"]
@@ -245,3 +260,16 @@ def test_core_update_takes_a_bound_value(session: Session) -> None:
     session.execute(update(TABLE).values(payload=Bound({"n": 9}, row=KEY)))
     session.commit()
     assert session.scalars(select(LucentSecret)).one().payload == {"n": 9}
+
+
+def test_a_time_may_be_null() -> None:
+    table = Table(
+        "t", MetaData(), Column("id", Integer, primary_key=True), Column("at", UTCDateTime)
+    )
+    engine = create_engine("sqlite://")
+    with engine.begin() as connection:
+        table.create(connection)
+        at = datetime(2024, 5, 6, 7, 8, 9, 10, tzinfo=UTC)
+        connection.execute(table.insert(), [{"at": at}, {"at": None}])
+        assert connection.scalars(table.select().with_only_columns(table.c.at)).all() == [at, None]
+    engine.dispose()

@@ -51,7 +51,8 @@ from sqlalchemy_lucent.rotation.report import MAX_FAILED
 from tests.conftest import KEY_2
 from tests.integration.workers import contents, fill, finish, ledger, reap, start
 
-KILLS = 50 if os.environ.get("LUCENT_TEST_LONG") == "1" else 5
+LONG = os.environ.get("LUCENT_TEST_LONG") == "1"
+KILLS = 50 if LONG else 5
 
 raw_ledger = table("ledger", column("id"), column("free"), column("bound"))
 
@@ -879,9 +880,10 @@ def test_another_dialect_is_refused_by_name(promoted: Keyring) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_memory_does_not_grow_with_the_table(engine: Engine) -> None:
-    count = 1_000_000 if engine.dialect.name == "sqlite" else 200_000
+    count = 1_000_000 if LONG else 200_000
     ledger.metadata.create_all(engine)
     keys = Keyring({"v1": bytes(range(32))})
     sealed = keys.for_context("ledger.free").seal(json.dumps({"x": "y" * 100}).encode())

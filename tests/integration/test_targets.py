@@ -28,6 +28,7 @@ from sqlalchemy.orm import (
     declarative_base,
     mapped_column,
     registry,
+    relationship,
 )
 
 from sqlalchemy_lucent import (
@@ -304,3 +305,39 @@ def test_a_temporary_table_does_not_pass_for_the_one_that_it_hides(
             connection.rollback()
         connection.invalidate()
     assert rotate(engine, table, keyring=promoted).rotated == 3
+
+
+def test_targets_that_are_no_columns_are_refused_and_a_base_is_taken() -> None:
+    class Base(DeclarativeBase): ...
+
+    class Owner(Base):
+        __tablename__ = "owners"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        secret: Mapped[Any] = mapped_column(EncryptedJSON)
+        children: Mapped[list[Child]] = relationship()
+
+    class Child(Base):
+        __tablename__ = "children"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        owner_id: Mapped[int] = mapped_column(ForeignKey("owners.id"))
+
+    engine = create_engine("sqlite://")
+    Base.metadata.create_all(engine)
+    with pytest.raises(RotationError, match=r"Owner\.children is not a column attribute"):
+        verify(engine, Owner.children)
+    assert verify(engine, Owner.secret).ok
+    assert status(engine, Base).rows == ()
+    engine.dispose()
+
+
+def test_a_column_bound_to_what_its_table_lacks_is_refused() -> None:
+    table = Table(
+        "t",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("secret", EncryptedJSON(bound_to=["tenant"])),
+    )
+    engine = create_engine("sqlite://")
+    with pytest.raises(RotationError, match=r"t\.secret is bound to tenant, which its table does"):
+        verify(engine, table)
+    engine.dispose()

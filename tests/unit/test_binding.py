@@ -353,3 +353,13 @@ def test_no_frame_of_ours_holds_a_value_that_is_refused(
     assert held == []
     assert MARKER not in str(caught.value)
     engine.dispose()
+
+
+def test_row_bound_put_on_a_class_that_is_not_mapped_is_refused() -> None:
+    class Plain:
+        pass
+
+    Plain.secret = row_bound("id")  # type: ignore[attr-defined]
+    for use in (lambda: Plain().secret, lambda: setattr(Plain(), "secret", 1)):  # type: ignore[attr-defined]
+        with pytest.raises(ConfigurationError, match="written in the body of a class"):
+            use()

@@ -1,4 +1,4 @@
-"""The strict codec beside Python's own JSON, 200,000 times.
+"""The strict codec beside Python's own JSON, 20,000 times; 200,000 times in `make test-long`.
 
 That nothing is changed unseen rests on orjson, ormsgpack and msgspec agreeing with each other, so
 their newest releases are tried against a judge that knows none of them. The seeds are printed; a
@@ -22,8 +22,9 @@ from sqlalchemy_lucent import SerializationError
 from sqlalchemy_lucent._json import MAX_DEPTH, MAX_INTEGER_DIGITS, STRICT
 
 TOO_LONG: Final[int] = 10**MAX_INTEGER_DIGITS
-VALUES: Final = 120_000
-TEXTS: Final = 82_000  # a few are passed over
+TIMES: Final = 10 if os.environ.get("LUCENT_TEST_LONG") == "1" else 1
+VALUES: Final = TIMES * 12_000
+TEXTS: Final = TIMES * 8_200  # a few are passed over
 SEEDS: Final = (1, 2, 3, None)
 """``None`` stands for another seed in each run. It is drawn in the test, because pytest-xdist wants
 the same parameters in each of its processes."""
@@ -173,6 +174,7 @@ class Generator:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", SEEDS)
 def test_what_is_accepted_comes_back_to_the_bit_and_the_rest_is_refused(seed: int | None) -> None:
     seed = seeded(seed)
@@ -230,6 +232,7 @@ def judged(data: bytes) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", SEEDS)
 def test_damaged_texts_are_read_as_python_reads_them_or_refused(seed: int | None) -> None:
     seed = seeded(seed)

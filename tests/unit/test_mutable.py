@@ -289,3 +289,21 @@ def test_a_schema_whose_edits_cannot_be_seen_is_refused(schema: Any) -> None:
 @pytest.mark.parametrize("schema", [Shape, dict[str, Shape], list[list[int]], Any])
 def test_a_schema_of_dicts_and_lists_tracks(schema: Any) -> None:
     assert EncryptedJSON.mutable(schema=schema).tracks_changes
+
+
+def test_copies_of_a_tracked_document_are_tracked_no_more() -> None:
+    class Base(DeclarativeBase): ...
+
+    class Row(Base):
+        __tablename__ = "rows"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        value: Mapped[Any] = mapped_column(EncryptedJSON.mutable())
+
+    row = Row(value={"a": [1]})
+    for tracked in (row.value, row.value["a"]):
+        shallow = copy.copy(tracked)
+        assert shallow == tracked
+        assert shallow is not tracked
+    shallow = copy.copy(row.value)
+    shallow["b"] = 1
+    assert row.value == {"a": [1]}

@@ -311,3 +311,7 @@ def test_an_error_that_has_errors_of_its_own_is_not_quoted() -> None:
         Schema(Refusing).load({"a": marker})
     assert marker not in "".join(traceback.format_exception(caught.value))
     assert caught.value.__context__ is None
+
+
+def test_a_schema_shows_its_type() -> None:
+    assert repr(Schema(dict[str, int])) == "<Schema of dict[str, int]>"

@@ -8,10 +8,8 @@ import inspect
 import io
 import json
 import pickle
-import textwrap
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,20 +116,25 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+def test_comparing_is_refused_when_the_expression_is_built(operation: str) -> None:
+    with pytest.raises(UnsupportedOperationError, match="key_version"):
+        OPERATIONS[operation](table.c.data)
+
+
 @pytest.mark.parametrize(
     "column",
     [
-        table.c.data,
         Model.data,
         aliased(Model).data,
         select(table.c.data).subquery().c.data,
         table.c.data.label("label"),
     ],
-    ids=["Core", "ORM", "alias", "subquery", "label"],
+    ids=["ORM", "alias", "subquery", "label"],
 )
-def test_comparing_is_refused_when_the_expression_is_built(column: Any, operation: str) -> None:
-    with pytest.raises(UnsupportedOperationError, match="key_version"):
-        OPERATIONS[operation](column)
+def test_comparing_is_refused_whatever_form_the_column_has(column: Any) -> None:
+    for operation in ("==", "in_", "like", "desc", "index by name"):
+        with pytest.raises(UnsupportedOperationError, match="key_version"):
+            OPERATIONS[operation](column)
 
 
 def test_filter_by_is_refused_when_it_is_built() -> None:
@@ -261,7 +264,7 @@ def test_nothing_is_left_behind(type_: EncryptedJSON, what: str) -> None:
     kept = []
     tracemalloc.start()
     try:
-        for count in (1_000, 50_000):  # the first ones fill what is kept on purpose
+        for count in (1_000, 10_000):  # the first ones fill what is kept on purpose
             for _ in range(count):
                 process(value)
             gc.collect()
@@ -503,7 +506,6 @@ def a_reader(text_: str) -> Any:
     return {"read": json.loads(text_)}
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize(
     "options, expected",
     [
@@ -515,7 +517,7 @@ def a_reader(text_: str) -> Any:
     ],
 )  # fmt: skip
 def test_a_pickle_names_the_function_that_reads_and_leaves_out_the_one_that_writes(
-    options: dict[str, Any], expected: Any, protocol: int
+    options: dict[str, Any], expected: Any
 ) -> None:
     engine = create_engine("sqlite://", **options)
     table = Table("lazies", MetaData(), Column("c", EncryptedJSON(lazy=True)))
@@ -526,13 +528,15 @@ def test_a_pickle_names_the_function_that_reads_and_leaves_out_the_one_that_writ
     engine.dispose()
     for copied in (copy.copy(sealed), copy.deepcopy(sealed)):
         assert copied.open() == sealed.open()
-    pickled = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(sealed, protocol)), protocol))
-    assert pickled == sealed
-    if expected is not None:
-        assert pickled.open() == expected
-        return
-    with pytest.raises(SerializationError, match="define it in a module"):
-        pickled.open()
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        once = pickle.loads(pickle.dumps(sealed, protocol))
+        pickled = pickle.loads(pickle.dumps(once, protocol))
+        assert pickled == sealed
+        if expected is not None:
+            assert pickled.open() == expected
+            continue
+        with pytest.raises(SerializationError, match="define it in a module"):
+            pickled.open()
 
 
 def test_a_sealed_value_of_another_column_is_not_stored() -> None:
@@ -567,55 +571,11 @@ def test_a_bound_value_prints_nothing_and_is_not_pickled() -> None:
         pickle.dumps(bound)
 
 
-# -- for type checkers -----------------------------------------------------------------------------
-
-SAMPLE = """
-    from dataclasses import dataclass
-    from typing import Any
-    from sqlalchemy import Column, MetaData, Table, select
-    from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-    from sqlalchemy_lucent import EncryptedJSON, Sealed
-
-    @dataclass
-    class Account:
-        email: str
-
-    class Base(DeclarativeBase):
-        type_annotation_map = {dict[str, Any]: EncryptedJSON()}
-
-    class Model(Base):
-        __tablename__ = "models"
-        id: Mapped[int] = mapped_column(primary_key=True)
-        data: Mapped[dict[str, Any]] = mapped_column(EncryptedJSON)
-        tracked: Mapped[dict[str, Any]] = mapped_column(EncryptedJSON.mutable(none_as_null=True))
-        annotated: Mapped[dict[str, Any]]
-        account: Mapped[Account] = mapped_column(EncryptedJSON(schema=Account))
-        optional: Mapped[Account | None] = mapped_column(EncryptedJSON(True, schema=Account))
-        lazy: Mapped[Sealed] = mapped_column(EncryptedJSON(lazy=True))
-
-    table = Table("t", MetaData(), Column("c", EncryptedJSON), Column("d", EncryptedJSON()))
-
-    def use(session: Session, model: Model) -> str:
-        model.account = Account("a")
-        found: Account = session.scalars(select(Model.account)).one()
-        version: str | None = model.lazy.key_version
-        if model.optional is not None:
-            return model.optional.email
-        return found.email + str(version) + model.account.email
-
-    def misuse(model: Model) -> None:
-        model.account = {"email": "x"}  # type: ignore[assignment]
-        model.account.missing  # type: ignore[attr-defined]
-"""
-
-
-@pytest.mark.slow
-def test_models_type_check_under_mypy_strict(tmp_path: Path) -> None:
-    from mypy import api
-
-    sample = tmp_path / "sample.py"
-    sample.write_text(textwrap.dedent(SAMPLE))
-    output, errors, status = api.run(
-        ["--strict", "--config-file=", "--cache-dir", str(tmp_path), str(sample)]
-    )
-    assert status == 0, output + errors
+def test_a_null_of_sql_may_be_bound_as_a_value() -> None:
+    own = Table("t", MetaData(), Column("value", EncryptedJSON))
+    engine = create_engine("sqlite://")
+    with engine.begin() as connection:
+        own.create(connection)
+        connection.execute(insert(own), [{"value": null()}])
+        assert connection.exec_driver_sql("SELECT value FROM t").scalar() is None
+    engine.dispose()

@@ -36,7 +36,7 @@ from sqlalchemy_lucent import (
     verify,
 )
 from tests.conftest import Databases
-from tests.databases import drop_everything
+from tests.databases import drop_everything, with_driver
 from tests.integration.workers import fill, ledger
 from tests.servers import private_mariadb
 
@@ -323,7 +323,7 @@ def test_a_driver_that_escapes_by_backslashes_serves_where_they_mean_nothing(
 
     async def main() -> None:
         literal = create_async_engine(
-            url.set(drivername="mysql+asyncmy"),
+            with_driver(url, "mysql+asyncmy"),
             connect_args={"init_command": "SET sql_mode = 'NO_BACKSLASH_ESCAPES'"},
         )
         try:

@@ -25,7 +25,7 @@ from sqlalchemy.types import TypeEngine
 
 from sqlalchemy_lucent import EncryptedJSON, RotationError
 from sqlalchemy_lucent.migrations import decrypt_column, encrypt_column
-from tests.databases import ASYNC_DRIVERS, SYNC_DRIVERS, create_extension
+from tests.databases import ASYNC_DRIVERS, SYNC_DRIVERS, create_extension, with_driver
 
 DRIVERS = {kind: (kind, driver) for kind, driver in SYNC_DRIVERS.items()} | ASYNC_DRIVERS
 POSTGRESQL, MYSQL = ("postgresql",), ("mysql",)
@@ -128,7 +128,7 @@ class Database:
 
     def __init__(self, label: str, databases: Any, **options: Any) -> None:
         kind, driver = DRIVERS[label]
-        url = databases.url(kind).set(drivername=driver)
+        url = with_driver(databases.url(kind), driver)
         self.kind = kind
         self._loop = asyncio.new_event_loop() if label in ASYNC_DRIVERS else None
         self._async = create_async_engine(url, **options) if self._loop else None

@@ -14,6 +14,7 @@ from alembic.operations.ops import UpgradeOps
 
 import sqlalchemy_lucent.migrations as lucent_migrations
 from sqlalchemy_lucent.migrations import (
+    CreateLucentSecretsOp,
     DecryptColumnOp,
     DropLucentSecretsOp,
     EncryptColumnOp,
@@ -130,3 +131,11 @@ def test_each_operation_is_a_function_and_a_method_with_its_documentation(operat
 def test_a_wrong_argument_is_named(keywords: dict[str, Any], named: str) -> None:
     with pytest.raises(TypeError, match=f"EncryptColumnOp.*'{named}'"):
         lucent_migrations.encrypt_column("users", "token", **keywords)
+
+
+def test_what_alembic_check_shows_of_the_table_of_secrets() -> None:
+    drop = DropLucentSecretsOp("vault", schema="app")
+    assert drop.to_diff_tuple() == ("drop_lucent_secrets", "app", "vault")
+    create = drop.reverse()
+    assert isinstance(create, CreateLucentSecretsOp)
+    assert create.to_diff_tuple() == ("create_lucent_secrets", "app", "vault")
