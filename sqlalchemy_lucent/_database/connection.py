@@ -53,7 +53,7 @@ _SESSION: Final = text(
 _SET_SESSION: Final = text("SET SESSION sql_mode = :sql_mode, SESSION sql_safe_updates = :safe")
 
 
-class Link:
+class ManagedConnection:
     """How a run talks to the database: a connection that is replaced when it is lost, short
     explicit transactions, and what may pass tried again. In AUTOCOMMIT mode, as SQLAlchemy's own
     transaction does not serve: the connection may be Alembic's, inside its autocommit block, where
@@ -97,21 +97,21 @@ class Link:
                 f"there is one for {', '.join(_BEGIN)}"
             )
 
-    def run(self, work: Callable[[], _T], told: Callable[[Fault], str]) -> _T:
+    def run(self, work: Callable[[], _T], describe: Callable[[Fault], str]) -> _T:
         """Do `work`, with the connection open.
 
-        :param told: makes a message of what the database ended it with.
+        :param describe: returns the message for the fault that ended it.
         :raises RotationError: the database did.
         """
         try:
             with self:
                 return work()
         except Fault as fault:
-            message = told(fault)
+            message = describe(fault)
         raise RotationError(message)
 
     def __enter__(self) -> Self:
-        self.attempt(lambda _: None)
+        self.retry(lambda _: None)
         return self
 
     def __exit__(
@@ -122,7 +122,7 @@ class Link:
     ) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._give_back(connection)
+            self._restore(connection)
 
     @property
     def connection(self) -> Connection:
@@ -130,7 +130,7 @@ class Link:
         assert self._connection is not None
         return self._connection
 
-    def attempt(self, work: Callable[[int], _T], limit: int = 1) -> _T:
+    def retry(self, work: Callable[[int], _T], limit: int = 1) -> _T:
         """Do `work` with the number of rows that it may have, `limit`; again while the fault is a
         passing one, each time with half the rows.
 
@@ -163,7 +163,7 @@ class Link:
             with self.reading() as connection:
                 return work(connection)
 
-        return self.attempt(once)
+        return self.retry(once)
 
     def _fault(self, error: Exception) -> tuple[Fault, bool]:
         """Return `error` as a fault, and whether to try again; give up a lost connection."""
@@ -184,12 +184,12 @@ class Link:
         if self._connection is not None:
             if self._engine is None or not self._connection.invalidated:
                 return
-            self._give_back(self._connection)
+            self._restore(self._connection)
             self._connection = None
         connection = self._given if self._engine is None else self._engine.connect()
         assert connection is not None
         try:
-            self._take(connection)
+            self._set_up(connection)
             self._connection = connection
             with self.reading():
                 require_primary(connection)
@@ -197,11 +197,11 @@ class Link:
             self._connection = None
             if isinstance(error, self._errors) and not isinstance(error, SQLAlchemyError):
                 connection.invalidate(error)
-            self._give_back(connection)
+            self._restore(connection)
             raise
         self._was_connected = True
 
-    def _take(self, connection: Connection) -> None:
+    def _set_up(self, connection: Connection) -> None:
         """Put `connection` in the mode of this run; note what it has to be given back with."""
         self._restored_level = self._restored_session = None
         self._began = False
@@ -235,7 +235,7 @@ class Link:
         if session is not None:
             self._set_session(connection, *session)
 
-    def _give_back(self, connection: Connection) -> None:
+    def _restore(self, connection: Connection) -> None:
         # Whatever fails here fails for the next user too, and says nothing about what was done.
         with suppress(*self._errors):
             self._restore_session(connection)

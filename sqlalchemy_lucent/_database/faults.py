@@ -85,18 +85,18 @@ class Fault(Exception):  # noqa: N818  (an error of ours is made of it)
 
     Stays inside this package, which makes its own error of it for the caller.
 
-    :param said: what the database said, without a value of a row.
+    :param message: what the database said, without a value of a row.
     :param advice: what to do before the same is tried again.
     :param passes: whether the same may go better another time.
     """
 
-    def __init__(self, said: str, advice: str, passes: bool) -> None:
-        super().__init__(said, advice, passes)  # so that it can be pickled
-        self.said = said
+    def __init__(self, message: str, advice: str, passes: bool) -> None:
+        super().__init__(message, advice, passes)  # so that it can be pickled
+        self.message = message
         self.advice = advice
         self.passes = passes
 
-    def again(self, to_go_on: str = "Run it again to go on") -> str:
+    def next_step(self, to_go_on: str = "Run it again to go on") -> str:
         """Say whether another run helps, and what to change before."""
         if self.advice:
             return f"{self.advice}, then run it again"
@@ -124,7 +124,7 @@ def fault_of(error: Exception, dialect: Dialect, *, lost: bool) -> Fault:
     :param lost: whether there is no connection, or none any more.
     """
     words = _advice(error, dialect)
-    return Fault(said(error, dialect), words, _passes(error, dialect, lost=lost))
+    return Fault(describe(error, dialect), words, _passes(error, dialect, lost=lost))
 
 
 def _passes(error: Exception, dialect: Dialect, *, lost: bool) -> bool:
@@ -165,7 +165,7 @@ def breaks_off(error: BaseException, dialect: Dialect) -> bool:
     return isinstance(error, DBAPIError) and _code(error, dialect) == _TOO_LARGE
 
 
-def said(error: Exception, dialect: Dialect) -> str:
+def describe(error: Exception, dialect: Dialect) -> str:
     """Return what the database said, without what may be a value of a row."""
     if isinstance(error, PendingRollbackError):
         return "the connection was lost"  # and SQLAlchemy waits for its user to notice

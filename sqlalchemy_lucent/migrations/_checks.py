@@ -30,7 +30,7 @@ from sqlalchemy.schema import conv
 from sqlalchemy.types import NullType, _Binary
 
 from .. import _sql
-from .._database.connection import Link, is_in_transaction
+from .._database.connection import ManagedConnection, is_in_transaction
 from .._database.visibility import require_full_visibility
 from ..exceptions import RotationError
 from ..types import EncryptedJSON
@@ -202,9 +202,9 @@ def _transaction(connection: Connection) -> Iterator[None]:
         yield
         return
     with (
-        Link(connection) as link,
-        without_foreign_keys(link.connection),
-        link.transaction(),
+        ManagedConnection(connection) as database,
+        without_foreign_keys(database.connection),
+        database.transaction(),
     ):
         yield
 

@@ -47,17 +47,17 @@ from sqlalchemy.schema import AddConstraint, CreateTable
 from sqlalchemy.types import TypeEngine, _Binary
 
 from .. import _sql
-from .._database.connection import Link
-from .._database.faults import refuses_a_row, said
+from .._database.connection import ManagedConnection
+from .._database.faults import describe, refuses_a_row
 from .._sql import is_mysql
 from ..exceptions import RotationError
 from ..keyring import default_keyring
-from ..rotation import RotationProgress
-from ..rotation._run import run_workers
-from ..rotation.jobs import BackfillWorker, PlainColumn, Reader, Writer
+from ..rotation import RotationProgress, run_in_transaction, run_jobs
+from ..rotation.jobs import Backfill
+from ..rotation.plain import PlainColumn, Reader, Writer
 from ..rotation.report import FailedRow, Failures
-from ..rotation.rows import BatchBounds, PrimaryKey, Rows
-from ..rotation.throttle import Throttle
+from ..rotation.rows import Rows
+from ..rotation.targets import resolve_targets
 from ..types import EncryptedJSON
 from ._checks import (
     condition_of,
@@ -296,9 +296,7 @@ class _Conversion:
         self._operations.add_column(plan.table_name, added, schema=plan.schema)
         self._look()
 
-    def _worker(
-        self, *, compare: bool, written_since: ColumnElement[bool] | None = None
-    ) -> BackfillWorker:
+    def _job(self, *, compare: bool, written_since: ColumnElement[bool] | None = None) -> Backfill:
         plan = self._plan
         plain, sealed = (
             (plan.column_name, plan.through) if plan.to_sealed else (plan.through, plan.column_name)
@@ -306,12 +304,11 @@ class _Conversion:
         columns: list[Column[Any]] = [
             *(Column(c.name, c.type, primary_key=c.primary_key) for c in self._owner.columns),
             Column(sealed, plan.sealed_type),
-            Column(plain, plan.existing_type),
         ]
         owner = Table(plan.table_name, MetaData(), *columns, schema=plan.schema)
-        return BackfillWorker(
-            owner,
-            owner.c[sealed],
+        (target,) = resolve_targets(owner.c[sealed], self._connection)
+        return Backfill(
+            target,
             self._plain_column(plain),
             self._keyring,
             self._dialect,
@@ -336,9 +333,9 @@ class _Conversion:
         columns = [self._plan.column_name, *([self._plan.through] if compare else [])]
         if not any(self._any(column(name).is_not(None)) for name in columns):
             return failures
-        report = run_workers(
+        report = run_jobs(
             self._connection,
-            [self._worker(compare=compare)],
+            [self._job(compare=compare)],
             self._keyring(),
             batch_size=self._plan.batch_size,
             on_progress=self._log,
@@ -410,7 +407,7 @@ class _Conversion:
         if self._any(column(plan.column_name).is_not(None)):
             self._keyring()  # a missing keyring is an error of its own, not one of every row
         try:
-            with Link(self._connection) as link, self._locked(link):
+            with ManagedConnection(self._connection) as database, self._locked(database):
                 self._stop_if_failed(self._reconcile(written_since))
                 if not plan.to_sealed and self._dialect.name != "sqlite":
                     drop_check(self._operations, *self._final)
@@ -421,7 +418,7 @@ class _Conversion:
                 else:
                     self._rename_on_mysql()
         except DBAPIError as error:
-            fault = said(error, self._dialect)
+            fault = describe(error, self._dialect)
             is_refused = refuses_a_row(error, self._dialect)
         else:
             logger.info(
@@ -440,13 +437,13 @@ class _Conversion:
         )
 
     @contextmanager
-    def _locked(self, link: Link) -> Iterator[None]:
+    def _locked(self, database: ManagedConnection) -> Iterator[None]:
         """Keep all writers out.
 
         What is done inside is one transaction, except on MariaDB and MySQL, where each statement
         is one.
         """
-        connection = link.connection
+        connection = database.connection
         if is_mysql(self._dialect):
             connection.exec_driver_sql(f"LOCK TABLES {self._table} WRITE")
             try:
@@ -455,37 +452,26 @@ class _Conversion:
                 if not connection.invalidated:
                     connection.exec_driver_sql("UNLOCK TABLES")
             return
-        with without_foreign_keys(connection), link.transaction():
+        with without_foreign_keys(connection), database.transaction():
             if self._dialect.name == "postgresql":
                 connection.exec_driver_sql(f"LOCK TABLE {self._table} IN ACCESS EXCLUSIVE MODE")
             yield
 
     def _reconcile(self, written_since: ColumnElement[bool] | None) -> Failures:
         """Fill again what no longer agrees with its source: all rows, or those `written_since`."""
-        worker = self._worker(compare=True, written_since=written_since)
-        worker.prepare(self._connection)
-        pace = Throttle(self._plan.batch_size, None, None, 0, time.sleep)
-        failures = Failures()
-        pending = worker.count_pending(self._connection)
-        after: PrimaryKey | None = None
-        more = True
-        while more:
-            limit = pace.limit
-            batch = worker.work(self._connection, after, BatchBounds(None, False, limit), limit)
-            failures.add(batch.failed)
-            pending -= batch.rows
-            more = batch.more
-            after = worker.advanced(after, batch.last)
-            pace.after(batch.rows, batch.size, 0)
+        job = self._job(compare=True, written_since=written_since)
+        pending = job.rows.count(self._connection, job.rows.pending)
+        looked_at, failures = run_in_transaction(self._connection, job, self._plan.batch_size)
         # Nobody writes now, so that a row which was not looked at, or looked at twice, is a fault
         # of the order of the primary key; and the value of one which was not is lost by the swap.
-        if pending:
+        if looked_at != pending:
             raise RotationError(
                 f"the rows of table {self._owner.fullname} cannot be gone through in the order of "
                 "their primary key, as with an inexact type (FLOAT). The column is as it was"
             )
         # Whatever became of the passes: with this lock, a value that is not there is lost.
-        failures.count = max(failures.count, worker.count_stale(self._connection))
+        unfilled = job.rows.count(self._connection, job.unfilled)
+        failures.count = max(failures.count, unfilled)
         return failures
 
     def _alter(self, change: str) -> None:

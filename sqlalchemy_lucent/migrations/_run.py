@@ -32,9 +32,9 @@ from .._database.visibility import require_full_visibility
 from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
-from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate
-from ..rotation._run import run_workers
-from ..rotation.jobs import RebindWorker
+from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate, run_jobs
+from ..rotation.jobs import Rebind
+from ..rotation.targets import resolve_targets
 from ..types import EncryptedJSON, refuse_server_default
 from ._checks import create_check, declared_check, drop_check
 from ._convert import convert_column, log_failures
@@ -109,9 +109,9 @@ def _in_our_words(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
             )
             names = (operation.schema, operation.table_name, operation.column_name)
             message = (
-                f"the database ended {name} of {'.'.join(filter(None, names))}: {fault.said}. "
+                f"the database ended {name} of {'.'.join(filter(None, names))}: {fault.message}. "
                 "Batches that were committed stay, and the revision is not stamped. "
-                f"{fault.again()}"
+                f"{fault.next_step()}"
             )
         # Not chained: SQLAlchemy's error has the parameters.
         raise RotationError(message)
@@ -224,9 +224,10 @@ def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedC
             logger.info("%s holds no value; nothing to seal anew", name)
             return
         keyring = default_keyring()
-        report = run_workers(
+        (target,) = resolve_targets(column, connection)
+        report = run_jobs(
             connection,
-            [RebindWorker(column.table, column, lambda: keyring, connection.dialect)],
+            [Rebind(target, keyring, connection.dialect)],
             keyring,
             batch_size=operation.batch_size,
             on_progress=_log,

@@ -10,7 +10,7 @@ from alembic.operations import AbstractOperations, BatchOperations, MigrateOpera
 from sqlalchemy.types import TypeEngine, to_instance
 
 from ..rotation import DEFAULT_BATCH_SIZE
-from ..rotation.jobs import Reader, Writer
+from ..rotation.plain import Reader, Writer
 from ..types import EncryptedJSON
 from ._convert import Plan
 
