@@ -21,6 +21,7 @@ from sqlalchemy import (
     String,
     Update,
     bindparam,
+    cast,
     column,
     func,
     literal_column,
@@ -213,7 +214,7 @@ class RowWriter:
             statement = statement.where(
                 _begins_with(rows.clause.c[name], size, old)
                 if type_ is None
-                else or_(old.is_not(None), rows.clause.c[name].is_(None))
+                else or_(cast(old, LargeBinary).is_not(None), rows.clause.c[name].is_(None))
             ).values({name: new})
         return statement.values(self._pinned) if self._pinned else statement
 
