@@ -85,7 +85,7 @@ def _status(
     targets: Target | Iterable[Target] | None,
     sleep: Callable[[float], object],
 ) -> StatusReport:
-    database = ManagedConnection(bind, sleep=sleep, counting=True)
+    database = ManagedConnection(bind, sleep=sleep, read_only=True)
     tables = resolve_targets(targets, bind)
 
     def work() -> StatusReport:
@@ -158,7 +158,7 @@ def needs_rotation(
     :raises RotationError: `targets` has no encrypted column.
     """
     keyring = keyring_of(keyring)
-    database = ManagedConnection(bind, counting=True)
+    database = ManagedConnection(bind, read_only=True)
     tables = resolve_targets(targets, bind)
 
     def work() -> bool:
@@ -295,7 +295,7 @@ def _raise_if_needed(
     exclude: Sequence[str],
     sleep: Callable[[float], object],
 ) -> None:
-    database = ManagedConnection(bind, sleep=sleep, counting=True)
+    database = ManagedConnection(bind, sleep=sleep, read_only=True)
     tables = resolve_targets(targets, bind)
 
     def work() -> dict[str, int]:
@@ -438,7 +438,7 @@ def _verify(
     ):
         raise RotationError("sample is a whole number of rows, 1 or more")
     own = keyring_of(keyring)
-    database = ManagedConnection(bind, sleep=sleep, counting=True)
+    database = ManagedConnection(bind, sleep=sleep, read_only=True)
     tables = resolve_targets(targets, bind)
 
     def work() -> VerifyReport:

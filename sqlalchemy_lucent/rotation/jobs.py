@@ -76,6 +76,7 @@ class Job(ABC):
         bound = (name for each in target.columns for name in each.bound_to)
         names = dict.fromkeys([*(part.name for part in target.primary_key), *bound])
         self._names = list(names)
+        self._value_positions = range(len(names), len(names) + len(values))
         self.name = target.name
         self.rows = Rows(
             target.name,
@@ -109,7 +110,7 @@ class Job(ABC):
         new: dict[str, dict[int, Any]] = {name: {} for name in self.changers}
         failed: list[tuple[int, FailedRow]] = []
         for name, change in self.changers.items():
-            old_values, new_values = old[name], new[name]
+            old_values, new_values = old[name], new[name]  # looked up once, not for every row
             for number, row in enumerate(rows):
                 try:
                     changed = change(row)
@@ -128,8 +129,8 @@ class Job(ABC):
             for names, numbers in _group(new).items()
         ]
         failed.sort(key=itemgetter(0))  # in the order of the rows, whatever the column
-        values = len(self._names)
-        size = sum(len(value) for row in rows for value in row[values:] if value)
+        values = (map(itemgetter(position), rows) for position in self._value_positions)
+        size = sum(sum(map(len, filter(None, column))) for column in values)
         return Outcome(changes, [row for _, row in failed], size)
 
     def write(
