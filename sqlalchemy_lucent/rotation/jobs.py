@@ -119,15 +119,17 @@ class Job(ABC):
                     continue
                 if changed is not None:
                     old_values[number], new_values[number] = changed
-        changes = [
-            Changes(
-                names,
-                [[rows[n][part] for n in numbers] for part in range(len(self.rows.primary_key))],
-                [[old[name][n] for n in numbers] for name in names],
-                [[new[name][n] for n in numbers] for name in names],
+        changes = []
+        for names, numbers in _group(new).items():
+            chosen = rows if len(numbers) == len(rows) else [rows[number] for number in numbers]
+            changes.append(
+                Changes(
+                    names,
+                    [list(map(itemgetter(n), chosen)) for n in range(len(self.rows.primary_key))],
+                    [list(map(old[name].__getitem__, numbers)) for name in names],
+                    [list(map(new[name].__getitem__, numbers)) for name in names],
+                )
             )
-            for names, numbers in _group(new).items()
-        ]
         failed.sort(key=itemgetter(0))  # in the order of the rows, whatever the column
         values = (map(itemgetter(position), rows) for position in self._value_positions)
         size = sum(sum(map(len, filter(None, column))) for column in values)

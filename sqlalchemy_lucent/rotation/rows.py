@@ -85,6 +85,9 @@ class BatchBounds(NamedTuple):
 
 EVERYTHING: Final = BatchBounds()
 
+NULL_KEYS: Final = BatchBounds((), ())
+"""The rows with NULL in their primary key, which is neither before nor after another."""
+
 
 class Read(Protocol):
     """Runs a function that reads from the database, in whatever transaction the caller chose."""
@@ -332,8 +335,14 @@ class Rows:
         while True:
             started = time.monotonic()
             bounds = read(partial(self.find_bounds, after=after, limit=rows, max_bytes=None))
-            # NULL keys, which may sort last, are in the first range.
-            if bounds is None or bounds.upto is None or None in bounds.upto:
+            # NULL may sort last.
+            is_last = bounds is None or bounds.upto is None or None in bounds.upto
+            if after is None:
+                if is_last:
+                    yield EVERYTHING
+                    return
+                yield NULL_KEYS
+            if bounds is None or is_last:
                 yield BatchBounds(after)
                 return
             yield bounds
@@ -342,11 +351,8 @@ class Rows:
             rows = max(1000, min(int(rows * factor), _LARGEST_RANGE))
 
     def in_range(self, bounds: BatchBounds) -> list[ColumnElement[bool]]:
-        """Return the conditions of :meth:`count`: rows without a key are in the first range."""
-        conditions = self._within(bounds)
-        if bounds.after is None:
-            return [or_(*conditions, self._has_null_key)] if conditions else []
-        return [*conditions, not_(self._has_null_key)]
+        """Return the conditions of a range that :meth:`ranges` gave."""
+        return [self._has_null_key] if bounds is NULL_KEYS else self._within(bounds)
 
     # -- statements --------------------------------------------------------------------------------
 
