@@ -53,8 +53,7 @@ SQLAlchemy so that listeners see them, the stale condition and the count. Failur
 nothing while there are none. More than that is saved where the database's own plan or the driver is
 poor: the key range in PostgreSQL's UPDATE spares it a hash of the whole table for each batch
 (*unnest and the key range* is the loop with that too, so that only the promises are left between it
-and `rotate`); MariaDB changes each row as it finds it, without a temporary table, and its statement
-has the values as hexadecimal literals, because PyMySQL escapes bytes slowly.
+and `rotate`); MariaDB's statement has the values as hexadecimal literals, because PyMySQL escapes bytes slowly.
 
 Beside them stand the ways of today. sqlalchemy-utils has its key as a callable: objects are loaded
 under the old key and flushed under the new one, a session for each batch, which is the way that its
