@@ -1,1 +1,1 @@
-"""What a database is asked, beside values: connections, errors, relations, what a user may see."""
+"""The database beside its values: connections, errors, relations, and what a user may see."""

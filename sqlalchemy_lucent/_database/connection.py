@@ -1,4 +1,4 @@
-"""The connection of a run: short explicit transactions, tried again when they may pass."""
+"""The connection of a run: short explicit transactions, retried after passing faults."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _LONGEST_PAUSE: Final = 4.0
 
 _T = TypeVar("_T")
 
-# READ COMMITTED whatever the engine's default is: under a stricter level a batch would fail
-# because of a concurrent writer, and MySQL's REPEATABLE READ locks the gaps between rows, so that
-# nobody could insert there. IMMEDIATE, because a SQLite transaction that reads first and writes
-# later fails as soon as somebody else has written in between.
+# READ COMMITTED, whatever the engine's default is. Under a stricter level a concurrent writer would
+# make a batch fail, and MySQL's REPEATABLE READ locks the gaps between rows, where nobody could
+# insert then. IMMEDIATE, because a SQLite transaction that reads first and writes later fails if
+# somebody else has written in between.
 _BEGIN: Final[dict[str, tuple[str, ...]]] = {
     "sqlite": ("BEGIN IMMEDIATE",),
     "postgresql": ("BEGIN ISOLATION LEVEL READ COMMITTED",),
@@ -37,7 +37,7 @@ _BEGIN: Final[dict[str, tuple[str, ...]]] = {
 }
 _BEGIN["mariadb"] = _BEGIN["mysql"]
 
-# A cursor of the server's would need a transaction, and every batch is read whole.
+# A server-side cursor would need a transaction, and every batch is read whole.
 AUTOCOMMIT_OPTIONS: Final[dict[str, Any]] = {
     "isolation_level": "AUTOCOMMIT",
     "stream_results": False,
@@ -45,27 +45,27 @@ AUTOCOMMIT_OPTIONS: Final[dict[str, Any]] = {
 }
 """Execution options of a connection that an engine gave."""
 
-# Without a strict mode, MySQL cuts a value that its column has no room for and says that it was
-# written. And an UPDATE by a join is refused where "safe updates" are on.
+# Without a strict mode, MySQL silently truncates a value that is too long for its column. With
+# "safe updates", it refuses an UPDATE with a join.
 _SESSION: Final = text(
     "SELECT @@SESSION.sql_mode, @@SESSION.sql_safe_updates, @@log_bin, @@SESSION.binlog_format"
 )
 _SET_SESSION: Final = text("SET SESSION sql_mode = :sql_mode, SESSION sql_safe_updates = :safe")
 
 
-class Link:
-    """How a run talks to the database: a connection that is replaced when it is lost, short
-    explicit transactions, and what may pass tried again. In AUTOCOMMIT mode, as SQLAlchemy's own
-    transaction does not serve: the connection may be Alembic's, inside its autocommit block, where
-    that transaction is a stand-in that commits nothing.
+class ManagedConnection:
+    """A connection that is replaced when it is lost, with short explicit transactions and retries.
+
+    It is in AUTOCOMMIT mode, because it may be Alembic's, inside its autocommit block, where
+    SQLAlchemy's own transaction commits nothing.
 
     :param bind: an engine, whose connection is replaced when it is lost; or a connection, which is
         given back as it was.
-    :param retries: further attempts at what failed for a passing reason.
-    :param sleep: waits so many seconds.
-    :param counting: whether nothing will be written. Then a connection may be in a transaction of
-        the caller's, in which all is read, and nothing tried again.
-    :raises RotationError: `bind` is neither, or is of another dialect.
+    :param retries: further attempts after a passing fault.
+    :param sleep: waits for a number of seconds.
+    :param read_only: whether nothing will be written. Then a connection may be in a transaction of
+        the caller's; everything is read in it, and nothing is retried.
+    :raises RotationError: `bind` is neither, or its dialect is not supported.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Link:
         *,
         retries: int = DEFAULT_RETRIES,
         sleep: Callable[[float], object] = time.sleep,
-        counting: bool = False,
+        read_only: bool = False,
     ) -> None:
         if not isinstance(bind, (Engine, Connection)):
             raise not_a_bind(bind)
@@ -83,8 +83,8 @@ class Link:
         self._connection: Connection | None = None
         self._retries = retries
         self.sleep = sleep
-        self._counting = counting
-        self._is_borrowed = False
+        self._read_only = read_only
+        self._in_callers_transaction = False
         self._was_connected = False
         self._restored_level: Any = None
         self._restored_session: tuple[str, int] | None = None
@@ -97,21 +97,21 @@ class Link:
                 f"there is one for {', '.join(_BEGIN)}"
             )
 
-    def run(self, work: Callable[[], _T], told: Callable[[Fault], str]) -> _T:
-        """Do `work`, with the connection open.
+    def run(self, work: Callable[[], _T], describe: Callable[[Fault], str]) -> _T:
+        """Do `work` with the connection open.
 
-        :param told: makes a message of what the database ended it with.
-        :raises RotationError: the database did.
+        :param describe: returns the message for the fault that ended it.
+        :raises RotationError: the database ended it.
         """
         try:
             with self:
                 return work()
         except Fault as fault:
-            message = told(fault)
+            message = describe(fault)
         raise RotationError(message)
 
     def __enter__(self) -> Self:
-        self.attempt(lambda _: None)
+        self.retry(lambda _: None)
         return self
 
     def __exit__(
@@ -122,7 +122,7 @@ class Link:
     ) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            self._give_back(connection)
+            self._restore(connection)
 
     @property
     def connection(self) -> Connection:
@@ -130,11 +130,10 @@ class Link:
         assert self._connection is not None
         return self._connection
 
-    def attempt(self, work: Callable[[int], _T], limit: int = 1) -> _T:
-        """Do `work` with the number of rows that it may have, `limit`; again while the fault is a
-        passing one, each time with half the rows.
+    def retry(self, work: Callable[[int], _T], limit: int = 1) -> _T:
+        """Do `work` with `limit` rows at most; after a passing fault, retry with half the rows.
 
-        :raises Fault: it is none, or did not pass.
+        :raises Fault: the fault is not a passing one, or did not pass.
         """
         attempt = 0
         while True:
@@ -147,49 +146,49 @@ class Link:
                 raise fault
             # A whole batch may never get through under contention; half of it does sooner.
             limit = max(1, limit // 2)
-            # Who has never been connected may have the wrong address, and would like to know.
+            # Without any connection so far, the address may be wrong: say so soon.
             longest = _LONGEST_PAUSE if self._was_connected else _LONGEST_PAUSE / 8
             pause = min(_FIRST_PAUSE * 2**attempt, longest)
             self.sleep(pause * random.uniform(0.5, 1))  # noqa: S311  (jitter)
             attempt += 1
 
     def read(self, work: Callable[[Connection], _T]) -> _T:
-        """Do `work`, which reads, in a short transaction; again while the fault is a passing one.
+        """Do `work`, which only reads, in a short transaction; retry after a passing fault.
 
-        :raises Fault: it is none, or did not pass.
+        :raises Fault: the fault is not a passing one, or did not pass.
         """
 
         def once(_: int) -> _T:
             with self.reading() as connection:
                 return work(connection)
 
-        return self.attempt(once)
+        return self.retry(once)
 
     def _fault(self, error: Exception) -> tuple[Fault, bool]:
-        """Return `error` as a fault, and whether to try again; give up a lost connection."""
+        """Return `error` as a fault, and whether to retry; give up a lost connection."""
         connection = self._connection
         lost = connection is None or connection.invalidated
         if connection is not None and not lost and not isinstance(error, SQLAlchemyError):
-            # SQLAlchemy does not know of it, and would go on with a connection in any state.
+            # SQLAlchemy has not seen the error, and would go on with a broken connection.
             connection.invalidate(error)
             lost = True
         fault = fault_of(error, self.dialect, lost=lost)
         is_gone = lost and self._engine is None
         if is_gone and not fault.advice:
             fault.advice = "Pass the engine, whose connection is replaced when it is lost"
-        return fault, fault.passes and not self._is_borrowed and not is_gone
+        return fault, fault.passes and not self._in_callers_transaction and not is_gone
 
     def reconnect(self) -> None:
-        """Connect, or replace a connection of the engine's that is lost."""
+        """Connect, or replace a connection of the engine that was lost."""
         if self._connection is not None:
             if self._engine is None or not self._connection.invalidated:
                 return
-            self._give_back(self._connection)
+            self._restore(self._connection)
             self._connection = None
         connection = self._given if self._engine is None else self._engine.connect()
         assert connection is not None
         try:
-            self._take(connection)
+            self._set_up(connection)
             self._connection = connection
             with self.reading():
                 require_primary(connection)
@@ -197,32 +196,32 @@ class Link:
             self._connection = None
             if isinstance(error, self._errors) and not isinstance(error, SQLAlchemyError):
                 connection.invalidate(error)
-            self._give_back(connection)
+            self._restore(connection)
             raise
         self._was_connected = True
 
-    def _take(self, connection: Connection) -> None:
-        """Put `connection` in the mode of this run; note what it has to be given back with."""
+    def _set_up(self, connection: Connection) -> None:
+        """Put `connection` in the mode of this run; remember what to restore."""
         self._restored_level = self._restored_session = None
         self._began = False
         is_open = is_in_transaction(connection)
         if self._engine is not None:
-            if is_open and not self._counting:
+            if is_open and not self._read_only:
                 raise RotationError(
                     "the engine gives a connection that is inside a transaction already, as that "
                     "of a SQLite memory database does within one thread: end that transaction first"
                 )
         else:
-            # A transaction that a listener began for SQLAlchemy is ended below.
+            # If an event listener began the transaction for SQLAlchemy, it is ended below.
             is_open = is_open and not connection.dispatch.begin
             is_open = is_open or (connection.in_transaction() and not _is_autocommit(connection))
-            if is_open and not self._counting:
+            if is_open and not self._read_only:
                 raise _inside_a_transaction()
-        self._is_borrowed = is_open
+        self._in_callers_transaction = is_open
         if is_open:
             return
-        # By a statement of SQLAlchemy's first, which finds out that a pooled connection is dead,
-        # and that those which are as old may be. To change the mode is a round trip on MySQL.
+        # SQLAlchemy's own statement goes first: it detects a dead pooled connection and invalidates
+        # those that are as old. Changing the mode is a round trip of the driver's on MySQL.
         session = self._session(connection)
         if self._engine is not None:
             connection.execution_options(**AUTOCOMMIT_OPTIONS)
@@ -235,8 +234,8 @@ class Link:
         if session is not None:
             self._set_session(connection, *session)
 
-    def _give_back(self, connection: Connection) -> None:
-        # Whatever fails here fails for the next user too, and says nothing about what was done.
+    def _restore(self, connection: Connection) -> None:
+        # Whatever fails here fails for the next user too, and does not undo what was done.
         with suppress(*self._errors):
             self._restore_session(connection)
         if self._engine is not None:
@@ -251,8 +250,8 @@ class Link:
                 connection.execution_options(isolation_level=self._restored_level)
 
     def _begin_outermost(self, connection: Connection) -> None:
-        # SQLAlchemy's documented recipe for SQLite emits BEGIN from a listener each time that
-        # SQLAlchemy begins, also in AUTOCOMMIT mode. Let it do so now, and only now.
+        # SQLAlchemy's documented recipe for SQLite emits BEGIN from a listener whenever SQLAlchemy
+        # begins, even in AUTOCOMMIT mode. Let it do so now, and only now.
         if not connection.in_transaction():
             connection.begin()
             self._began = True
@@ -266,7 +265,7 @@ class Link:
         sql_mode, safe, logs, log_format = connection.execute(_SESSION).one()
         if not was_in_transaction:
             connection.rollback()
-        if logs and log_format == "STATEMENT" and not self._counting:
+        if logs and log_format == "STATEMENT" and not self._read_only:
             raise RotationError(
                 "the server's binlog_format is STATEMENT, with which it refuses every update of a "
                 "rotation, as they read what is committed. Set it to ROW or MIXED"
@@ -281,14 +280,14 @@ class Link:
         connection.execute(_SET_SESSION, {"sql_mode": strict, "safe": 0})
 
     def _restore_session(self, connection: Connection) -> None:
-        # A connection that is lost has taken its session with it.
+        # The session of a lost connection is gone.
         if self._restored_session is not None and not connection.invalidated:
             sql_mode, safe = self._restored_session
             connection.execute(_SET_SESSION, {"sql_mode": sql_mode, "safe": safe})
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """One short transaction; rolled back when anything is raised, an interrupt included."""
+        """One short transaction; rolled back when anything is raised, including an interrupt."""
         connection = self.connection
         try:
             self._begin(connection)
@@ -303,10 +302,12 @@ class Link:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A short transaction on PostgreSQL, where a pooler may give every transaction, and so
-        every statement outside of one, another server; elsewhere the connection as it is.
+        """A short transaction on PostgreSQL; elsewhere the connection as it is.
+
+        A pooler of PostgreSQL may run each transaction, and so each statement outside of one, on
+        another server.
         """
-        if self._is_borrowed or self.dialect.name != "postgresql":
+        if self._in_callers_transaction or self.dialect.name != "postgresql":
             yield self.connection
         else:
             with self.transaction() as connection:
@@ -315,8 +316,8 @@ class Link:
     def _begin(self, connection: Connection) -> None:
         for statement in _BEGIN[self.dialect.name]:
             if self.dialect.driver == "asyncpg":
-                # asyncpg would prepare it, and run it in a transaction of its own: with a pooler,
-                # on another server.
+                # asyncpg would prepare it in a transaction of its own, which a pooler may run on
+                # another server.
                 driver: Any = connection.connection.driver_connection
                 wait_for(driver.execute(statement))
             else:
@@ -327,12 +328,12 @@ def _roll_back(connection: Connection) -> None:
     if connection.invalidated:
         return
     if connection.dialect.name == "sqlite" and not is_in_transaction(connection):
-        return  # SQLite takes that for an error
+        return  # SQLite refuses a ROLLBACK then
     try:
         connection.exec_driver_sql("ROLLBACK")
     except errors_of(connection.dialect) as error:
-        # Nothing but the end of the connection is sure to end the transaction. What is raised is
-        # the error that the caller is about.
+        # Only closing the connection is sure to end the transaction. The caller raises the error
+        # that led here.
         connection.invalidate(error)
 
 
@@ -344,9 +345,9 @@ def _inside_a_transaction() -> RotationError:
 
 
 def _is_autocommit(connection: Connection) -> bool:
-    """Say whether `connection` was put in AUTOCOMMIT mode, or its engine puts all in it.
+    """Say whether `connection` is in AUTOCOMMIT mode, by itself or by its engine.
 
-    The database does not know: to it, that is a mode of the driver's.
+    The database cannot tell: it is a mode of the driver.
     """
     of_engine = getattr(connection.dialect, "_on_connect_isolation_level", None)
     level = connection.get_execution_options().get("isolation_level", of_engine)
@@ -354,7 +355,7 @@ def _is_autocommit(connection: Connection) -> bool:
 
 
 def is_in_transaction(connection: Connection) -> bool:
-    """Say whether the driver's connection is in a transaction, whatever SQLAlchemy knows of it."""
+    """Say whether the driver's connection is in a transaction, whatever SQLAlchemy's state is."""
     driver: Any = connection.connection.driver_connection
     name = connection.dialect.name
     if name == "sqlite":
@@ -371,7 +372,7 @@ _SERVER_STATUS_IN_TRANS: Final = 1  # of MySQL's protocol: Protocol::OK_Packet
 
 
 def not_a_bind(bind: object) -> RotationError:
-    """Return the error for what is neither an engine nor a connection."""
+    """Return the error for a bind that is neither an engine nor a connection."""
     name = type(bind).__name__
     hint = "; there are arotate(), astatus() … for it" if name.startswith("Async") else ""
     return RotationError(f"the bind is an Engine or a Connection, not {name}{hint}")

@@ -1,4 +1,4 @@
-"""What a database or driver ended some work with: whether to try again, and how to say it."""
+"""Errors of a database or driver: whether to retry, and what to tell the user."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _PASSING_MYSQL_CODES: Final = frozenset(
     {1205, 1213, 1969, 3024, 1317, 1020, 1040, 1203, 1927, 1053, 1047, 3101}
 )
 
-# What the server says to who may not come in, or when there is no such database: it would say the
-# same again. psycopg has no code for what ends a connection attempt.
+# A login that is refused, or a database that does not exist: a retry would end the same. psycopg
+# has no code for errors while connecting.
 _REFUSED_SQLSTATES: Final = ("28", "3D")
 _REFUSED_MYSQL_CODES: Final = frozenset({1044, 1045, 1049, 1130, 1698})
 _REFUSED_WORDS: Final = re.compile(
@@ -48,8 +48,8 @@ _REFUSING_MYSQL_CODES: Final = frozenset(
     | {1264, 1265, 1292, 1300, 1366, 1367, 1406, 3140}
 )
 
-# Messages in which MySQL and MariaDB quote names of the schema, or a trigger's own words. Any other
-# may quote a value.
+# Errors whose messages quote names of the schema or a trigger's own words. All others may quote a
+# value.
 _MYSQL_CODES_WITH_NAMES: Final = frozenset(
     {1044, 1045, 1048, 1049, 1054, 1130, 1142, 1143, 1146, 1227, 1264, 1290, 1364, 1370, 1406}
     | {1451, 1452, 1644, 1665, 1698, 1792, 1836, 1927, 3819, 4025, _TOO_LARGE}
@@ -83,31 +83,31 @@ _ADVICE: Final[dict[str | int, str]] = {
 class Fault(Exception):  # noqa: N818  (an error of ours is made of it)
     """Why the database or its driver ended some work.
 
-    Stays inside this package, which makes its own error of it for the caller.
+    It never leaves the package: callers get a `RotationError` with its message.
 
-    :param said: what the database said, without a value of a row.
-    :param advice: what to do before the same is tried again.
-    :param passes: whether the same may go better another time.
+    :param message: what the database said, without a value of a row.
+    :param advice: what to do before a retry.
+    :param passes: whether a retry may succeed.
     """
 
-    def __init__(self, said: str, advice: str, passes: bool) -> None:
-        super().__init__(said, advice, passes)  # so that it can be pickled
-        self.said = said
+    def __init__(self, message: str, advice: str, passes: bool) -> None:
+        super().__init__(message, advice, passes)  # so that it can be pickled
+        self.message = message
         self.advice = advice
         self.passes = passes
 
-    def again(self, to_go_on: str = "Run it again to go on") -> str:
-        """Say whether another run helps, and what to change before."""
+    def next_step(self, to_go_on: str = "Run it again to go on") -> str:
+        """Say whether another run helps, and what to do first."""
         if self.advice:
             return f"{self.advice}, then run it again"
         return to_go_on if self.passes else "Another run would end like this one"
 
 
 def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
-    """Return what work on a connection may raise because of the database or its driver.
+    """Return the errors that the database or its driver may raise.
 
-    SQLAlchemy does not wrap all of it: not what a round trip outside of a statement raises, nor
-    what the network or asyncpg does while it connects.
+    SQLAlchemy wraps neither those of a round trip outside of a statement, nor those of the network
+    or asyncpg while connecting.
     """
     dbapi: Any = dialect.loaded_dbapi
     raised: list[type[Exception]] = [StatementError, PoolTimeoutError, PendingRollbackError]
@@ -119,17 +119,17 @@ def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
 
 
 def fault_of(error: Exception, dialect: Dialect, *, lost: bool) -> Fault:
-    """Return what `error` says, and what follows from it.
+    """Return `error` as a fault.
 
-    :param lost: whether there is no connection, or none any more.
+    :param lost: whether there is no connection, or it was lost.
     """
     words = _advice(error, dialect)
-    return Fault(said(error, dialect), words, _passes(error, dialect, lost=lost))
+    return Fault(describe(error, dialect), words, _passes(error, dialect, lost=lost))
 
 
 def _passes(error: Exception, dialect: Dialect, *, lost: bool) -> bool:
     if isinstance(error, PoolTimeoutError):
-        return False  # it has waited already, as long as the pool is told to
+        return False  # the pool has waited for its timeout already
     if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
         return False  # the fault of a type
     code = _code(error, dialect)
@@ -147,15 +147,15 @@ def _passes(error: Exception, dialect: Dialect, *, lost: bool) -> bool:
 
 
 def refuses_a_row(error: DBAPIError, dialect: Dialect) -> bool:
-    """Say whether the database would let other rows of the batch be changed: a constraint or a
-    trigger is against one of them, or it is too large.
+    """Say whether the error concerns one row: it is too large, or a constraint or trigger refuses
+    it. Other rows of the batch can be changed.
     """
     code = _code(error, dialect)
     if dialect.name == "sqlite":
         return str(code).startswith(("SQLITE_CONSTRAINT", "SQLITE_TOOBIG"))
     if is_mysql(dialect):
         return code in _REFUSING_MYSQL_CODES
-    # psycopg's own has no code: a value that Python has nothing for, as an endless date.
+    # psycopg's own error has no code: Python cannot represent a value, such as an infinite date.
     of_driver = code is None and isinstance(error, DataError)
     return of_driver or str(code).startswith(_REFUSING_SQLSTATES)
 
@@ -165,10 +165,10 @@ def breaks_off(error: BaseException, dialect: Dialect) -> bool:
     return isinstance(error, DBAPIError) and _code(error, dialect) == _TOO_LARGE
 
 
-def said(error: Exception, dialect: Dialect) -> str:
-    """Return what the database said, without what may be a value of a row."""
+def describe(error: Exception, dialect: Dialect) -> str:
+    """Return what the database said, without anything that may be a value of a row."""
     if isinstance(error, PendingRollbackError):
-        return "the connection was lost"  # and SQLAlchemy waits for its user to notice
+        return "the connection was lost"  # and SQLAlchemy waits for a rollback
     original = _original(error)
     name = type(original).__name__
     if _may_show_anything(error, dialect):
@@ -217,9 +217,9 @@ def _code(error: Exception, dialect: Dialect) -> str | int | None:
 
 
 def _may_show_anything(error: Exception, dialect: Dialect) -> bool:
-    """Say whether the words are not the database's: a type's, or a driver's about its arguments.
+    """Say whether the message is not the database's, but a type's or a driver's.
 
-    What a driver says of arguments that it cannot read may repeat a password.
+    A driver that cannot read its arguments may repeat a password.
     """
     if isinstance(error, (OSError, EOFError, PoolTimeoutError)):
         return False

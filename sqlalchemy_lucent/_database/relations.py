@@ -1,7 +1,7 @@
-"""What a name means in the database: a table, or a view and what stands beneath it.
+"""What a name means in the database: a table, or a view and the tables beneath it.
 
-What is no table is not rotated: an update may go elsewhere, or nowhere, and a ``WHERE`` of a view
-hides rows that need a key.
+Only tables are rotated. An update of a view may go elsewhere or nowhere, and its ``WHERE`` may hide
+rows that need a key.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..exceptions import RotationError
 
 
 class Relation(NamedTuple):
-    """What the database finds under a name, with the schema that it finds it in."""
+    """What a name means, and the schema that it is in."""
 
     kind: str
     schema: str
@@ -25,22 +25,22 @@ class Relation(NamedTuple):
 
     @property
     def is_table(self) -> bool:
-        """Whether its rows are stored under this name, and nowhere else."""
+        """Whether its rows are stored under this name and nowhere else."""
         return self.kind == "table"
 
 
 def relation_of(connection: Connection, name: str, schema: str | None) -> Relation | None:
-    """Return what `name` means on this connection; ``None`` if it is nothing.
+    """Return what `name` means on this connection; ``None`` if it means nothing.
 
-    :raises RotationError: it is a temporary table, which hides the one that everybody sees.
+    :raises RotationError: it is a temporary table, which may hide the one that others see.
     """
     return _RELATION_OF[connection.dialect.name](connection, name, schema)
 
 
 def tables_beneath(connection: Connection, relation: Relation) -> set[tuple[str, str]] | None:
-    """Return schema and name of each table that a view reads, also through other views.
+    """Return schema and name of each table that a view reads, directly or through other views.
 
-    ``None`` if that cannot be told: what it shows is stored elsewhere, or a function makes it.
+    ``None`` if that is unknown, because its rows are stored elsewhere or come from a function.
     """
     if relation.kind != "view":
         return None
@@ -59,7 +59,7 @@ def is_binary(type_: TypeEngine[Any]) -> bool:
 
 
 def qualified(connection: Connection, name: str, schema: str | None) -> str:
-    """Return the name as statements have it: it may have been declared with ``quote=False``."""
+    """Return the name as it is written in statements, with or without quotes."""
     quote = connection.dialect.identifier_preparer.quote
     return ".".join(quote(part) for part in (schema, name) if part is not None)
 
@@ -87,7 +87,7 @@ _POSTGRESQL_KINDS: Final = {
     "f": "foreign table",
 }
 
-# A function may read any table. Those that the server brings have no entry in pg_depend.
+# A function may read any table. The server's own functions have no entry in pg_depend.
 _POSTGRESQL_BENEATH: Final = text("""
 WITH RECURSIVE beneath (relation) AS (
     SELECT CAST(to_regclass(:name) AS oid)
@@ -110,7 +110,7 @@ JOIN pg_namespace AS namespace ON namespace.oid = class.relnamespace
 
 
 def regclass(connection: Connection, name: str, schema: str | None) -> str:
-    """Return the name as the value of a parameter for ``to_regclass()``."""
+    """Return the name as a parameter for ``to_regclass()``."""
     name = qualified(connection, name, schema)
     # In a statement, a percent sign would begin a parameter.
     doubles = connection.dialect.identifier_preparer._double_percents
@@ -161,7 +161,7 @@ _ALIAS: Final = re.compile(rf"[`)] {_QUOTED}(?!\.)")
 
 def _on_mysql(connection: Connection, name: str, schema: str | None) -> Relation | None:
     rows = connection.execute(_MYSQL_RELATION, {"name": name, "schema": schema}).all()
-    # Where names are compared without case, the one that is written so is meant.
+    # Where names are compared without case, prefer the exact one.
     rows = sorted(rows, key=lambda row: row[2] != name)
     if not rows:
         return None
@@ -180,8 +180,8 @@ def _beneath_on_mysql(connection: Connection, relation: Relation) -> set[tuple[s
     definition = connection.scalar(_MYSQL_VIEW, {"schema": relation.schema, "name": relation.name})
     if not definition:  # not shown to this user
         return None
-    # The server writes every table as `schema`.`table`. Among the pairs are columns too, and one
-    # that is called like a table is taken for it: that asks for too much, never for too little.
+    # The server writes every table as `schema`.`table`. Some of the pairs are columns, and one that
+    # is named like a table is taken for it: the result may have too many tables, never too few.
     pairs = set(_PAIR.findall(definition))
     found = {pair: _on_mysql(connection, _plain(pair[1]), _plain(pair[0])) for pair in pairs}
     known = {*_ALIAS.findall(definition), *(name for (_, name, _), it in found.items() if it)}
@@ -244,7 +244,8 @@ def _beneath_on_sqlite(connection: Connection, relation: Relation) -> set[tuple[
         )
     }
     tables = set()
-    # SQLite has no catalog of it. Its program says which trees it opens: a table's or an index's.
+    # SQLite has no catalog for this. The view's program says which B-trees it opens, of tables or
+    # indexes.
     view = f"{quote(relation.schema)}.{quote(relation.name)}"
     for _, opcode, _, root, number, *_ in connection.exec_driver_sql(
         f"EXPLAIN SELECT * FROM {view}"  # noqa: S608  (quoted)

@@ -1,6 +1,6 @@
-"""What this connection may not show: refuse a replica, and a table with rows that are hidden.
+"""Refuse what may hide rows: a replica, a read-only server, row-level security.
 
-What is not seen would be counted as done, and stay as it is.
+A hidden row would be counted as done, and stay as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HIDES: Final = text("SELECT row_security_active(CAST(to_regclass(:name) AS oid)
 
 
 def require_full_visibility(connection: Connection, name: str, schema: str | None) -> None:
-    """Do nothing, unless PostgreSQL shows this user some rows of a table only.
+    """Refuse a table of which PostgreSQL shows this user only some rows.
 
     :raises RotationError: a policy of row-level security applies to this user.
     """
@@ -93,8 +93,8 @@ def _fault_on_mysql(connection: Connection) -> str | None:
 def _fault_on_sqlite(connection: Connection) -> str | None:
     if connection.exec_driver_sql("PRAGMA query_only").scalar():
         return _read_only("PRAGMA query_only", "ON")
-    # It is not asked to begin, but for its program, where a file that was opened to be read only
-    # has no transaction that writes.
+    # EXPLAIN begins nothing. The program has no transaction that writes if the file was opened
+    # read-only.
     program = connection.exec_driver_sql("EXPLAIN BEGIN IMMEDIATE").all()
     if any(opcode == "Transaction" and not writes for _, opcode, _, writes, *_ in program):
         return _read_only("the file", "opened to be read only")

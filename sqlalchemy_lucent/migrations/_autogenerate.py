@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import cache
 from typing import Any, Final
 
 from alembic.autogenerate.api import AutogenContext
@@ -43,7 +42,8 @@ from .._database.relations import relation_of
 from .._row import tells_its_values
 from ..keyring import default_keyring
 from ..rotation import needs_rotation
-from ..rotation.jobs import RebindWorker
+from ..rotation.jobs import Rebind
+from ..rotation.rows import read_on
 from ..rotation.targets import resolve_targets
 from ..types import EncryptedJSON, has_check
 from ._checks import find_check, has_row
@@ -330,10 +330,12 @@ def _work_on_values(connection: Connection, column: Column[Any]) -> Iterator[Col
             bound_to=bound,
         )
         return
-    worker = RebindWorker(table, column, cache(default_keyring), connection.dialect)
+    (target,) = resolve_targets(column, connection)
+    job = Rebind(target, default_keyring(), connection.dialect)
+    read = read_on(connection)
     # While a column accepts earlier contexts, open all values, not only the first: when none of
     # them needs an earlier context, the user removes `accept_contexts`.
-    earlier = worker.earlier_context(connection) if type_.accept_contexts else None
+    earlier = job.earlier_context(read) if type_.accept_contexts else None
     if earlier is not None:
         logger.info("Detected values of %s in the context %s", column, earlier)
         yield RebindEncryptedColumnOp(
@@ -345,7 +347,7 @@ def _work_on_values(connection: Connection, column: Column[Any]) -> Iterator[Col
             bound_to=bound,
         )
         return
-    found = worker.contexts_of(connection, _SAMPLE)
+    found = list(job.contexts(read, _SAMPLE))
     if found and not any(found):
         logger.warning(
             "None of the first values of %s opens in the context %s. If the table or column was "

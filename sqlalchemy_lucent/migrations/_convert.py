@@ -42,17 +42,17 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import TypeEngine, _Binary
 
 from .. import _sql
-from .._database.connection import Link
-from .._database.faults import refuses_a_row, said
+from .._database.connection import ManagedConnection
+from .._database.faults import describe, refuses_a_row
 from .._database.reflection import reflect_table
 from ..exceptions import RotationError
 from ..keyring import default_keyring
-from ..rotation import RotationProgress
-from ..rotation._run import run_workers
-from ..rotation.jobs import BackfillWorker, PlainColumn
+from ..rotation import RotationProgress, run_in_transaction, run_jobs
+from ..rotation.jobs import Backfill
+from ..rotation.plain import PlainColumn
 from ..rotation.report import FailedRow, Failures
-from ..rotation.rows import BatchBounds, PrimaryKey, Rows
-from ..rotation.throttle import Throttle
+from ..rotation.rows import Rows
+from ..rotation.targets import resolve_targets
 from ._checks import SealedCheck, condition_of, has_row
 from ._dependents import dependents
 from ._swap import Swap
@@ -241,9 +241,7 @@ class _Conversion:
         self._operations.add_column(plan.table_name, added, schema=plan.schema)
         self._look()
 
-    def _worker(
-        self, *, compare: bool, written_since: ColumnElement[bool] | None = None
-    ) -> BackfillWorker:
+    def _job(self, *, compare: bool, written_since: ColumnElement[bool] | None = None) -> Backfill:
         plan = self._plan
         plain, sealed = (
             (plan.column_name, plan.second) if plan.to_sealed else (plan.second, plan.column_name)
@@ -251,12 +249,11 @@ class _Conversion:
         columns: list[Column[Any]] = [
             *(Column(c.name, c.type, primary_key=c.primary_key) for c in self._owner.columns),
             Column(sealed, plan.sealed_type),
-            Column(plain, plan.existing_type),
         ]
         owner = Table(plan.table_name, MetaData(), *columns, schema=plan.schema)
-        return BackfillWorker(
-            owner,
-            owner.c[sealed],
+        (target,) = resolve_targets(owner.c[sealed], self._connection)
+        return Backfill(
+            target,
             self._plain_column(plain),
             self._keyring,
             self._dialect,
@@ -281,9 +278,9 @@ class _Conversion:
         columns = [self._plan.column_name, *([self._plan.second] if compare else [])]
         if not any(self._any(column(name).is_not(None)) for name in columns):
             return failures
-        report = run_workers(
+        report = run_jobs(
             self._connection,
-            [self._worker(compare=compare)],
+            [self._job(compare=compare)],
             self._keyring(),
             batch_size=self._plan.batch_size,
             on_progress=self._log,
@@ -355,11 +352,11 @@ class _Conversion:
         if self._any(column(plan.column_name).is_not(None)):
             self._keyring()  # raise a missing keyring once, not for every row
         try:
-            with Link(self._connection) as link, swap.locked(link):
+            with ManagedConnection(self._connection) as database, swap.locked(database):
                 self._stop_if_failed(self._reconcile(written_since))
                 swap.exchange()
         except DBAPIError as error:
-            fault = said(error, self._dialect)
+            fault = describe(error, self._dialect)
             is_refused = refuses_a_row(error, self._dialect)
         else:
             logger.info(
@@ -379,30 +376,19 @@ class _Conversion:
 
     def _reconcile(self, written_since: ColumnElement[bool] | None) -> Failures:
         """Fill again where a row differs from its source: all rows, or those `written_since`."""
-        worker = self._worker(compare=True, written_since=written_since)
-        worker.prepare(self._connection)
-        pace = Throttle(self._plan.batch_size, None, None, 0, time.sleep)
-        failures = Failures()
-        pending = worker.count_pending(self._connection)
-        after: PrimaryKey | None = None
-        more = True
-        while more:
-            limit = pace.limit
-            batch = worker.work(self._connection, after, BatchBounds(None, False, limit), limit)
-            failures.add(batch.failed)
-            pending -= batch.rows
-            more = batch.more
-            after = worker.advanced(after, batch.last)
-            pace.after(batch.rows, batch.size, 0)
+        job = self._job(compare=True, written_since=written_since)
+        pending = job.rows.count(self._connection, job.rows.pending)
+        rows_read, failures = run_in_transaction(self._connection, job, self._plan.batch_size)
         # Nobody writes now, so a row that was skipped or read twice means that the primary key
         # has no reliable order; and the swap would lose the value of a skipped row.
-        if pending:
+        if rows_read != pending:
             raise RotationError(
                 f"table {self._owner.fullname} cannot be paged by its primary key, as with an "
                 "inexact type (FLOAT). The column is as it was"
             )
         # Count again: under this lock, the swap loses every value that is missing.
-        failures.count = max(failures.count, worker.count_stale(self._connection))
+        unfilled = job.rows.count(self._connection, job.unfilled)
+        failures.count = max(failures.count, unfilled)
         return failures
 
     def _drop_what_is_left(self) -> None:

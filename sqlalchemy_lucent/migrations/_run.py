@@ -32,9 +32,9 @@ from .._statements import refuse_server_default
 from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
-from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate
-from ..rotation._run import run_workers
-from ..rotation.jobs import RebindWorker
+from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate, run_jobs
+from ..rotation.jobs import Rebind
+from ..rotation.targets import resolve_targets
 from ..types import EncryptedJSON
 from ._checks import SealedCheck, has_row, not_encrypted
 from ._convert import convert_column, log_failures
@@ -109,8 +109,8 @@ def _in_batches(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
                 else fault_of(error, connection.dialect, lost=connection.invalidated)
             )
             message = (
-                f"the database ended {what}: {fault.said}. Batches that were committed stay, and "
-                f"the revision is not stamped. {fault.again()}"
+                f"the database ended {what}: {fault.message}. Committed batches stay, and the "
+                f"revision is not stamped. {fault.next_step()}"
             )
         # Not chained: SQLAlchemy's error has the parameters.
         raise RotationError(message)
@@ -154,9 +154,10 @@ def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedC
         logger.info("%s holds no value; nothing to re-seal", name)
         return
     keyring = default_keyring()
-    report = run_workers(
+    (target,) = resolve_targets(column, connection)
+    report = run_jobs(
         connection,
-        [RebindWorker(column.table, column, lambda: keyring, connection.dialect)],
+        [Rebind(target, keyring, connection.dialect)],
         keyring,
         batch_size=operation.batch_size,
         on_progress=_log,

@@ -11,7 +11,7 @@ from typing import Final
 from alembic.operations import BatchOperations, Operations
 from sqlalchemy import Connection, text
 
-from .._database.connection import Link, is_in_transaction
+from .._database.connection import ManagedConnection, is_in_transaction
 from ..exceptions import RotationError
 
 
@@ -51,7 +51,11 @@ def _transaction(connection: Connection) -> Iterator[None]:
     if is_in_transaction(connection):  # that of a conversion
         yield
         return
-    with Link(connection) as link, without_foreign_keys(link.connection), link.transaction():
+    with (
+        ManagedConnection(connection) as database,
+        without_foreign_keys(database.connection),
+        database.transaction(),
+    ):
         yield
 
 

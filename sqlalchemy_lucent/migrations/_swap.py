@@ -11,7 +11,7 @@ from sqlalchemy import Column, Connection, Dialect, LargeBinary, MetaData, Table
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import AddConstraint, CreateTable
 
-from .._database.connection import Link
+from .._database.connection import ManagedConnection
 from .._sql import is_mysql
 from ._checks import SealedCheck
 from ._sqlite import copied_table, without_foreign_keys
@@ -38,12 +38,12 @@ class Swap:
         self._table = preparer.format_table(Table(plan.table_name, MetaData(), schema=plan.schema))
 
     @contextmanager
-    def locked(self, link: Link) -> Iterator[None]:
+    def locked(self, database: ManagedConnection) -> Iterator[None]:
         """Keep all writers out.
 
         The block is one transaction, except on MariaDB and MySQL, where each statement is one.
         """
-        connection = link.connection
+        connection = database.connection
         if is_mysql(self._dialect):
             connection.exec_driver_sql(f"LOCK TABLES {self._table} WRITE")
             try:
@@ -52,7 +52,7 @@ class Swap:
                 if not connection.invalidated:
                     connection.exec_driver_sql("UNLOCK TABLES")
             return
-        with without_foreign_keys(connection), link.transaction():
+        with without_foreign_keys(connection), database.transaction():
             if self._dialect.name == "postgresql":
                 connection.exec_driver_sql(f"LOCK TABLE {self._table} IN ACCESS EXCLUSIVE MODE")
             yield

@@ -16,7 +16,7 @@ from sqlalchemy.types import TypeEngine, to_instance
 
 from .._database.reflection import dotted
 from ..rotation import DEFAULT_BATCH_SIZE
-from ..rotation.jobs import Reader, Writer
+from ..rotation.plain import Reader, Writer
 from ..types import EncryptedJSON
 
 BoundTo = Iterable[str] | Mapping[str, TypeEngine[Any]]

@@ -1,12 +1,13 @@
-"""Rotation: re-encrypt under the primary key, count rows per key, prove that every row opens.
+"""Rotation: re-encrypt under the primary key, count values per key, prove that every value opens.
 
-``targets`` finds the columns; ``_table`` reads and re-seals rows, ``_write`` writes them back;
-``_link`` talks to the database, ``_faults`` knows its errors, ``_throttle`` has the throttle;
-``_scan`` goes through a table to count; ``engine`` runs a rotation; ``census`` counts and verifies;
-``report`` holds what they return.
+``targets`` finds the columns, ``rows`` reads their rows, ``jobs`` says what becomes of them,
+``_updates`` writes them back, and ``_run`` drives all that in batches. ``_status`` counts and
+verifies; ``report`` has what all of them return; ``plain`` reads and writes plaintext columns.
 """
 
-from ._run import DEFAULT_BATCH_SIZE, arotate, rotate
+from ._options import DEFAULT_BATCH_SIZE
+from ._rotate import arotate, rotate
+from ._run import run_in_transaction, run_jobs
 from ._status import aretire_check, astatus, averify, needs_rotation, retire_check, status, verify
 from .report import (
     FailedRow,
@@ -32,6 +33,8 @@ __all__ = [
     "needs_rotation",
     "retire_check",
     "rotate",
+    "run_in_transaction",
+    "run_jobs",
     "status",
     "verify",
 ]

@@ -1,313 +1,159 @@
-"""Run a rotation: batch after batch, pass after pass, until nothing stale is left."""
+"""Run jobs: batch after batch, pass after pass, until nothing is left to do.
+
+A batch is the whole idea in six lines, :meth:`Run._do_batch`: find how far it goes, then in one
+short transaction lock and read its rows, compute their changes, and write them by compare-and-swap.
+"""
 
 from __future__ import annotations
 
-import inspect
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import Final, NamedTuple
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from .._database.async_bridge import run_sync, sleep_in_async
-from .._database.connection import DEFAULT_RETRIES, Link
-from .._database.faults import Fault, refuses_a_row, said
-from ..exceptions import RotationError, hide_locals
-from ..keyring import Keyring, default_keyring
-from ._scan import count_stale
+from .._database.connection import ManagedConnection
+from .._database.faults import Fault, describe, refuses_a_row
+from ..exceptions import RotationError
+from ..keyring import Keyring
+from ._options import RotationOptions
+from .jobs import Job, Reseal
 from .report import FailedRow, Failures, RotationProgress, RotationReport
-from .rows import Batch, BatchBounds, PrimaryKey, TableWorker
-from .targets import Target, TargetTable, resolve_targets, survey
+from .rows import BatchBounds, PrimaryKey
+from .targets import TargetTable, survey
 from .throttle import Throttle
-
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-
-DEFAULT_BATCH_SIZE: Final = 1000
-"""Rows per transaction: small enough to hold locks for milliseconds, large enough that the
-commits do not dominate."""
 
 MAX_PASSES: Final = 20
 """Passes over a table. One finds everything, unless rows change meanwhile: a compare-and-swap that
-was lost, a row that somebody holds locked, or a process whose primary is still the old key, leaves
-stale rows behind the cursor."""
+was lost, a row that somebody holds locked, or a process whose primary is still the old key leaves
+stale rows before the cursor."""
 
-_MOST_REFUSED: Final = 1000
-"""Rows that the database may refuse to change one after the other, without any that it lets change
-in between. What refuses more is against the rotation, and each row costs ten transactions."""
+_MAX_REFUSED: Final = 1000
+"""Rows in a row that the database may refuse to change. If it refuses more, it refuses the rotation
+itself, and each row costs ten transactions."""
 
 _FIRST_PAUSE: Final = 0.05  # seconds between passes over a table; doubled at each
 _LONGEST_PAUSE: Final = 4.0
 
 
-@dataclass(frozen=True)
-class RotationOptions:
-    """The options of :func:`rotate`, checked."""
+class Batch(NamedTuple):
+    """What became of one batch."""
 
-    batch_size: int = DEFAULT_BATCH_SIZE
-    batch_time: float | None = None
-    max_rate: float | None = None
-    pause: float = 0.0
-    retries: int = DEFAULT_RETRIES
-    on_error: Literal["report", "raise"] = "report"
-    on_progress: Callable[[RotationProgress], object] | None = None
-    stop_when: Callable[[RotationProgress], object] | None = None
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        if not _is_number(self.batch_size, int) or self.batch_size < 1:
-            raise RotationError("batch_size is a whole number of rows, 1 or more")
-        if not _is_number(self.retries, int) or self.retries < 0:
-            raise RotationError("retries is a whole number, 0 or more")
-        if self.batch_time is not None and not (
-            _is_number(self.batch_time) and self.batch_time > 0
-        ):
-            raise RotationError("batch_time is a number of seconds above 0")
-        if self.max_rate is not None and not (_is_number(self.max_rate) and self.max_rate >= 1):
-            raise RotationError("max_rate is a number of rows per second, 1 or more")
-        if not (_is_number(self.pause) and self.pause >= 0):
-            raise RotationError("pause is a number of seconds, 0 or more")
-        if self.on_error not in ("report", "raise"):
-            raise RotationError('on_error is "report" or "raise"')
-        if not isinstance(self.dry_run, bool):
-            raise RotationError("dry_run is True or False")
-        for name in ("on_progress", "stop_when"):
-            function = getattr(self, name)
-            if function is not None and not callable(function):
-                raise RotationError(f"{name} is a function of the progress")
-            if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-                getattr(function, "__call__", None)  # noqa: B004  (of an object that is called)
-            ):
-                raise RotationError(
-                    f"{name} is a plain function, also for arotate(): nothing would await a "
-                    "coroutine"
-                )
+    rows: int
+    """Rows that were read."""
+    size: int
+    """Bytes of their values."""
+    written: int
+    """Values written."""
+    failed: Sequence[FailedRow]
+    next_after: PrimaryKey | None
+    """The key that the next batch begins after; ``None`` at the end of the table."""
 
 
-@hide_locals
-def rotate(
-    bind: Engine | Connection,
-    targets: Target | Iterable[Target] | None = None,
-    *,
-    keyring: Keyring | Callable[[], Keyring] | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    batch_time: float | None = None,
-    max_rate: float | None = None,
-    pause: float = 0.0,
-    retries: int = DEFAULT_RETRIES,
-    on_error: Literal["report", "raise"] = "report",
-    on_progress: Callable[[RotationProgress], object] | None = None,
-    stop_when: Callable[[RotationProgress], object] | None = None,
-    dry_run: bool = False,
-) -> RotationReport:
-    """Re-encrypt every value that is not under the primary key, in batches, online.
-
-    Each batch is a short transaction of its own, so a run may be killed at any instant and the
-    next one goes on. A value is replaced only while the row still holds what was read: a
-    concurrent writer always wins. A value that does not open is left as it is.
-
-    Several rotators may run at once, in one process or many. Each skips the rows that another has
-    locked, so they share the work. On SQLite, which has one writer at a time, they take turns.
-
-    :param bind: an engine, or a connection that is in no transaction. A run on an engine goes on
-        with another connection when its own is lost.
-    :param targets: what to rotate: a MetaData, registry, Declarative base, mapped class, Table,
-        Column or an iterable of them; the metadata of :class:`LucentBase` if left out.
-    :param keyring: opens with all its keys, seals with its primary; the default keyring if left
-        out. One keyring serves the whole run. May be a function that returns it.
-    :param batch_size: rows per transaction at most, 1 or more. A table begins with 100, and a
-        batch has 16 MiB of values at most, or one row.
-    :param batch_time: seconds that a transaction should take; the number of rows then follows,
-        from `batch_size` on.
-    :param max_rate: rows per second at most, 1 or more.
-    :param pause: seconds to wait after each batch.
-    :param retries: further attempts at a batch that failed for a passing reason (a deadlock, a
-        lock or statement timeout, a lost connection), each with half the rows.
-    :param on_error: ``"report"`` goes on when a value does not open, or the database refuses to
-        change its row; ``"raise"`` ends the run with a :exc:`RotationError`, the batch in hand
-        rolled back.
-    :param on_progress: called after each batch, and before each further pass over a table.
-    :param stop_when: called when `on_progress` is; something true ends the run there, and the
-        report says what remains.
-    :param dry_run: open and seal everything in memory, and write nothing.
-    :raises RotationError: nothing to rotate was found, an argument is wrong, the connection is in
-        a transaction, the database refuses (the message says what was done until then), or
-        (``"raise"``) a value does not open.
-    """
-    options = RotationOptions(
-        batch_size=batch_size,
-        batch_time=batch_time,
-        max_rate=max_rate,
-        pause=pause,
-        retries=retries,
-        on_error=on_error,
-        on_progress=on_progress,
-        stop_when=stop_when,
-        dry_run=dry_run,
-    )
-    return _rotate(bind, targets, keyring_of(keyring), options, time.sleep)
+_END: Final = Batch(0, 0, 0, (), None)
 
 
-@hide_locals
-async def arotate(
-    bind: AsyncEngine | AsyncConnection,
-    targets: Target | Iterable[Target] | None = None,
-    *,
-    keyring: Keyring | Callable[[], Keyring] | None = None,
-    **options: Any,
-) -> RotationReport:
-    """Do what :func:`rotate` does, with the same options, over an async engine or connection.
-
-    Between batches, and while the database works, the event loop runs. `on_progress` and
-    `stop_when` are ordinary functions.
-    """
-    unknown = set(options) - {field.name for field in fields(RotationOptions)}
-    if unknown:
-        raise TypeError(f"arotate() got an unexpected keyword argument {min(unknown)!r}")
-    checked = RotationOptions(**options)
-    own = keyring_of(keyring)
-    return await run_sync(bind, lambda sync: _rotate(sync, targets, own, checked, sleep_in_async))
-
-
-def keyring_of(keyring: Keyring | Callable[[], Keyring] | None) -> Keyring:
-    """Return the keyring that is meant.
-
-    :raises RotationError: it is none, nor a function that returns one.
-    """
-    if keyring is None:
-        return default_keyring()
-    if not isinstance(keyring, Keyring) and callable(keyring):
-        keyring = keyring()
-    if not isinstance(keyring, Keyring):
-        raise RotationError(
-            f"keyring= is a Keyring or a function that returns one, not a {type(keyring).__name__}"
-        )
-    return keyring
-
-
-def _rotate(
-    bind: Engine | Connection,
-    targets: Target | Iterable[Target] | None,
-    keyring: Keyring,
-    options: RotationOptions,
-    sleep: Callable[[float], object],
-) -> RotationReport:
-    link = Link(bind, retries=options.retries, sleep=sleep)
-    tables = resolve_targets(targets, bind)
-    run = _Run(link, keyring, options, sleep)
-    return run.guarded(lambda: run.over(tables))
-
-
-class Worker(Protocol):
-    """What a run drives: the rows of one table, batch by batch."""
-
-    name: str
-
-    def prepare(self, connection: Connection, *, lock: bool = True) -> None:
-        """Fail now if something is missing, or not ours to lock; write nothing."""
-
-    def count_stale(self, connection: Connection) -> int:
-        """Count what is left to do."""
-
-    def find_bounds(
-        self, connection: Connection, after: PrimaryKey | None, limit: int
-    ) -> BatchBounds | None:
-        """Return how far the next batch goes; ``None`` at the end."""
-
-    def advanced(self, after: PrimaryKey | None, last: PrimaryKey | None) -> PrimaryKey | None:
-        """Return the key to go on behind; fail if it is no other."""
-
-    def work(
-        self, connection: Connection, after: PrimaryKey | None, bounds: BatchBounds, limit: int
-    ) -> Batch:
-        """Do the next `limit` rows behind `after`, as far as `bounds` goes."""
-
-    def refused(
-        self,
-        connection: Connection,
-        after: PrimaryKey | None,
-        bounds: BatchBounds,
-        error: DBAPIError,
-        reason: str,
-    ) -> Batch:
-        """Return what became of the next row, which the database does not let change."""
-
-
-def run_workers(
+def run_jobs(
     connection: Connection,
-    workers: Sequence[Worker],
+    jobs: Sequence[Job],
     keyring: Keyring,
     *,
     batch_size: int,
     on_progress: Callable[[RotationProgress], object] | None,
     passes: int | None = None,
 ) -> RotationReport:
-    """Drive `workers` as :func:`rotate` drives its own. Internal."""
+    """Run `jobs` over a connection, as :func:`rotate` runs its own."""
     options = RotationOptions(batch_size=batch_size, on_progress=on_progress)
-    run = _Run(Link(connection), keyring, options, time.sleep, passes=passes)
-    return run.guarded(lambda: run.drive(workers))
+    database = ManagedConnection(connection)
+    run = Run(database, keyring, options, passes=passes)
+    return database.run(lambda: run.run_jobs(jobs), run.describe)
 
 
-class _Run:
-    """One rotation: its connection, its options, and what it has done so far."""
+def run_in_transaction(connection: Connection, job: Job, batch_size: int) -> tuple[int, Failures]:
+    """Run one pass of `job` in the caller's transaction, or under the caller's lock.
+
+    Returns how many rows were read, and what failed.
+    """
+    failures = Failures()
+    number = 0
+    job.prepare(connection)
+    after: PrimaryKey | None = None
+    while (bounds := job.rows.find_bounds(connection, after, batch_size)) is not None:
+        batch = do_batch(connection, job, bounds)
+        number += batch.rows
+        failures.add(batch.failed)
+        after = batch.next_after
+        if after is None:
+            break
+    return number, failures
+
+
+def do_batch(
+    connection: Connection, job: Job, bounds: BatchBounds, *, dry_run: bool = False
+) -> Batch:
+    """Do the rows within `bounds`; in a dry run, lock nothing and write nothing."""
+    rows = job.rows.read(connection, bounds, lock=not dry_run)
+    outcome = job.apply(rows)
+    written, failed = (outcome.values, []) if dry_run else job.write(connection, bounds, outcome)
+    after = job.rows.next_after(bounds, rows)
+    return Batch(len(rows), outcome.size, written, [*outcome.failed, *failed], after)
+
+
+class Run:
+    """One run: its connection, its options, and what it has done so far."""
 
     def __init__(
         self,
-        link: Link,
+        database: ManagedConnection,
         keyring: Keyring,
         options: RotationOptions,
-        sleep: Callable[[float], object],
+        *,
         passes: int | None = None,
     ) -> None:
-        self._link = link
+        self._database = database
         self._keyring = keyring
         self._options = options
-        self._sleep = sleep
         self._passes = 1 if options.dry_run else passes or MAX_PASSES
         self._throttle = Throttle(
             options.batch_size,
             options.batch_time,
             options.max_rate,
             options.pause,
-            sleep,
-            has_one_writer=link.dialect.name == "sqlite",
+            database.sleep,
+            has_one_writer=database.dialect.name == "sqlite",
         )
         self._began = time.monotonic()
         self._total = 0
-        self._rotated = 0
+        self._written = 0
         self._stopped = False
         self._refused = 0  # since the last value that was written
 
-    def guarded(self, work: Callable[[], RotationReport]) -> RotationReport:
-        """Do `work` over the link; say where it stands if the database ends it."""
-        return self._link.run(work, self.where_it_stands)
-
-    def over(self, tables: list[TargetTable]) -> RotationReport:
-        """Rotate `tables`."""
-        known = self._link.read(lambda connection: survey(connection, tables))
-        report = self.drive([self._worker(table) for table in known.tables])
+    def rotate_tables(self, tables: Sequence[TargetTable]) -> RotationReport:
+        """Rotate those of `tables` that are tables in the database."""
+        known = self._database.read(lambda connection: survey(connection, tables))
+        dialect = self._database.dialect
+        report = self.run_jobs([Reseal(table, self._keyring, dialect) for table in known.tables])
         return replace(report, left_out=known.left_out)
 
-    def drive(self, workers: Sequence[Worker]) -> RotationReport:
-        """Run `workers`, one after the other, until each is done."""
-        # Whatever is missing in any of them shows before the first write.
-        for worker in workers:
-            self._prepare(worker)
+    def run_jobs(self, jobs: Sequence[Job]) -> RotationReport:
+        """Run `jobs` one after the other, each until it is done."""
+        # Whatever is missing for any of them shows before the first write.
+        for job in jobs:
+            self._database.read(partial(job.prepare, lock=not self._options.dry_run))
         if self._options.on_progress is not None or self._options.stop_when is not None:
-            self._total = sum(map(self._count, workers))
+            self._total = sum(job.count_left(self._database.read) for job in jobs)
         failures = Failures()
         remaining = 0
-        for worker in workers:
-            failed, left = self._until_done(worker)
+        for job in jobs:
+            failed, left = self._run_job(job)
             failures.merge(failed)
             remaining += left
         return RotationReport(
             self._keyring.primary,
-            self._rotated,
+            self._written,
             tuple(failures.named),
             failures.count,
             remaining,
@@ -315,113 +161,105 @@ class _Run:
             self._options.dry_run,
         )
 
-    def where_it_stands(self, fault: Fault) -> str:
+    def describe(self, fault: Fault) -> str:
         """Say what the database refused, what was done until then, and what to do."""
         if self._options.dry_run:
             done = "It was a dry run: nothing was written"
         else:
             done = (
-                f"{self._rotated} values were re-encrypted before, and are committed; "
-                "the batch in hand was rolled back"
+                f"{self._written} values were re-encrypted before, and are committed; "
+                "the current batch was rolled back"
             )
-        return f"the database ended the rotation: {fault.said}. {done}. {fault.again()}"
+        return f"the database ended the rotation: {fault.message}. {done}. {fault.next_step()}"
 
-    def _worker(self, table: TargetTable) -> TableWorker:
-        return TableWorker(table, self._keyring, self._link.dialect)
-
-    def _count(self, worker: Worker) -> int:
-        if isinstance(worker, TableWorker):
-            return count_stale(self._link, worker)
-        return self._link.read(worker.count_stale)
-
-    def _prepare(self, worker: Worker) -> None:
-        self._link.read(partial(worker.prepare, lock=not self._options.dry_run))
-
-    def _until_done(self, worker: Worker) -> tuple[Failures, int]:
-        """Pass over the table until a count finds nothing stale but what does not open."""
+    def _run_job(self, job: Job) -> tuple[Failures, int]:
+        """Pass over the table until a count finds nothing left but what failed."""
         failures = Failures()
         remaining = 0
         for number in range(self._passes):
             if number:
                 # What is left changes at the pace of those who write it, or hold it locked.
-                self._sleep(min(_FIRST_PAUSE * 2**number, _LONGEST_PAUSE))
-                self._tell(worker, failures)  # no batch may have had a row to tell of
+                self._database.sleep(min(_FIRST_PAUSE * 2**number, _LONGEST_PAUSE))
+                self._report_progress(job, failures)  # perhaps no batch had a row to report
                 if self._stopped:
                     break
-            before = self._rotated
-            failures = self._one_pass(worker)
-            remaining = self._count(worker)
+            before = self._written
+            failures = self._run_pass(job)
+            remaining = job.count_left(self._database.read)
             if self._options.dry_run:
-                remaining = max(remaining - (self._rotated - before), failures.count)
+                remaining = max(remaining - (self._written - before), failures.count)
             if self._stopped or remaining <= failures.count:
                 break
         return failures, remaining
 
-    def _one_pass(self, worker: Worker) -> Failures:
-        """Go through the rows until their end, or until ``stop_when`` ends it before."""
+    def _run_pass(self, job: Job) -> Failures:
+        """Go through the table once, unless ``stop_when`` ends the run before."""
         failures = Failures()
         self._throttle.begin_table()
         after: PrimaryKey | None = None
-        more = not self._stopped
-        while more:
+        while not self._stopped:
             started = time.monotonic()
-            batch = self._link.attempt(partial(self._batch, worker, after), self._throttle.limit)
-            after = worker.advanced(after, batch.last)
-            self._rotated += batch.written
+            batch = self._database.retry(partial(self._batch, job, after), self._throttle.limit)
+            after = batch.next_after
+            self._written += batch.written
             failures.add(batch.failed)
-            more = batch.more
-            if batch.rows or more:  # a batch may look at many rows and find none that is stale
-                self._tell(worker, failures)
+            if batch.rows or after is not None:  # a batch may search many rows and find none
+                self._report_progress(job, failures)
             if batch.rows:
                 self._throttle.after(batch.rows, batch.size, time.monotonic() - started)
-            more = more and not self._stopped
+            if after is None:
+                break
         return failures
 
-    def _batch(self, worker: Worker, after: PrimaryKey | None, limit: int) -> Batch:
-        with self._link.reading() as connection:
-            bounds = worker.find_bounds(connection, after, limit)
-            if bounds is None:
-                return Batch(0, None, more=False, written=0, failed=(), size=0)
-            if self._options.dry_run and isinstance(worker, TableWorker):
-                batch = worker.rehearse(connection, after, bounds, limit)
-                self._raise_if_wanted(batch)
-                return batch
+    def _batch(self, job: Job, after: PrimaryKey | None, limit: int) -> Batch:
+        """Do the next `limit` rows; a row that the database refuses to change, by itself."""
+        with self._database.reading() as connection:
+            bounds = job.rows.find_bounds(connection, after, limit)
+        if bounds is None:
+            return _END
         try:
-            with self._link.transaction() as connection:
-                batch = worker.work(connection, after, bounds, limit)
-                self._raise_if_wanted(batch)
+            batch = self._do_batch(job, bounds)
         except DBAPIError as error:
-            is_refused = refuses_a_row(error, self._link.dialect)
+            is_refused = refuses_a_row(error, self._database.dialect)
             if self._options.on_error == "raise" or not is_refused:
                 raise
-            self._link.reconnect()  # if it broke off
+            self._database.reconnect()  # if it broke off
             if limit == 1:
-                self._refused += 1
-                if self._refused > _MOST_REFUSED:
-                    raise
-                reason = said(error, self._link.dialect)
-                with self._link.transaction() as connection:
-                    return worker.refused(connection, after, bounds, error, reason)
+                return self._refuse_row(job, bounds, error)
         else:
             if batch.written:
                 self._refused = 0
             return batch
-        # One row of it is against the rules of the table, and is found by halves.
-        return self._batch(worker, after, max(1, min(limit, bounds.rows) // 2))
+        # One row of the batch breaks a rule of the table. Halving the batch finds it.
+        return self._batch(job, after, max(1, min(limit, bounds.rows) // 2))
 
-    def _raise_if_wanted(self, batch: Batch) -> None:
-        if batch.failed and self._options.on_error == "raise":
-            raise RotationError(_does_not_open(batch.failed[0]))
+    def _do_batch(self, job: Job, bounds: BatchBounds) -> Batch:
+        dry_run = self._options.dry_run
+        database = self._database
+        with database.reading() if dry_run else database.transaction() as connection:
+            batch = do_batch(connection, job, bounds, dry_run=dry_run)
+            if batch.failed and self._options.on_error == "raise":
+                raise RotationError(_does_not_open(batch.failed[0]))
+        return batch
 
-    def _tell(self, worker: Worker, failures: Failures) -> None:
+    def _refuse_row(self, job: Job, bounds: BatchBounds, error: DBAPIError) -> Batch:
+        self._refused += 1
+        if self._refused > _MAX_REFUSED:
+            raise error
+        reason = describe(error, self._database.dialect)
+        with self._database.transaction() as connection:
+            rows, failed = job.refused(connection, bounds, error, reason)
+        return Batch(len(rows), 0, 0, failed, job.rows.next_after(bounds, rows))
+
+    def _report_progress(self, job: Job, failures: Failures) -> None:
         options = self._options
         if options.on_progress is None and options.stop_when is None:
             return
-        rate = self._rotated / max(time.monotonic() - self._began, 1e-6)
-        left = max(self._total - self._rotated - failures.count, 0)
+        rate = self._written / max(time.monotonic() - self._began, 1e-6)
+        left = max(self._total - self._written - failures.count, 0)
         progress = RotationProgress(
-            table=worker.name,
-            rotated=self._rotated,
+            table=job.name,
+            rotated=self._written,
             failed=failures.count,
             total=self._total,
             rate=rate,
@@ -431,11 +269,6 @@ class _Run:
             options.on_progress(progress)
         if options.stop_when is not None:
             self._stopped = bool(options.stop_when(progress))
-
-
-def _is_number(value: object, kind: type[int | float] | None = None) -> bool:
-    kinds = (int, float) if kind is None else kind
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _does_not_open(failed: FailedRow) -> str:

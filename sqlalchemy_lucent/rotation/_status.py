@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Connection, Engine, Row, func, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Row,
+    String,
+    column,
+    func,
+    inspect,
+    select,
+)
 
-from .. import _sql
 from .._database.async_bridge import run_sync, sleep_in_async
-from .._database.connection import Link
+from .._database.connection import ManagedConnection
 from .._database.faults import Fault
 from .._envelope import VERSION_PATTERN
-from ..exceptions import ConfigurationError, KeyInUseError, RotationError, hide_locals
+from .._sql import key_id, key_version
+from ..exceptions import (
+    ConfigurationError,
+    DecryptionError,
+    KeyInUseError,
+    RotationError,
+    hide_locals,
+)
 from ..keyring import Keyring, default_keyring
-from ._run import DEFAULT_BATCH_SIZE, keyring_of
-from ._scan import count_stale, count_version, ranges_of
+from ._options import keyring_of
+from .jobs import Reseal
 from .report import Failures, StatusReport, StatusRow, VerifyReport
-from .rows import PrimaryKey, TableWorker, Within
-from .targets import Survey, Target, TargetTable, refuse_left_out, resolve_targets, survey
+from .rows import BatchBounds, Rows
+from .targets import (
+    Survey,
+    Target,
+    TargetColumn,
+    TargetTable,
+    refuse_left_out,
+    resolve_targets,
+    survey,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+_BEARABLE: Final = 2.0
+"""Seconds that SQLite's writers may be kept waiting for once."""
+
+_MAX_COUNTS: Final = 5
+"""Times that a table is counted by ranges while others write to it."""
 
 
 def status(
@@ -54,56 +85,61 @@ def _status(
     targets: Target | Iterable[Target] | None,
     sleep: Callable[[float], object],
 ) -> StatusReport:
-    link = Link(bind, sleep=sleep, counting=True)
+    database = ManagedConnection(bind, sleep=sleep, read_only=True)
     tables = resolve_targets(targets, bind)
 
     def work() -> StatusReport:
-        known = _survey(link, tables)
-        rows = tuple(row for table in known.tables for row in _count(link, table))
+        known = _survey(database, tables)
+        rows = tuple(row for table in known.tables for row in _count(database, table))
         return StatusReport(rows, known.left_out)
 
-    return link.run(work, _told)
+    return database.run(work, _describe)
 
 
-def _survey(link: Link, tables: Sequence[TargetTable]) -> Survey:
-    return link.read(lambda connection: survey(connection, tables))
+def _survey(database: ManagedConnection, tables: Sequence[TargetTable]) -> Survey:
+    return database.read(lambda connection: survey(connection, tables))
 
 
-def _told(fault: Fault) -> str:
-    return f"the database ended the count: {fault.said}. {fault.again('Run it again')}"
+def _describe(fault: Fault) -> str:
+    return f"the database ended the count: {fault.message}. {fault.next_step('Run it again')}"
 
 
-def _count(link: Link, target: TargetTable) -> Iterator[StatusRow]:
-    worker = TableWorker(target, None, link.dialect)
-    link.read(worker.look)
+def _rows(database: ManagedConnection, target: TargetTable) -> Rows:
+    rows = Rows(target.name, target.clause, target.primary_key, database.dialect)
+    database.read(rows.find_order)
+    return rows
+
+
+def _count(database: ManagedConnection, target: TargetTable) -> Iterator[StatusRow]:
+    rows = _rows(database, target)
     counts: dict[str, Counter[tuple[str | None, str | None]]] = {
-        column.name: Counter() for column in target.columns
+        each.name: Counter() for each in target.columns
     }
-    for within in ranges_of(link, worker):
+    for bounds in rows.ranges(database.read):
         for name, found in counts.items():
-            for row in link.read(partial(_counted, target, name, within)):
+            for row in database.read(partial(_count_keys, rows, name, bounds)):
                 found[row.version, row.fingerprint] += row.number
     for name, found in counts.items():
         for key in sorted(found, key=lambda key: (key[0] or "", key[1] or "")):
             yield StatusRow(target.name, name, *key, found[key])
 
 
-def _counted(
-    target: TargetTable, name: str, within: Within, connection: Connection
+def _count_keys(
+    rows: Rows, name: str, bounds: BatchBounds, connection: Connection
 ) -> Sequence[Row[Any]]:
-    value = target.clause.c[name]
+    value = rows.clause.c[name]
     counted = (
         select(
-            _sql.key_version(value).label("version"),
-            _sql.key_id(value).label("fingerprint"),
+            key_version(value).label("version"),
+            key_id(value).label("fingerprint"),
         )
-        .select_from(target.clause)
-        .where(value.is_not(None), *within.conditions)
+        .select_from(rows.clause)
+        .where(value.is_not(None), *rows.in_range(bounds))
         .subquery()
     )
     keys = (counted.c.version, counted.c.fingerprint)
     statement = select(*keys, func.count().label("number")).group_by(*keys)
-    return connection.execute(statement, within.parameters).all()
+    return connection.execute(statement, rows.parameters(bounds)).all()
 
 
 @hide_locals
@@ -122,17 +158,17 @@ def needs_rotation(
     :raises RotationError: `targets` has no encrypted column.
     """
     keyring = keyring_of(keyring)
-    link = Link(bind, counting=True)
+    database = ManagedConnection(bind, read_only=True)
     tables = resolve_targets(targets, bind)
 
     def work() -> bool:
-        known = _survey(link, tables)
-        workers = [TableWorker(table, keyring, link.dialect) for table in known.tables]
-        for worker in workers:
-            link.read(worker.look)
-        return any(count_stale(link, worker) for worker in workers)
+        known = _survey(database, tables)
+        jobs = [Reseal(table, keyring, database.dialect) for table in known.tables]
+        for job in jobs:
+            database.read(job.rows.find_order)
+        return any(job.count_left(database.read) for job in jobs)
 
-    return link.run(work, _told)
+    return database.run(work, _describe)
 
 
 @hide_locals
@@ -259,20 +295,21 @@ def _raise_if_needed(
     exclude: Sequence[str],
     sleep: Callable[[float], object],
 ) -> None:
-    link = Link(bind, sleep=sleep, counting=True)
+    database = ManagedConnection(bind, sleep=sleep, read_only=True)
     tables = resolve_targets(targets, bind)
 
     def work() -> dict[str, int]:
-        known = _survey(link, tables)
-        link.read(lambda connection: refuse_left_out(connection, known, exclude))
+        known = _survey(database, tables)
+        database.read(lambda connection: refuse_left_out(connection, known, exclude))
         counts: dict[str, int] = {}
         for table in known.tables:
-            link.read(TableWorker(table, None, link.dialect).look)
-            for column in table.columns:
-                counts[f"{table.name}.{column.name}"] = count_version(link, table, column, version)
+            rows = _rows(database, table)
+            for each in table.columns:
+                name = f"{table.name}.{each.name}"
+                counts[name] = _count_version(database, rows, each, version)
         return counts
 
-    needing = link.run(work, _told)
+    needing = database.run(work, _describe)
     if any(needing.values()):
         counts = ", ".join(f"{count} in {name}" for name, count in needing.items() if count)
         raise KeyInUseError(
@@ -291,6 +328,68 @@ def _raise_if_needed(
             f"key {first.primary_key!r} ({first.error}). verify() names them all: correct or "
             "delete them before the key is retired"
         )
+
+
+def _count_version(
+    database: ManagedConnection, rows: Rows, found: TargetColumn, version: str
+) -> int:
+    """Count the values of a column under `version`, all at one moment.
+
+    An index on the key version answers at once. Only SQLite without an index, in rollback-journal
+    mode, where readers keep writers waiting, counts a large table by ranges.
+
+    :raises RotationError: others wrote all the time, so that a row may have moved between ranges.
+    """
+    condition = database.read(partial(_has_version, rows, found, version))
+    whole = partial(rows.count, condition=condition)
+    if database.dialect.name != "sqlite" or database.read(
+        partial(_keeps_nobody_waiting, rows, condition)
+    ):
+        return database.read(whole)
+    for _ in range(_MAX_COUNTS):
+        before, started = database.read(_data_version), time.monotonic()
+        count = rows.count_all(database.read, condition)
+        if count or database.read(_data_version) == before:
+            return count
+        if time.monotonic() - started < _BEARABLE:
+            return database.read(whole)
+    raise RotationError(
+        f"others write to {rows.name} all the time, and a row may move while it is counted. "
+        "Index the key version of its sealed column, put the database in WAL mode, or look while "
+        "nobody writes"
+    )
+
+
+def _has_version(
+    rows: Rows, found: TargetColumn, version: str, connection: Connection
+) -> ColumnElement[bool]:
+    known: ColumnElement[str] = key_version(rows.clause.c[found.name])
+    if found.version_column is not None:
+        # Trust the column only if the database computes it; otherwise anybody may have written it.
+        columns = inspect(connection).get_columns(str(rows.clause.name), rows.clause.schema)
+        if any(
+            each["name"] == found.version_column
+            and found.name in each.get("computed", {"sqltext": ""})["sqltext"]
+            for each in columns
+        ):
+            known = column(found.version_column, String())
+    return known == version
+
+
+def _keeps_nobody_waiting(
+    rows: Rows, condition: ColumnElement[bool], connection: Connection
+) -> bool:
+    if connection.exec_driver_sql("PRAGMA journal_mode").scalar() in ("wal", "memory", "off"):
+        return True
+    statement = select(func.count()).select_from(rows.clause).where(condition)
+    compiled = statement.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
+    plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}").all()
+    return not any(str(step[-1]).startswith("SCAN") for step in plan)
+
+
+def _data_version(connection: Connection) -> Any:
+    """Return a number that differs once another connection has written."""
+    return connection.exec_driver_sql("PRAGMA data_version").scalar()
 
 
 @hide_locals
@@ -339,48 +438,23 @@ def _verify(
     ):
         raise RotationError("sample is a whole number of rows, 1 or more")
     own = keyring_of(keyring)
-    link = Link(bind, sleep=sleep, counting=True)
+    database = ManagedConnection(bind, sleep=sleep, read_only=True)
     tables = resolve_targets(targets, bind)
 
     def work() -> VerifyReport:
-        known = _survey(link, tables)
+        known = _survey(database, tables)
         failures = Failures()
         opened = 0
         for table in known.tables:
-            worker = TableWorker(table, own, link.dialect)
-            link.read(worker.check_keys)
-            for row in _rows(worker, link, sample):
-                for failed in worker.open_values(row):
-                    if failed is None:
-                        opened += 1
-                    else:
-                        failures.add([failed])
+            job = Reseal(table, own, database.dialect, stale_only=False)
+            database.read(job.rows.check_keys)
+            rows = job.rows.batches(database.read, sample)
+            for row in itertools.chain.from_iterable(rows):
+                for each in job.sealed:
+                    try:
+                        opened += each.opens(row)
+                    except (DecryptionError, ConfigurationError) as error:
+                        failures.add([job.failure(row, each.name, error)])
         return VerifyReport(opened, tuple(failures.named), failures.count, known.left_out)
 
-    return link.run(work, _told)
-
-
-def _rows(worker: TableWorker, link: Link, sample: int | None) -> Iterator[Sequence[Any]]:
-    """Give the rows of a table in constant memory."""
-    after: PrimaryKey | None = None
-    left = sample
-    more = True
-    while more and (left is None or left > 0):
-        limit = DEFAULT_BATCH_SIZE if left is None else min(left, DEFAULT_BATCH_SIZE)
-        rows, last = link.read(partial(_batch, worker, after, limit, sampled=left is not None))
-        yield from rows
-        more = last is not None
-        after = last
-        left = None if left is None else left - len(rows)
-
-
-def _batch(
-    worker: TableWorker, after: PrimaryKey | None, limit: int, connection: Connection, sampled: bool
-) -> tuple[Sequence[Sequence[Any]], PrimaryKey | None]:
-    """Return some rows, and the primary key to go on behind."""
-    bounds = worker.find_bounds(connection, after, limit)
-    if bounds is None:
-        return [], None
-    # Without a bound at the end: a key of an inexact type may not be found by its own value.
-    upto = bounds.last if bounds.more or sampled else None
-    return worker.read(connection, after, None, upto=upto), bounds.last if bounds.more else None
+    return database.run(work, _describe)

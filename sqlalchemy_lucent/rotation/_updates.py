@@ -1,50 +1,47 @@
-"""Write re-sealed values back, where the row still holds what was read: a form per database.
+"""Write changed values back where the row still holds what was read: one form per database.
 
-Each was chosen by measurement (``tests/bench/bench_rotation.py``). All of them compare the old
-header and nonce, and say how many values they wrote.
+Each form was chosen by measurement (``tests/bench/bench_rotation.py``). All of them compare the old
+header and nonce, and return how many values they wrote.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from sqlalchemy import (
     ARRAY,
-    CHAR,
-    NCHAR,
     ColumnElement,
     Connection,
     Dialect,
-    Enum,
-    Float,
     Integer,
     LargeBinary,
-    Numeric,
     String,
-    TypeDecorator,
     Update,
     bindparam,
+    cast,
     column,
     func,
     literal_column,
+    or_,
     text,
     tuple_,
     update,
 )
-from sqlalchemy.sql.expression import ColumnClause, TableClause
+from sqlalchemy.sql.expression import ColumnClause
 from sqlalchemy.types import TypeEngine, _Binary
 
 from .._sql import is_mysql
-from .targets import TargetTable
+from .rows import Rows
 
 
 class Changes:
-    """New bytes for the same columns of some rows, and how the old ones began; a list per column.
+    """New values for the same columns of some rows, and how the old ones began; a list per column.
 
-    The rows are in the order of their primary keys.
+    ``None`` is NULL. The rows are in the order of their primary keys. Lists of bytes rather than an
+    object per row, because the garbage collector does not look into them.
     """
 
     __slots__ = ("keys", "names", "new", "old")
@@ -53,8 +50,8 @@ class Changes:
         self,
         names: tuple[str, ...],
         keys: Sequence[list[Any]],
-        old: Sequence[list[bytes]],
-        new: Sequence[list[bytes]],
+        old: Sequence[list[bytes | None]],
+        new: Sequence[list[Any]],
     ) -> None:
         self.names = names
         self.keys = keys
@@ -65,7 +62,7 @@ class Changes:
         return len(self.old[0])
 
     def only(self, numbers: Sequence[int]) -> Changes:
-        """Return the changes of the rows of these numbers."""
+        """Return the changes of the rows with these numbers."""
         keys, old, new = (
             [[values[number] for number in numbers] for values in columns]
             for columns in (self.keys, self.old, self.new)
@@ -74,68 +71,59 @@ class Changes:
 
 
 class Writer(Protocol):
-    """Writes changes, by compare-and-swap."""
+    """Writes changes by compare-and-swap."""
 
     def write(self, connection: Connection, changes: Changes) -> int:
         """Write `changes`; return how many values were written."""
 
 
-def writer_for(connection: Connection, target: TargetTable) -> Writer:
-    """Return the fastest form that `target` allows on this database."""
+def writer_for(
+    connection: Connection, rows: Rows, types: Mapping[str, TypeEngine[Any]] | None = None
+) -> Writer:
+    """Return the fastest form that the table allows on this database.
+
+    :param types: the types of columns that are not sealed. Of their old values, nothing is compared
+        but whether they are NULL: their rows must be locked.
+    """
     dialect = connection.dialect
-    if dialect.name == "postgresql":
+    if is_mysql(dialect):
+        names = {"name": str(rows.clause.name), "schema": rows.clause.schema}
+        pinned = connection.scalars(_ON_UPDATE_COLUMNS, names).all()
+        can_join = dialect.paramstyle in ("format", "pyformat") and all(
+            _compares_alike(type_, dialect) for type_ in rows.key_types
+        )
+        if can_join and not types:
+            packet = connection.scalar(text("SELECT @@max_allowed_packet"))
+            return JoinWriter(rows, pinned, packet)
+        return RowWriter(rows, pinned, types)
+    if dialect.name == "postgresql" and not types:
         in_psycopg = dialect.driver in ("psycopg", "psycopg_async")
-        return (BinaryArrayWriter if in_psycopg else ArrayWriter)(target, dialect)
-    if not is_mysql(dialect):
-        return RowWriter(target, dialect)
-    names = {"name": str(target.clause.name), "schema": target.clause.schema}
-    kept = on_update_columns(connection, target.clause)
-    if dialect.paramstyle in ("format", "pyformat") and all(
-        _compares_alike(column.type, dialect) for column in target.primary_key
-    ):
-        named = {column.name.lower() for column in target.primary_key}
-        primary = {name.lower() for name in connection.scalars(_PRIMARY, names)}
-        rows_first = bool(getattr(dialect, "is_mariadb", False)) and primary == named
-        packet = connection.scalar(text("SELECT @@max_allowed_packet"))
-        return JoinWriter(target, dialect, kept, packet, rows_first=rows_first)
-    return RowWriter(target, dialect, kept)
+        return BinaryArrayWriter(rows) if in_psycopg else ArrayWriter(rows)
+    return RowWriter(rows, types=types)
 
 
-def check_rights(connection: Connection, target: TargetTable) -> None:
-    """Fail now, by an error of the database, if it would not let this user update `target`.
+def check_rights(connection: Connection, rows: Rows, names: Sequence[str]) -> None:
+    """Fail now, by an error of the database, if this user may not update these columns.
 
     It has the statement explained, which fires no trigger and does not wait for a lock of a row.
     """
     if connection.dialect.name == "sqlite":
         return
-    values = {column.name: target.clause.c[column.name] for column in target.columns}
-    statement = update(target.clause).values(values).compile(dialect=connection.dialect)
+    values: dict[str, ColumnClause[Any]] = {name: column(name) for name in names}
+    statement = update(rows.clause).values(values).compile(dialect=connection.dialect)
     connection.exec_driver_sql(f"EXPLAIN {statement}").close()
 
 
-# MySQL renews such columns at each UPDATE that does not set them, whatever the metadata knows.
-_SELF_UPDATING: Final = text(
+# MySQL sets such columns at each UPDATE that does not set them, whatever the metadata says. To keep
+# their values, an UPDATE sets them to themselves.
+_ON_UPDATE_COLUMNS: Final = text(
     "SELECT column_name AS name FROM information_schema.columns WHERE table_name = :name"
     " AND table_schema = coalesce(:schema, database()) AND extra LIKE '%on update%'"
 )
 
 
-def on_update_columns(connection: Connection, clause: TableClause) -> Sequence[str]:
-    """Return the columns that an UPDATE has to set to themselves, if they are to stay."""
-    if not is_mysql(connection.dialect):
-        return ()
-    names = {"name": str(clause.name), "schema": clause.schema}
-    return connection.scalars(_SELF_UPDATING, names).all()
-
-
-_PRIMARY: Final = text(
-    "SELECT column_name AS name FROM information_schema.statistics WHERE table_name = :name"
-    " AND table_schema = coalesce(:schema, database()) AND index_name = 'PRIMARY'"
-)
-
-
 def _compares_alike(type_: TypeEngine[Any], dialect: Dialect) -> bool:
-    """Say whether MySQL compares a column of `type_` with a column of a derived table by its index.
+    """Say whether MySQL uses the index to join a column of `type_` with a derived table.
 
     Where the connection's collation is not the column's, it fails or reads the whole table. Nor
     may the column's character set be smaller than the connection's, unless all of its characters
@@ -148,104 +136,101 @@ def _compares_alike(type_: TypeEngine[Any], dialect: Dialect) -> bool:
     return isinstance(implementation, (Integer, _Binary))
 
 
-def _bind_processor(type_: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
-    """Return what SQLAlchemy does to a parameter of `type_` before the driver has it."""
-    return type_.dialect_impl(dialect).bind_processor(dialect)
+def _bind(
+    types: Iterable[TypeEngine[Any] | None], dialect: Dialect, columns: Iterable[list[Any]]
+) -> Iterator[list[Any]]:
+    """Give the parameters of each column as SQLAlchemy gives them to the driver."""
+    for type_, values in zip(types, columns, strict=True):
+        process = type_ and type_.dialect_impl(dialect).bind_processor(dialect)
+        yield list(map(process, values)) if process else values
 
 
-def without_limits(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
-    """Return `type_` for a cast in PostgreSQL that leaves every key as it is; elsewhere, `type_`.
-
-    The column in the database may be wider than the model says: a cast to the model's type would
-    cut the key off, or round it.
-    """
-    if dialect.name != "postgresql":
-        return type_
-    from sqlalchemy.dialects import postgresql  # with that database only
-
-    implementation = type_.dialect_impl(dialect)
-    if isinstance(type_, TypeDecorator):
-        return type_
-    if isinstance(implementation, String) and not isinstance(implementation, (CHAR, NCHAR, Enum)):
-        # Without a length it may be CITEXT, or another type with an equality of its own.
-        return String() if implementation.length is not None else type_
-    if isinstance(implementation, Numeric) and not isinstance(implementation, Float):
-        return Numeric() if implementation.asdecimal else Numeric(asdecimal=False)
-    if isinstance(type_, postgresql.TIMESTAMP):
-        return postgresql.TIMESTAMP(timezone=type_.timezone)
-    return type_
+def _sizes(old: Sequence[bytes | None]) -> list[int]:
+    """Return how many bytes of each value to compare: of NULL, one has to be missing."""
+    return [1 if prefix is None else len(prefix) for prefix in old]
 
 
 class RowWriter:
-    """SQLite, MySQL and MariaDB, the form for everything: one UPDATE a row, sent together as the
-    driver can.
+    """SQLite, MySQL and MariaDB, and columns that are not sealed: one UPDATE a row, sent together
+    as the driver can.
 
     The parameters go to the driver as they are. SQLAlchemy would make a dict of each row, and one
     more object of each value.
     """
 
-    def __init__(self, target: TargetTable, dialect: Dialect, kept: Sequence[str] = ()) -> None:
-        self._target = target
-        self._dialect = dialect
-        self._kept: dict[str, ColumnClause[Any]] = {name: column(name) for name in kept}
-        for own in self._kept.values():
-            if own.name not in target.clause.c:
-                target.clause.append_column(own)
-        self._processors = [_bind_processor(c.type, dialect) for c in target.primary_key]
+    def __init__(
+        self,
+        rows: Rows,
+        pinned: Sequence[str] = (),
+        types: Mapping[str, TypeEngine[Any]] | None = None,
+    ) -> None:
+        self._rows = rows
+        self._types = types or {}
+        self._pinned: dict[str, ColumnClause[Any]] = {name: column(name) for name in pinned}
+        for own in self._pinned.values():
+            if own.name not in rows.clause.c:
+                rows.clause.append_column(own)
         self._statements: dict[tuple[str, ...], tuple[str, Sequence[str] | None]] = {}
 
     def write(self, connection: Connection, changes: Changes) -> int:
         """Write `changes`."""
-        if changes.names not in self._statements:
-            compiled: Any = self._statement(changes.names).compile(dialect=self._dialect)
-            self._statements[changes.names] = str(compiled), compiled.positiontup
-        statement, order = self._statements[changes.names]
-        keys = [
-            values if process is None else list(map(process, values))
-            for process, values in zip(self._processors, changes.keys, strict=True)
-        ]
-        sizes = [list(map(len, prefixes)) for prefixes in changes.old]
+        dialect, names = self._rows.dialect, changes.names
+        if names not in self._statements:
+            compiled: Any = self._statement(names).compile(dialect=dialect)
+            self._statements[names] = str(compiled), compiled.positiontup
+        statement, order = self._statements[names]
+        columns: dict[str, Iterable[list[Any]]] = {
+            "key": _bind(self._rows.key_types, dialect, changes.keys),
+            "old": changes.old,
+            "size": map(_sizes, changes.old),
+            "new": _bind(map(self._types.get, names), dialect, changes.new),
+        }
         named = {
             f"lucent_{kind}_{position}": values
-            for kind, columns in (
-                ("key", keys),
-                ("old", changes.old),
-                ("size", sizes),
-                ("new", changes.new),
-            )
-            for position, values in enumerate(columns)
+            for kind, lists in columns.items()
+            for position, values in enumerate(lists)
         }
         rows: list[Any] = list(zip(*(named[name] for name in order or named), strict=True))
         if order is None:  # the driver takes parameters by name
             rows = [dict(zip(named, row, strict=True)) for row in rows]
         written = connection.exec_driver_sql(statement, rows).rowcount
         # Some drivers do not count; there the rows are locked, so none can have been missed.
-        return (written if written >= 0 else len(rows)) * len(changes.names)
+        return (written if written >= 0 else len(rows)) * len(names)
 
     def _statement(self, names: tuple[str, ...]) -> Update:
-        clause = self._target.clause
-        statement = update(clause).where(
+        rows = self._rows
+        parts = zip(rows.primary_key, rows.key_types, strict=True)
+        statement = update(rows.clause).where(
             *(
-                column == bindparam(f"lucent_key_{position}", type_=column.type)
-                for position, column in enumerate(self._target.primary_key)
+                part == bindparam(f"lucent_key_{position}", type_=type_)
+                for position, (part, type_) in enumerate(parts)
             )
         )
         for position, name in enumerate(names):
-            size = bindparam(f"lucent_size_{position}", type_=Integer)
+            type_ = self._types.get(name)
             old = bindparam(f"lucent_old_{position}", type_=LargeBinary)
-            prefix = func.substr(clause.c[name], literal_column("1"), size, type_=LargeBinary)
-            statement = statement.where(prefix == old).values(
-                {name: bindparam(f"lucent_new_{position}", type_=LargeBinary)}
-            )
-        return statement.values(self._kept) if self._kept else statement
+            size = bindparam(f"lucent_size_{position}", type_=Integer)
+            new = bindparam(f"lucent_new_{position}", type_=type_ or LargeBinary())
+            statement = statement.where(
+                _begins_with(rows.clause.c[name], size, old)
+                if type_ is None
+                else or_(cast(old, LargeBinary).is_not(None), rows.clause.c[name].is_(None))
+            ).values({name: new})
+        return statement.values(self._pinned) if self._pinned else statement
+
+
+def _begins_with(
+    value: ColumnElement[Any], size: ColumnElement[Any], old: ColumnElement[Any]
+) -> ColumnElement[bool]:
+    prefix = func.substr(value, literal_column("1"), size, type_=LargeBinary)
+    return prefix.is_not_distinct_from(old)
 
 
 class ArrayWriter:
     """PostgreSQL: one ``UPDATE … FROM unnest(…)`` with an array for each column."""
 
-    def __init__(self, target: TargetTable, dialect: Dialect) -> None:
-        self._target = target
-        self._key_types = [without_limits(c.type, dialect) for c in target.primary_key]
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
         self._statements: dict[tuple[str, ...], Update] = {}
 
     def write(self, connection: Connection, changes: Changes) -> int:
@@ -269,9 +254,9 @@ class ArrayWriter:
         return connection.execute(statement, parameters).rowcount
 
     def _statement(self, names: tuple[str, ...]) -> Update:
-        clause = self._target.clause
+        clause = self._rows.clause
         types: dict[str, TypeEngine[Any]] = {
-            f"lucent_key_{position}": type_ for position, type_ in enumerate(self._key_types)
+            f"lucent_key_{position}": type_ for position, type_ in enumerate(self._rows.key_types)
         }
         for position in range(len(names)):
             types[f"lucent_old_{position}"] = LargeBinary()
@@ -284,28 +269,27 @@ class ArrayWriter:
         )
         statement = update(clause).where(
             *(
-                column == renewed.c[f"lucent_key_{position}"]
-                for position, column in enumerate(self._target.primary_key)
+                part == renewed.c[f"lucent_key_{position}"]
+                for position, part in enumerate(self._rows.primary_key)
             ),
             *self._range(),
         )
         for position, name in enumerate(names):
             old = renewed.c[f"lucent_old_{position}"]
-            size = func.octet_length(old)
-            prefix = func.substr(clause.c[name], literal_column("1"), size, type_=LargeBinary)
-            statement = statement.where(prefix == old).values(
+            size = func.coalesce(func.octet_length(old), literal_column("1"))
+            statement = statement.where(_begins_with(clause.c[name], size, old)).values(
                 {name: renewed.c[f"lucent_new_{position}"]}
             )
         return statement
 
     def _range(self) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
         # Without it, PostgreSQL may read the whole table to hash it, for each batch.
-        primary_key = self._target.primary_key
+        primary_key = self._rows.primary_key
         first, last = (
             tuple_(
                 *(
                     bindparam(f"lucent_{end}_{position}", type_=type_)
-                    for position, type_ in enumerate(self._key_types)
+                    for position, type_ in enumerate(self._rows.key_types)
                 )
             )
             for end in ("first", "last")
@@ -314,23 +298,24 @@ class ArrayWriter:
 
 
 class BinaryArrayWriter(ArrayWriter):
-    """The same for psycopg, which sends bytes in a list as hexadecimal text unless told otherwise.
+    """The same for psycopg, which by default sends bytes in a list as hexadecimal text.
 
-    SQLAlchemy has no way to tell it, so the compiled statement is given to the driver. Large values
+    SQLAlchemy has no option for it, so the compiled statement is given to the driver. Large values
     are written three times as fast for it.
     """
 
-    def __init__(self, target: TargetTable, dialect: Dialect) -> None:
-        super().__init__(target, dialect)
-        self._dialect = dialect
+    def __init__(self, rows: Rows) -> None:
+        super().__init__(rows)
+        dialect = rows.dialect
         self._processors: dict[str, Callable[[Any], Any] | None] = {}
-        for position, key in enumerate(target.primary_key):
-            of_array = _bind_processor(ARRAY(key.type), dialect)
-            if isinstance(key.type.dialect_impl(dialect), Integer):
-                of_array = _array_literal  # which psycopg takes three times as long to make
-            self._processors[f"lucent_key_{position}"] = of_array
+        for position, key in enumerate(rows.primary_key):
+            of_array = ARRAY(key.type).dialect_impl(dialect).bind_processor(dialect)
+            of_key = key.type.dialect_impl(dialect)
+            # psycopg takes three times as long to write an array of integers.
+            is_integer = isinstance(of_key, Integer)
+            self._processors[f"lucent_key_{position}"] = _array_literal if is_integer else of_array
             for end in ("first", "last"):
-                self._processors[f"lucent_{end}_{position}"] = _bind_processor(key.type, dialect)
+                self._processors[f"lucent_{end}_{position}"] = of_key.bind_processor(dialect)
         self._texts: dict[Update, str] = {}
 
     def _execute(
@@ -345,7 +330,7 @@ class BinaryArrayWriter(ArrayWriter):
                 if schemas
                 else {}
             )
-            compiled = statement.compile(dialect=self._dialect, **options)
+            compiled = statement.compile(dialect=self._rows.dialect, **options)
             text = _BYTES_PARAMETER.sub(r"\1b", str(compiled))
             self._texts[statement] = text
         for name, process in self._processors.items():
@@ -364,59 +349,44 @@ _BYTES_PARAMETER: Final = re.compile(r"(%\(lucent_(?:old|new)_\d+\))s")
 class JoinWriter:
     """MySQL and MariaDB: one UPDATE of the table joined to a derived table of the changes.
 
-    Written as text, because compiling a thousand SELECTs costs SQLAlchemy more than the database
-    needs for running them; and with the sealed values in it, because the drivers escape bytes in
-    Python, which takes longer than twice the bytes take to send and read. Of the keys, integers are
-    in it too, unless the engine hides parameters; others may say more of the row than a log should.
-
-    MariaDB takes the changes as rows of VALUES. Told to begin with the rows to change, it changes
-    each as it finds it; by itself it begins with the derived table, and writes all changes to a
-    temporary table first. It must find them by the primary key, because it would wait for the lock
-    of any other row that it looks at.
+    It is written as text, because compiling a thousand SELECTs costs SQLAlchemy more than running
+    them costs the database. The text holds the sealed values, because the drivers escape bytes in
+    Python, which takes longer than sending and reading twice the bytes. It also holds integer keys,
+    unless the engine hides parameters; other keys may say more of the row than a log should.
     """
 
     _MAX_ROWS: Final = 500
-    """Rows of a statement: MariaDB makes a subquery of a list of 1,000 (its variable
-    ``in_predicate_conversion_threshold``)."""
+    """Rows of a statement."""
 
     _MAX_BYTES: Final = 1 << 20
-    """Bytes of the values of a statement, roughly, which has them doubled."""
+    """Bytes of the values of a statement, roughly; as text they take twice as many."""
 
     _MAX_LENGTH: Final = 32_768
-    """Bytes of a value. MariaDB (10.11) cuts one of 65,536 or more in a derived table, to the rest
-    of a division by that, and says nothing of it."""
+    """Bytes of a value. MariaDB (10.11) silently truncates one of 65,536 or more in a derived table
+    to its length modulo 65,536. Longer values have an UPDATE of their own."""
 
-    def __init__(
-        self,
-        target: TargetTable,
-        dialect: Dialect,
-        kept: Sequence[str],
-        max_allowed_packet: int,
-        *,
-        rows_first: bool,
-    ) -> None:
+    def __init__(self, rows: Rows, pinned: Sequence[str], max_allowed_packet: int) -> None:
         self._max_bytes = min(self._MAX_BYTES, max_allowed_packet // 4)
-        quote = dialect.identifier_preparer.quote
-        self._quote = quote
-        self._table = dialect.identifier_preparer.format_table(target.clause)
-        self._key = [f"t.{quote(column.name)}" for column in target.primary_key]
-        self._kept = [f"t.{quote(name)}" for name in kept]
-        self._processors = [_bind_processor(c.type, dialect) for c in target.primary_key]
-        # What the first row has makes a column's type; some versions of the driver send bytes as
-        # text of the connection's character set.
+        self._rows = rows
+        preparer = rows.dialect.identifier_preparer
+        self._quote = preparer.quote
+        # No alias: a table that is locked (LOCK TABLES) may be used by its own name only.
+        self._table = preparer.format_table(rows.clause)
+        self._pinned = [self._column(name) for name in pinned]
+        # The first row gives each column its type; some versions of the driver send bytes as text
+        # of the connection's character set.
         self._casts = {
             f"k{i}": "CAST(%s AS BINARY)"
-            for i, column in enumerate(target.primary_key)
-            if isinstance(column.type.dialect_impl(dialect), _Binary)
+            for i, type_ in enumerate(rows.key_types)
+            if isinstance(type_.dialect_impl(rows.dialect), _Binary)
         }
-        self._rows_first = rows_first
-        self._of_long_values = RowWriter(target, dialect, kept)
+        self._of_long_values = RowWriter(rows, pinned)
 
     def write(self, connection: Connection, changes: Changes) -> int:
         """Write `changes`."""
         long, short = [], {}
         for number, new in enumerate(zip(*changes.new, strict=True)):
-            sizes = list(map(len, new))
+            sizes = [len(value or b"") for value in new]
             if max(sizes) > self._MAX_LENGTH:
                 long.append(number)
             else:
@@ -430,7 +400,7 @@ class JoinWriter:
         return written
 
     def _parts(self, sizes: Mapping[int, int]) -> Iterator[list[int]]:
-        """Give the numbers of the rows of each statement; `sizes` are their bytes by number."""
+        """Give the row numbers of each statement; `sizes` has their bytes by number."""
         part: list[int] = []
         total = 0
         for number, size in sizes.items():
@@ -445,40 +415,37 @@ class JoinWriter:
     def _statement(self, changes: Changes, *, hide_keys: bool) -> tuple[str, tuple[Any, ...]]:
         keys, parameters = self._keys(changes, hide_keys=hide_keys)
         columns = {f"k{i}": texts for i, texts in enumerate(keys)}
-        columns |= {f"o{i}": _hexadecimal(old) for i, old in enumerate(changes.old)}
-        columns |= {f"n{i}": _hexadecimal(new) for i, new in enumerate(changes.new)}
+        columns |= {f"o{i}": _literals(old) for i, old in enumerate(changes.old)}
+        columns |= {f"n{i}": _literals(new) for i, new in enumerate(changes.new)}
         first, *others = zip(*columns.values(), strict=True)
         named = ", ".join(
             f"{self._casts.get(name, value)} AS {name}"
             for value, name in zip(first, columns, strict=True)
         )
-        source, rows = f"SELECT {named}", list(map(", ".join, others))
-        quoted = [f"t.{self._quote(name)}" for name in changes.names]
+        source = " UNION ALL SELECT ".join([f"SELECT {named}", *map(", ".join, others)])
+        values = [self._column(name) for name in changes.names]
         compared = " AND ".join(
-            f"SUBSTRING({name}, 1, LENGTH(v.o{i})) = v.o{i}" for i, name in enumerate(quoted)
+            f"SUBSTRING({value}, 1, COALESCE(LENGTH({old}), 1)) <=> {old}"
+            for value, old in ((value, f"lucent_changes.o{i}") for i, value in enumerate(values))
         )
-        assigned = [f"{name} = v.n{i}" for i, name in enumerate(quoted)]
-        assigned += [f"{name} = {name}" for name in self._kept]
+        assigned = [f"{value} = lucent_changes.n{i}" for i, value in enumerate(values)]
+        assigned += [f"{own} = {own}" for own in self._pinned]
+        joined = " AND ".join(
+            f"{self._column(part.name)} = lucent_changes.k{i}"
+            for i, part in enumerate(self._rows.primary_key)
+        )
         # Every part is a literal, a placeholder, or quoted by the dialect.
-        if self._rows_first:
-            table = f"{self._table} AS t FORCE INDEX (PRIMARY) STRAIGHT_JOIN"
-            source += f" UNION ALL VALUES ({'), ('.join(rows)})" if rows else ""
-            among = "), (".join(map(", ".join, zip(*keys, strict=True)))
-            compared += f" AND ({', '.join(self._key)}) IN (({among}))"
-            parameters *= 2  # the keys stand there twice
-        else:
-            table = f"{self._table} AS t JOIN"
-            source = " UNION ALL SELECT ".join([source, *rows])
-        joined = " AND ".join(f"{name} = v.k{i}" for i, name in enumerate(self._key))
-        changed = f"SET {', '.join(assigned)} WHERE {compared}"
-        return f"UPDATE {table} ({source}) AS v ON {joined} {changed}", tuple(parameters)
+        statement = f"UPDATE {self._table} JOIN ({source}) AS lucent_changes ON {joined}"
+        return f"{statement} SET {', '.join(assigned)} WHERE {compared}", tuple(parameters)
+
+    def _column(self, name: str) -> str:
+        return f"{self._table}.{self._quote(name)}"
 
     def _keys(self, changes: Changes, *, hide_keys: bool) -> tuple[list[list[str]], list[Any]]:
         """Return the keys as they stand in a statement, a list per column, and its parameters."""
         texts: list[list[str]] = []
         parameters: list[list[Any]] = []
-        for process, keys in zip(self._processors, changes.keys, strict=True):
-            values = keys if process is None else [process(key) for key in keys]
+        for values in _bind(self._rows.key_types, self._rows.dialect, changes.keys):
             if hide_keys or set(map(type, values)) != {int}:
                 texts.append(["%s"] * len(values))
                 parameters.append(values)
@@ -487,5 +454,5 @@ class JoinWriter:
         return texts, list(itertools.chain.from_iterable(zip(*parameters, strict=True)))
 
 
-def _hexadecimal(values: Sequence[bytes]) -> list[str]:
-    return [f"x'{value.hex()}'" for value in values]
+def _literals(values: Sequence[bytes | None]) -> list[str]:
+    return ["NULL" if value is None else f"x'{value.hex()}'" for value in values]

@@ -793,15 +793,18 @@ def test_an_interrupt_is_what_is_raised_and_the_next_run_goes_on(
     fill(engine, plain_table(sa.JSON()), values)
     batches = itertools.count()
 
-    def interrupt(*_: Any) -> None:
-        if next(batches) == 2:
+    def interrupt(_cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("UPDATE") and next(batches) == 2:
             raise KeyboardInterrupt
 
     # Raised in the driver's call, upon which SQLAlchemy gives the connection up.
-    event.listen(engine, "do_executemany", interrupt)
+    calls = ("do_execute", "do_executemany")
+    for call in calls:
+        event.listen(engine, call, interrupt)
     with pytest.raises(KeyboardInterrupt):
         encrypt(engine, sa.JSON(), batch_size=50)
-    event.remove(engine, "do_executemany", interrupt)
+    for call in calls:
+        event.remove(engine, call, interrupt)
 
     assert "interrupted; the current batch is rolled back" in caplog.text
     assert read(engine, plain_table(sa.JSON())) == values

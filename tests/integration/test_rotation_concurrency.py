@@ -44,8 +44,9 @@ from sqlalchemy_lucent.rotation._updates import (
     Writer,
     writer_for,
 )
-from sqlalchemy_lucent.rotation.rows import TableWorker
-from sqlalchemy_lucent.rotation.targets import TargetTable, resolve_targets
+from sqlalchemy_lucent.rotation.jobs import Reseal
+from sqlalchemy_lucent.rotation.rows import BatchBounds, Rows
+from sqlalchemy_lucent.rotation.targets import resolve_targets
 from tests.databases import SYNC_DRIVERS
 from tests.integration.workers import contents, fill, finish, ledger, reap, start
 
@@ -268,13 +269,8 @@ def keyed(*key: Column[Any]) -> Table:
     return Table("documents", MetaData(), *key, Column("payload", EncryptedJSON))
 
 
-def derived_table_first(connection: Connection, target: TargetTable) -> JoinWriter:
-    """The form that MySQL takes, and MariaDB where the model has another primary key."""
-    return JoinWriter(target, connection.dialect, (), 16 << 20, rows_first=False)
-
-
-def row_by_row(connection: Connection, target: TargetTable) -> RowWriter:
-    return RowWriter(target, connection.dialect)
+def row_by_row(_: Connection, rows: Rows) -> RowWriter:
+    return RowWriter(rows)
 
 
 TYPES: dict[str, Any] = {
@@ -288,7 +284,7 @@ TYPES: dict[str, Any] = {
     "url, key, make_writer",
     [
         *itertools.product(SYNC_DRIVERS, ["integer", "text"], [writer_for, row_by_row]),
-        *itertools.product(["mysql"], ["integer", "binary text"], [derived_table_first]),
+        ("mysql", "binary text", writer_for),
     ],
     indirect=["url"],
 )
@@ -302,10 +298,10 @@ def test_a_value_changed_since_it_was_read_is_not_overwritten(
         connection.execute(insert(table), [{"id": n, "payload": "old"} for n in identities])
     with engine.begin() as connection:
         (target,) = resolve_targets(table, engine)
-        worker = TableWorker(target, promoted, engine.dialect)
-        writer = make_writer(connection, target)
-        rows = worker.read(connection, None, 10, stale_only=True, lock=False)
-    (changes,), _, _ = worker.reseal(rows)
+        job = Reseal(target, promoted, engine.dialect)
+        writer = make_writer(connection, job.rows)
+        rows = job.rows.read(connection, BatchBounds(limit=10))
+    (changes,), _, _ = job.apply(rows)
     with engine.begin() as connection:
         connection.execute(update(table).where(table.c.id == identities[1]).values(payload="new"))
         connection.execute(table.delete().where(table.c.id == identities[2]))
@@ -319,17 +315,16 @@ def test_a_value_changed_since_it_was_read_is_not_overwritten(
 
 
 @pytest.mark.parametrize("url", ["mysql"], indirect=True)
-def test_the_form_that_mysql_takes_writes_several_statements_and_columns(
+def test_the_join_update_writes_several_statements_and_columns(
     engine: Engine, promoted: Keyring
 ) -> None:
     fill(engine, 1100)  # a statement has 500 rows
     with engine.begin() as connection:
         connection.execute(update(ledger).where(ledger.c.id < 30).values(free=null()))
         (target,) = resolve_targets(ledger, engine)
-        writer = derived_table_first(connection, target)
-        worker = TableWorker(target, promoted, engine.dialect)
-        rows = worker.read(connection, None, 2000, stale_only=True)
-        changes = worker.reseal(rows).changes
+        job = Reseal(target, promoted, engine.dialect)
+        writer = JoinWriter(job.rows, (), 16 << 20)
+        changes = job.apply(job.rows.read(connection, BatchBounds(limit=2000))).changes
         assert [change.names for change in changes] == [("bound",), ("free", "bound")]
         assert [writer.write(connection, change) for change in changes] == [30, 2 * 1070]
     assert versions(engine) == {"v2"}
@@ -353,7 +348,8 @@ def test_each_database_has_its_form_of_update(
     table = keyed(Column("id", type_, primary_key=True, autoincrement=False))
     with engine.connect() as connection:
         (target,) = resolve_targets(table, connection)
-        assert type(writer_for(connection, target)) is expected[engine.dialect.name]
+        rows = Rows(target.name, target.clause, target.primary_key, engine.dialect)
+        assert type(writer_for(connection, rows)) is expected[engine.dialect.name]
 
 
 def test_a_writer_with_the_old_primary_cannot_keep_a_run_going_for_ever(

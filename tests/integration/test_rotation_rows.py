@@ -158,7 +158,7 @@ def test_a_row_that_the_database_refuses_is_named_and_passed_over(
 def test_who_refuses_every_row_ends_the_run(
     engine: Engine, promoted: Keyring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sqlalchemy_lucent.rotation._run._MOST_REFUSED", 5)
+    monkeypatch.setattr("sqlalchemy_lucent.rotation._run._MAX_REFUSED", 5)
     table = documents_table()
     fill(engine, table, 20)
     name = "refuse" if engine.dialect.name == "mysql" else "documents"

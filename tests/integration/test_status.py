@@ -43,7 +43,7 @@ from sqlalchemy_lucent import (
     verify,
 )
 from sqlalchemy_lucent.models import computed_key_version, key_version_type
-from sqlalchemy_lucent.rotation import _scan, needs_rotation
+from sqlalchemy_lucent.rotation import _status, needs_rotation
 from tests.conftest import KEY_1, KEY_2, Databases
 from tests.databases import create_unguarded, drop_everything
 from tests.integration.workers import fill, ledger, metadata
@@ -444,7 +444,7 @@ def test_a_sqlite_database_that_never_rests_is_counted_at_once_or_not_at_all(
     write_between(large, OFTEN, 10**6)
     set_default_keyring(Keyring({"v7": bytes(range(64, 96))}))
     retire_check(large, "v7", ledger)
-    monkeypatch.setattr(_scan, "_BEARABLE", 0)  # as if it were a hundred times as large
+    monkeypatch.setattr(_status, "_BEARABLE", 0)  # as if it were a hundred times as large
     with pytest.raises(RotationError, match="others write to ledger all the time"):
         retire_check(large, "v7", ledger)
 

@@ -1,0 +1,83 @@
+"""The options of a rotation, checked."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from .._database.connection import DEFAULT_RETRIES
+from ..exceptions import RotationError
+from ..keyring import Keyring, default_keyring
+from .report import RotationProgress
+
+DEFAULT_BATCH_SIZE: Final = 1000
+"""Rows per transaction: small enough to hold locks for milliseconds, large enough that the
+commits do not dominate."""
+
+
+@dataclass(frozen=True)
+class RotationOptions:
+    """The options of :func:`rotate`, which says what each is."""
+
+    batch_size: int = DEFAULT_BATCH_SIZE
+    batch_time: float | None = None
+    max_rate: float | None = None
+    pause: float = 0.0
+    retries: int = DEFAULT_RETRIES
+    on_error: Literal["report", "raise"] = "report"
+    on_progress: Callable[[RotationProgress], object] | None = None
+    stop_when: Callable[[RotationProgress], object] | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.batch_size, int) or self.batch_size < 1:
+            raise RotationError("batch_size is a whole number of rows, 1 or more")
+        if not _is_number(self.retries, int) or self.retries < 0:
+            raise RotationError("retries is a whole number, 0 or more")
+        if self.batch_time is not None and not (
+            _is_number(self.batch_time) and self.batch_time > 0
+        ):
+            raise RotationError("batch_time is a number of seconds above 0")
+        if self.max_rate is not None and not (_is_number(self.max_rate) and self.max_rate >= 1):
+            raise RotationError("max_rate is a number of rows per second, 1 or more")
+        if not (_is_number(self.pause) and self.pause >= 0):
+            raise RotationError("pause is a number of seconds, 0 or more")
+        if self.on_error not in ("report", "raise"):
+            raise RotationError('on_error is "report" or "raise"')
+        if not isinstance(self.dry_run, bool):
+            raise RotationError("dry_run is True or False")
+        for name in ("on_progress", "stop_when"):
+            function = getattr(self, name)
+            if function is not None and not callable(function):
+                raise RotationError(f"{name} is a function of the progress")
+            if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+                getattr(function, "__call__", None)  # noqa: B004  (of an object that is called)
+            ):
+                raise RotationError(
+                    f"{name} is a plain function, also for arotate(): nothing would await a "
+                    "coroutine"
+                )
+
+
+def _is_number(value: object, kind: type[int | float] | None = None) -> bool:
+    kinds = (int, float) if kind is None else kind
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def keyring_of(keyring: Keyring | Callable[[], Keyring] | None) -> Keyring:
+    """Return the keyring that is meant.
+
+    :raises RotationError: it is neither a keyring nor a function that returns one.
+    """
+    if keyring is None:
+        return default_keyring()
+    if not isinstance(keyring, Keyring) and callable(keyring):
+        keyring = keyring()
+    if not isinstance(keyring, Keyring):
+        raise RotationError(
+            f"keyring= is a Keyring or a function that returns one, not a {type(keyring).__name__}"
+        )
+    return keyring
