@@ -62,7 +62,7 @@ CASES: dict[str, tuple[Callable[[], object], type[LucentError], tuple[str, ...]]
     "version unknown": (lambda: TWO.fingerprint("v3"), ConfigurationError, ("'v1', 'v2'",)),
     "version taken": (lambda: TWO.adding("v1", KEY_1), ConfigurationError, ("'v1'", "new key")),
     "primary taken away": (
-        lambda: TWO.without("v2"), ConfigurationError, ("'v2'", "make another one primary")
+        lambda: TWO.without("v2"), ConfigurationError, ("'v2'", "make another version primary")
     ),
     "pickled": (
         lambda: pickle.dumps(ONE), PicklingRefusedError, ("its keys", "Keyring.from_env()")
@@ -93,7 +93,7 @@ CASES: dict[str, tuple[Callable[[], object], type[LucentError], tuple[str, ...]]
     "value of a key that is missing": (
         opening(pack_header("v3", bytes(4))),
         UnknownKeyVersionError,
-        ("users.token", "'v3'", "'v2', 'v1'", "Add the key", "verify()"),
+        ("users.token", "'v3'", "'v1', 'v2'", "Add the key", "verify()"),
     ),
     "value of another key": (
         opening(pack_header("v1", bytes(4))),
