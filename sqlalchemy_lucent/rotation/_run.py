@@ -1,7 +1,7 @@
 """Run jobs: batch after batch, pass after pass, until nothing is left to do.
 
-A batch is the whole idea in six lines, :meth:`Run._do_batch`: find how far it goes, then in one
-short transaction lock and read its rows, compute their changes, and write them by compare-and-swap.
+A batch is the whole idea, and :func:`do_batch` has it: in one short transaction lock and read rows,
+compute their changes, and write these by compare-and-swap.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ class Run:
                 # What is left changes at the pace of those who write it, or hold it locked.
                 self._database.sleep(min(_FIRST_PAUSE * 2**number, _LONGEST_PAUSE))
                 self._report_progress(job, failures)  # perhaps no batch had a row to report
-                if self._stopped:
+                remaining = job.count_left(self._database.read)  # others may have done it
+                if self._stopped or remaining <= failures.count:
                     break
             before = self._written
             failures = self._run_pass(job)
@@ -196,41 +197,25 @@ class Run:
         """Go through the table once, unless ``stop_when`` ends the run before."""
         failures = Failures()
         self._throttle.begin_table()
-        written, counted = self._written, False
-        for after, upto in self._stretches(job):
-            while not self._stopped:
-                started = time.monotonic()
-                step = partial(self._batch, job, after, upto)
-                batch = self._database.retry(step, self._throttle.limit)
-                after = batch.next_after
-                self._written += batch.written
-                failures.add(batch.failed)
-                if batch.rows or after is not None:  # a batch may search many rows and find none
-                    self._report_progress(job, failures)
-                if batch.rows:
-                    self._throttle.after(batch.rows, batch.size, time.monotonic() - started)
-                elif self._written > written and not counted:
-                    # Perhaps another rotator has been here, and nothing is left to search for.
-                    counted = True
-                    if job.count_left(self._database.read) <= failures.count:
-                        return failures
-                if after is None:
-                    break
+        after: PrimaryKey | None = None
+        while not self._stopped:
+            started = time.monotonic()
+            batch = self._database.retry(partial(self._batch, job, after), self._throttle.limit)
+            after = batch.next_after
+            self._written += batch.written
+            failures.add(batch.failed)
+            if batch.rows or after is not None:  # a batch may search many rows and find none
+                self._report_progress(job, failures)
+            if batch.rows:
+                self._throttle.after(batch.rows, batch.size, time.monotonic() - started)
+            if after is None:
+                break
         return failures
 
-    def _stretches(self, job: Job) -> list[tuple[PrimaryKey | None, PrimaryKey | None]]:
-        """Return what to go through: from ``start`` to the end, then the rows before it."""
-        if not self._options.start:
-            return [(None, None)]
-        start = self._database.read(partial(job.rows.key_before, fraction=self._options.start))
-        return [(start, None)] if start is None else [(start, None), (None, start)]
-
-    def _batch(
-        self, job: Job, after: PrimaryKey | None, upto: PrimaryKey | None, limit: int
-    ) -> Batch:
+    def _batch(self, job: Job, after: PrimaryKey | None, limit: int) -> Batch:
         """Do the next `limit` rows; a row that the database refuses to change, by itself."""
         with self._database.reading() as connection:
-            bounds = job.rows.find_bounds(connection, after, limit, upto=upto)
+            bounds = job.rows.find_bounds(connection, after, limit)
         if bounds is None:
             return _END
         try:
@@ -247,7 +232,7 @@ class Run:
                 self._refused = 0
             return batch
         # One row of the batch breaks a rule of the table. Halving the batch finds it.
-        return self._batch(job, after, upto, max(1, min(limit, bounds.rows) // 2))
+        return self._batch(job, after, max(1, min(limit, bounds.rows) // 2))
 
     def _do_batch(self, job: Job, bounds: BatchBounds) -> Batch:
         dry_run = self._options.dry_run

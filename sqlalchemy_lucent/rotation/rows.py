@@ -189,12 +189,9 @@ class Rows:
         after: PrimaryKey | None,
         limit: int,
         max_bytes: int | None = BATCH_BYTES,
-        *,
-        upto: PrimaryKey | None = None,
     ) -> BatchBounds | None:
         """Return the bounds of a batch of at most `limit` rows after `after`; ``None`` at the end.
 
-        The end is that of the table, or the row with the key `upto`.
 
         Its values have at most `max_bytes` bytes, unless one row has more. This locks nothing and
         reads no value but its length. Without bounds, a batch would search the whole table for
@@ -202,15 +199,14 @@ class Rows:
         """
         rows = limit * self._lookahead
         while True:
-            within = BatchBounds(after, upto, rows)
-            statement = self._finding_bounds(within)
-            found = self._execute(connection, statement, self.parameters(within))
+            parameters = self.parameters(BatchBounds(after, limit=rows))
+            found = self._execute(connection, self._finding_bounds(after), parameters)
             *last, count, size = tuple(found[0]) if found else (0, 0)
             if not count:
                 return None
             if max_bytes is None or size <= max_bytes or count == 1:
                 # The last batch has no end: a key of an inexact type may not equal its own value.
-                return BatchBounds(after, tuple(last) if count == rows else upto, limit, count)
+                return BatchBounds(after, tuple(last) if count == rows else None, limit, count)
             rows = max(1, count * max_bytes // int(size))
 
     def read(
@@ -272,15 +268,6 @@ class Rows:
     ) -> tuple[BatchBounds, Sequence[Row[Any]]] | None:
         bounds = self.find_bounds(connection, after, limit)
         return None if bounds is None else (bounds, self.read(connection, bounds))
-
-    def key_before(self, connection: Connection, fraction: float) -> PrimaryKey | None:
-        """Return the key that `fraction` of the rows end with; ``None`` if these are no rows."""
-        number = int(self.count(connection, true()) * fraction)
-        if number == 0:
-            return None
-        statement = select(*self.primary_key).select_from(self.clause).order_by(*self._order)
-        found = self._execute(connection, statement.offset(number - 1).limit(1), {})
-        return self.key_of(found[0]) if found else None
 
     def key_of(self, row: Sequence[Any]) -> PrimaryKey:
         """Return the primary key of a row that was read."""
@@ -380,8 +367,8 @@ class Rows:
             self._statements[kind] = statement
         return self._statements[kind]
 
-    def _finding_bounds(self, bounds: BatchBounds) -> Select[Any]:
-        kind = ("bounds", bounds.after is None, bounds.upto is None)
+    def _finding_bounds(self, after: PrimaryKey | None) -> Select[Any]:
+        kind = ("bounds", after is None)
         if kind not in self._statements:
             sizes = (func.coalesce(size, 0) for size in self._sizes)
             order = [each.label(f"lucent_order_{n}") for n, each in enumerate(self._order)]
@@ -392,7 +379,7 @@ class Rows:
                     reduce(add, sizes).label("lucent_size"),
                 )
                 .select_from(self.clause)
-                .where(*self._within(bounds))
+                .where(*self._within(BatchBounds(after)))
                 .order_by(*self._order)
                 .limit(bindparam("lucent_limit"))
                 .subquery()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 
 import pytest
 from dask.config import set as dask_settings
@@ -40,7 +41,8 @@ def work(url: str, number: int = 0, *, max_rate: float | None = None) -> tuple[i
     return os.getpid(), report.rotated, report.remaining
 
 
-def work_and_say(url: str, channel: Connection) -> None:
+def work_and_say(url: str, channel: Connection, ready: Barrier) -> None:
+    ready.wait()
     channel.send(work(url, max_rate=2_000))
 
 
@@ -56,7 +58,10 @@ def test_rotators_share_the_rows_and_lose_none(server: Engine) -> None:
     url = server.url.render_as_string(hide_password=False)
     spawn = multiprocessing.get_context("spawn")
     pipes = [spawn.Pipe(duplex=False) for _ in range(2)]
-    processes = [spawn.Process(target=work_and_say, args=(url, theirs)) for _, theirs in pipes]
+    ready = spawn.Barrier(2)
+    processes = [
+        spawn.Process(target=work_and_say, args=(url, theirs, ready)) for _, theirs in pipes
+    ]
     for process in processes:
         process.start()
     reports = [ours.recv() for ours, _ in pipes]
@@ -74,7 +79,9 @@ def test_a_rotator_that_is_killed_loses_nothing(server: Engine) -> None:
     url = server.url.render_as_string(hide_password=False)
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe(duplex=False)
-    processes = [spawn.Process(target=work_and_say, args=(url, theirs)) for _ in range(2)]
+    ready = spawn.Barrier(2)
+    arguments = (url, theirs, ready)
+    processes = [spawn.Process(target=work_and_say, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
     while not under_v2(server):
