@@ -99,9 +99,8 @@ class Subkey:
         `sealed` must begin with this subkey's header.
         """
         end = self._nonce_end
+        associated_data = self.associated_data + row if row else self.associated_data
         try:
-            return self._aead.decrypt(
-                sealed[self._nonce_at : end], sealed[end:], self.associated_data + row
-            )
+            return self._aead.decrypt(sealed[self._nonce_at : end], sealed[end:], associated_data)
         except (InvalidTag, ValueError):  # ValueError: the value was cut short in its nonce
             return None

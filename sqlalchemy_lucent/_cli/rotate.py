@@ -293,9 +293,9 @@ class Rotators:
         # process decides what it means.
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            for _ in range(count):
+            for number in range(count):
                 ours, theirs = context.Pipe()
-                arguments = theirs, selection, options
+                arguments = theirs, selection, {**options, "start": number / count}
                 process = context.Process(target=_rotate_in_worker, args=arguments, daemon=True)
                 process.start()
                 theirs.close()

@@ -26,6 +26,7 @@ class RotationOptions:
     batch_time: float | None = None
     max_rate: float | None = None
     pause: float = 0.0
+    start: float = 0.0
     retries: int = DEFAULT_RETRIES
     on_error: Literal["report", "raise"] = "report"
     on_progress: Callable[[RotationProgress], object] | None = None
@@ -45,6 +46,8 @@ class RotationOptions:
             raise RotationError("max_rate is a number of rows per second, 1 or more")
         if not (_is_number(self.pause) and self.pause >= 0):
             raise RotationError("pause is a number of seconds, 0 or more")
+        if not (_is_number(self.start) and 0 <= self.start < 1):
+            raise RotationError("start is a fraction of the rows, 0 or more and below 1")
         if self.on_error not in ("report", "raise"):
             raise RotationError('on_error is "report" or "raise"')
         if not isinstance(self.dry_run, bool):

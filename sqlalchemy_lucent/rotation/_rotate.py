@@ -32,6 +32,7 @@ def rotate(
     batch_time: float | None = None,
     max_rate: float | None = None,
     pause: float = 0.0,
+    start: float = 0.0,
     retries: int = DEFAULT_RETRIES,
     on_error: Literal["report", "raise"] = "report",
     on_progress: Callable[[RotationProgress], object] | None = None,
@@ -59,6 +60,9 @@ def rotate(
         from `batch_size` on.
     :param max_rate: rows per second at most, 1 or more.
     :param pause: seconds to wait after each batch.
+    :param start: begin each table after this fraction of its rows, 0 or more and below 1, and go
+        round to there again. Rotators that run at once and begin apart (the first of four at 0,
+        the second at 0.25, …) do not search through each other's rows.
     :param retries: further attempts at a batch that failed for a passing reason (a deadlock, a
         lock or statement timeout, a lost connection), each with half the rows.
     :param on_error: ``"report"`` goes on when a value does not open, or the database refuses to
@@ -77,6 +81,7 @@ def rotate(
         batch_time=batch_time,
         max_rate=max_rate,
         pause=pause,
+        start=start,
         retries=retries,
         on_error=on_error,
         on_progress=on_progress,

@@ -196,25 +196,41 @@ class Run:
         """Go through the table once, unless ``stop_when`` ends the run before."""
         failures = Failures()
         self._throttle.begin_table()
-        after: PrimaryKey | None = None
-        while not self._stopped:
-            started = time.monotonic()
-            batch = self._database.retry(partial(self._batch, job, after), self._throttle.limit)
-            after = batch.next_after
-            self._written += batch.written
-            failures.add(batch.failed)
-            if batch.rows or after is not None:  # a batch may search many rows and find none
-                self._report_progress(job, failures)
-            if batch.rows:
-                self._throttle.after(batch.rows, batch.size, time.monotonic() - started)
-            if after is None:
-                break
+        written, counted = self._written, False
+        for after, upto in self._stretches(job):
+            while not self._stopped:
+                started = time.monotonic()
+                step = partial(self._batch, job, after, upto)
+                batch = self._database.retry(step, self._throttle.limit)
+                after = batch.next_after
+                self._written += batch.written
+                failures.add(batch.failed)
+                if batch.rows or after is not None:  # a batch may search many rows and find none
+                    self._report_progress(job, failures)
+                if batch.rows:
+                    self._throttle.after(batch.rows, batch.size, time.monotonic() - started)
+                elif self._written > written and not counted:
+                    # Perhaps another rotator has been here, and nothing is left to search for.
+                    counted = True
+                    if job.count_left(self._database.read) <= failures.count:
+                        return failures
+                if after is None:
+                    break
         return failures
 
-    def _batch(self, job: Job, after: PrimaryKey | None, limit: int) -> Batch:
+    def _stretches(self, job: Job) -> list[tuple[PrimaryKey | None, PrimaryKey | None]]:
+        """Return what to go through: from ``start`` to the end, then the rows before it."""
+        if not self._options.start:
+            return [(None, None)]
+        start = self._database.read(partial(job.rows.key_before, fraction=self._options.start))
+        return [(start, None)] if start is None else [(start, None), (None, start)]
+
+    def _batch(
+        self, job: Job, after: PrimaryKey | None, upto: PrimaryKey | None, limit: int
+    ) -> Batch:
         """Do the next `limit` rows; a row that the database refuses to change, by itself."""
         with self._database.reading() as connection:
-            bounds = job.rows.find_bounds(connection, after, limit)
+            bounds = job.rows.find_bounds(connection, after, limit, upto=upto)
         if bounds is None:
             return _END
         try:
@@ -231,7 +247,7 @@ class Run:
                 self._refused = 0
             return batch
         # One row of the batch breaks a rule of the table. Halving the batch finds it.
-        return self._batch(job, after, max(1, min(limit, bounds.rows) // 2))
+        return self._batch(job, after, upto, max(1, min(limit, bounds.rows) // 2))
 
     def _do_batch(self, job: Job, bounds: BatchBounds) -> Batch:
         dry_run = self._options.dry_run

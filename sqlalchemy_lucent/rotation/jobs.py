@@ -6,6 +6,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
@@ -29,14 +30,12 @@ from .._envelope import LONGEST_PREFIX, as_bytes, parse
 from .._row import encode_row
 from ..exceptions import DecryptionError, LucentError, UnknownKeyVersionError
 from ..keyring import Keyring
+from ._sealed_column import Change, Changed, SealedColumn, change_each
 from ._updates import Changes, Writer, check_rights, writer_for
 from .plain import ConversionError, PlainColumn
 from .report import FailedRow
 from .rows import BatchBounds, Read, Rows
-from .targets import TargetColumn, TargetTable
-
-Change = tuple[bytes | None, Any]
-"""How a value began that is to be replaced (``None`` for NULL), and the new value."""
+from .targets import TargetTable
 
 
 class Outcome(NamedTuple):
@@ -87,9 +86,8 @@ class Job(ABC):
             sizes=sizes,
             skips_locked=skips_locked,
         )
-        self.changers: Mapping[str, Callable[[Sequence[Any]], Change | None]] = {}
-        """Of each column that is written, a function that returns its change in a row, if it has
-        one, or raises a :class:`LucentError`."""
+        self.changers: Mapping[str, Callable[[Sequence[Row[Any]]], Changed]] = {}
+        """For each column that is written, the function that changes it in some rows."""
         self._types: Mapping[str, TypeEngine[Any]] = {}
         self._writer: Writer | None = None
 
@@ -105,30 +103,18 @@ class Job(ABC):
 
     def apply(self, rows: Sequence[Row[Any]]) -> Outcome:
         """Compute the changes of `rows`."""
-        old: dict[str, dict[int, bytes | None]] = {name: {} for name in self.changers}
-        new: dict[str, dict[int, Any]] = {name: {} for name in self.changers}
-        failed: list[tuple[int, FailedRow]] = []
-        for name, change in self.changers.items():
-            old_values, new_values = old[name], new[name]  # looked up once, not for every row
-            for number, row in enumerate(rows):
-                try:
-                    changed = change(row)
-                except LucentError as error:
-                    failed.append((number, self.failure(row, name, error)))
-                    continue
-                if changed is not None:
-                    old_values[number], new_values[number] = changed
+        changed = {name: change(rows) for name, change in self.changers.items()}
         changes = []
-        for names, numbers in _group(new).items():
+        for names, numbers in _group(changed).items():
             chosen = rows if len(numbers) == len(rows) else [rows[number] for number in numbers]
-            changes.append(
-                Changes(
-                    names,
-                    [list(map(itemgetter(n), chosen)) for n in range(len(self.rows.primary_key))],
-                    [list(map(old[name].__getitem__, numbers)) for name in names],
-                    [list(map(new[name].__getitem__, numbers)) for name in names],
-                )
-            )
+            keys = [list(map(itemgetter(n), chosen)) for n in range(len(self.rows.primary_key))]
+            old, new = zip(*(changed[name].only(numbers) for name in names), strict=True)
+            changes.append(Changes(names, keys, old, new))
+        failed = [
+            (number, self.failure(rows[number], name, error))
+            for name, each in changed.items()
+            for number, error in each.failed
+        ]
         failed.sort(key=itemgetter(0))  # in the order of the rows, whatever the column
         values = (map(itemgetter(position), rows) for position in self._value_positions)
         size = sum(sum(map(len, filter(None, column))) for column in values)
@@ -156,82 +142,19 @@ class Job(ABC):
         return FailedRow(self.name, name, self.rows.key_of(row), type(error).__name__)
 
 
-def _group(new: Mapping[str, Mapping[int, Any]]) -> dict[tuple[str, ...], list[int]]:
+def _group(changed: Mapping[str, Changed]) -> dict[tuple[str, ...], list[int]]:
     """Return the numbers of the rows by which of their columns have changed."""
-    first, *others = new.values()
-    if all(other.keys() == first.keys() for other in others):
-        return {tuple(new): list(first)} if first else {}
+    first, *others = (each.numbers for each in changed.values())
+    if all(other == first for other in others):
+        return {tuple(changed): first} if first else {}
+    names_of: dict[int, tuple[str, ...]] = {}
+    for name, each in changed.items():
+        for number in each.numbers:
+            names_of[number] = (*names_of.get(number, ()), name)
     groups: dict[tuple[str, ...], list[int]] = {}
-    for number in sorted(set().union(*new.values())):
-        names = tuple(name for name, values in new.items() if number in values)
-        groups.setdefault(names, []).append(number)
+    for number in sorted(names_of):
+        groups.setdefault(names_of[number], []).append(number)
     return groups
-
-
-class SealedColumn:
-    """Opens and re-seals the values of one column.
-
-    :param names: what is read of a row, by name.
-    """
-
-    def __init__(self, target: TargetColumn, keyring: Keyring, names: Sequence[str]) -> None:
-        contexts = target.type.contexts
-        keys = keyring.for_context(*contexts)
-        self.name = target.name
-        self.header = keys.primary.header
-        self._bound_to = target.type.bound_to
-        self._positions = [names.index(name) for name in target.bound_to]
-        self._position = names.index(target.name)
-        self._seal = keys.seal
-        self._open = keys.open
-        self._open_in_own_context = keyring.for_context(contexts[0]).open
-
-    def value(self, row: Sequence[Any]) -> bytes | None:
-        """Return the stored bytes."""
-        value = row[self._position]
-        return value if value is None or type(value) is bytes else as_bytes(value)
-
-    def row_context(self, row: Sequence[Any]) -> bytes:
-        """Return the context that `row` gives its value."""
-        if not self._positions:
-            return b""
-        return encode_row([row[position] for position in self._positions], self._bound_to)
-
-    def opens(self, row: Sequence[Any]) -> bool:
-        """Say whether there is a value, which opens; raise a `DecryptionError` if it does not."""
-        value = self.value(row)
-        if value is not None:
-            self._open(value, self.row_context(row))
-        return value is not None
-
-    def is_stale(self, row: Sequence[Any]) -> bool:
-        """Say whether there is a value, which is not under the primary key."""
-        value = self.value(row)
-        return value is not None and not value.startswith(self.header)
-
-    def reseal(self, row: Sequence[Any]) -> Change | None:
-        """Return the value of `row` sealed under the primary key, unless it is already."""
-        value = row[self._position]
-        if type(value) is not bytes:
-            if value is None:
-                return None
-            value = as_bytes(value)
-        if value.startswith(self.header):
-            return None
-        context = self.row_context(row) if self._positions else b""
-        return value[:LONGEST_PREFIX], self._seal(self._open(value, context), context)
-
-    def rebind(self, row: Sequence[Any]) -> Change | None:
-        """Return the value of `row` sealed in the first context, unless it is already."""
-        value = self.value(row)
-        if value is None:
-            return None
-        context = self.row_context(row)
-        try:
-            self._open_in_own_context(value, context)
-        except DecryptionError:
-            return value[:LONGEST_PREFIX], self._seal(self._open(value, context), context)
-        return None
 
 
 _SAME_KEY: Final = (
@@ -401,7 +324,7 @@ class Backfill(Job):
         self._compare = compare
         self._source = source.name
         self._filled = filled.name
-        self.changers = {self._filled: self._change}
+        self.changers = {self._filled: partial(change_each, change=self._change)}
         self._types = {} if to_sealed else {plain.name: plain.type}
 
     def count_left(self, read: Read) -> int:

@@ -12,20 +12,13 @@ from operator import add
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import (
-    CHAR,
-    NCHAR,
     ColumnElement,
     Connection,
     Dialect,
-    Enum,
-    Float,
     Function,
     Integer,
-    Numeric,
     Row,
     Select,
-    String,
-    TypeDecorator,
     bindparam,
     event,
     func,
@@ -33,16 +26,14 @@ from sqlalchemy import (
     not_,
     or_,
     select,
-    text,
     true,
 )
 from sqlalchemy.sql.expression import ColumnClause, TableClause
-from sqlalchemy.types import TypeEngine
 
 from .._database.visibility import require_full_visibility
 from .._pagination import as_sort_value, row_after, sort_columns
-from .._sql import is_mysql
 from ..exceptions import RotationError
+from ._keys import check_character_sets, without_limits
 from .throttle import BATCH_BYTES
 
 PrimaryKey = tuple[Any, ...]
@@ -132,7 +123,7 @@ class Rows:
         self.name = name
         self.clause = clause
         self.primary_key = tuple(primary_key)
-        self.key_types = [_without_limits(part.type, dialect) for part in primary_key]
+        self.key_types = [without_limits(part.type, dialect) for part in primary_key]
         self.dialect = dialect
         self.pending = true() if pending is None else pending
         self._selects = selects or self.primary_key
@@ -170,7 +161,7 @@ class Rows:
         :raises RotationError: there is, or may be, such a row.
         """
         self.find_order(connection)
-        self._check_character_sets(connection)
+        check_character_sets(connection, self.name, self.clause)
         statement = select(literal(1)).select_from(self.clause).where(self._has_null_key).limit(1)
         if connection.execute(statement).first() is not None:
             raise RotationError(
@@ -190,29 +181,6 @@ class Rows:
     def _has_null_key(self) -> ColumnElement[bool]:
         return or_(*(part.is_(None) for part in self.primary_key))
 
-    def _check_character_sets(self, connection: Connection) -> None:
-        """Refuse keys that the connection cannot read without loss.
-
-        MySQL and MariaDB send a question mark for each character that the connection's character
-        set lacks. No row would be found by such a key, and no value that is bound to it would open.
-        """
-        if not is_mysql(self.dialect):
-            return
-        clause = self.clause
-        names = {"name": str(clause.name), "schema": clause.schema}
-        has, *sets = connection.execute(_CONNECTION_SETS).one()
-        lossy = [
-            f"{name} ({set_})"
-            for name, set_ in connection.execute(_CHARACTER_SETS, names)
-            if name in clause.c
-            and any(known is not None and not _holds(known, set_) for known in (has, *sets))
-        ]
-        if lossy:
-            raise RotationError(
-                f"the connection's character set is {has}, which lacks characters of {self.name}."
-                f"{', '.join(lossy)}, by which rows are found. Connect with charset=utf8mb4"
-            )
-
     # -- reading -----------------------------------------------------------------------------------
 
     def find_bounds(
@@ -221,8 +189,12 @@ class Rows:
         after: PrimaryKey | None,
         limit: int,
         max_bytes: int | None = BATCH_BYTES,
+        *,
+        upto: PrimaryKey | None = None,
     ) -> BatchBounds | None:
         """Return the bounds of a batch of at most `limit` rows after `after`; ``None`` at the end.
+
+        The end is that of the table, or the row with the key `upto`.
 
         Its values have at most `max_bytes` bytes, unless one row has more. This locks nothing and
         reads no value but its length. Without bounds, a batch would search the whole table for
@@ -230,14 +202,15 @@ class Rows:
         """
         rows = limit * self._lookahead
         while True:
-            parameters = self.parameters(BatchBounds(after, limit=rows))
-            found = self._execute(connection, self._finding_bounds(after), parameters)
+            within = BatchBounds(after, upto, rows)
+            statement = self._finding_bounds(within)
+            found = self._execute(connection, statement, self.parameters(within))
             *last, count, size = tuple(found[0]) if found else (0, 0)
             if not count:
                 return None
             if max_bytes is None or size <= max_bytes or count == 1:
                 # The last batch has no end: a key of an inexact type may not equal its own value.
-                return BatchBounds(after, tuple(last) if count == rows else None, limit, count)
+                return BatchBounds(after, tuple(last) if count == rows else upto, limit, count)
             rows = max(1, count * max_bytes // int(size))
 
     def read(
@@ -299,6 +272,15 @@ class Rows:
     ) -> tuple[BatchBounds, Sequence[Row[Any]]] | None:
         bounds = self.find_bounds(connection, after, limit)
         return None if bounds is None else (bounds, self.read(connection, bounds))
+
+    def key_before(self, connection: Connection, fraction: float) -> PrimaryKey | None:
+        """Return the key that `fraction` of the rows end with; ``None`` if these are no rows."""
+        number = int(self.count(connection, true()) * fraction)
+        if number == 0:
+            return None
+        statement = select(*self.primary_key).select_from(self.clause).order_by(*self._order)
+        found = self._execute(connection, statement.offset(number - 1).limit(1), {})
+        return self.key_of(found[0]) if found else None
 
     def key_of(self, row: Sequence[Any]) -> PrimaryKey:
         """Return the primary key of a row that was read."""
@@ -398,8 +380,8 @@ class Rows:
             self._statements[kind] = statement
         return self._statements[kind]
 
-    def _finding_bounds(self, after: PrimaryKey | None) -> Select[Any]:
-        kind = ("bounds", after is None)
+    def _finding_bounds(self, bounds: BatchBounds) -> Select[Any]:
+        kind = ("bounds", bounds.after is None, bounds.upto is None)
         if kind not in self._statements:
             sizes = (func.coalesce(size, 0) for size in self._sizes)
             order = [each.label(f"lucent_order_{n}") for n, each in enumerate(self._order)]
@@ -410,7 +392,7 @@ class Rows:
                     reduce(add, sizes).label("lucent_size"),
                 )
                 .select_from(self.clause)
-                .where(*self._within(BatchBounds(after)))
+                .where(*self._within(bounds))
                 .order_by(*self._order)
                 .limit(bindparam("lucent_limit"))
                 .subquery()
@@ -456,39 +438,3 @@ def _binary_results(connection: Connection) -> Iterator[None]:
         yield
     finally:
         event.remove(connection, "before_cursor_execute", fetch_in_binary)
-
-
-def _without_limits(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
-    """Return the type that PostgreSQL casts a key to, without a length or precision.
-
-    The column in the database may be wider than the model says. A cast to the model's type would
-    cut the key off, or round it.
-    """
-    if dialect.name != "postgresql" or isinstance(type_, TypeDecorator):
-        return type_
-    from sqlalchemy.dialects import postgresql  # with that database only
-
-    implementation = type_.dialect_impl(dialect)
-    if isinstance(implementation, String) and not isinstance(implementation, (CHAR, NCHAR, Enum)):
-        # Without a length it may be CITEXT, or another type with an equality of its own.
-        return String() if implementation.length is not None else type_
-    if isinstance(implementation, Numeric) and not isinstance(implementation, Float):
-        return Numeric() if implementation.asdecimal else Numeric(asdecimal=False)
-    if isinstance(type_, postgresql.TIMESTAMP):
-        return postgresql.TIMESTAMP(timezone=type_.timezone)
-    return type_
-
-
-_CONNECTION_SETS: Final = text(
-    "SELECT @@character_set_client, @@character_set_connection, @@character_set_results"
-)
-_CHARACTER_SETS: Final = text(
-    "SELECT column_name AS name, character_set_name AS set_ FROM information_schema.columns"
-    " WHERE table_name = :name AND table_schema = coalesce(:schema, database())"
-    " AND character_set_name IS NOT NULL"
-)
-
-
-def _holds(connection_set: str, column_set: str) -> bool:
-    """Say whether the connection's character set has every character of the column's."""
-    return connection_set == "utf8mb4" or column_set in (connection_set, "ascii")

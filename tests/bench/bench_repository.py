@@ -44,6 +44,7 @@ from sqlalchemy_lucent.models import byte_wise_string
 from tests.bench.documents import DOCUMENTS
 from tests.bench.measure import KEYS, Figure, Goal, at_most, in_turns, run_alone
 from tests.bench.servers import bench_database
+from tests.databases import with_driver
 
 TITLE = "Repository"
 ABOUT = """\
@@ -221,7 +222,8 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
     for label, driver in DATABASES.items():
         kind = driver.partition("+")[0]
         with bench_database(kind) as url:
-            where = url.set(drivername=driver, database=None if kind == "sqlite" else url.database)
+            database = None if kind == "sqlite" else url.database
+            where = with_driver(url, driver).set(database=database)
             for size in ("small", "medium"):
                 values = {
                     SecretKey("tenant", f"tenant_{n:05}", "stripe", "apiKey"): DOCUMENTS[size](n)

@@ -1,0 +1,84 @@
+"""What a primary key needs to be found again: types that leave it as it is, and its characters."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from sqlalchemy import (
+    CHAR,
+    NCHAR,
+    Connection,
+    Dialect,
+    Enum,
+    Float,
+    Numeric,
+    String,
+    TypeDecorator,
+    text,
+)
+from sqlalchemy.sql.expression import TableClause
+from sqlalchemy.types import TypeEngine
+
+from .._sql import is_mysql
+from ..exceptions import RotationError
+
+
+def without_limits(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
+    """Return the type that PostgreSQL casts a key to, without a length or precision.
+
+    The column in the database may be wider than the model says. A cast to the model's type would
+    cut the key off, or round it.
+    """
+    if dialect.name != "postgresql" or isinstance(type_, TypeDecorator):
+        return type_
+    from sqlalchemy.dialects import postgresql  # with that database only
+
+    implementation = type_.dialect_impl(dialect)
+    if isinstance(implementation, String) and not isinstance(implementation, (CHAR, NCHAR, Enum)):
+        # Without a length it may be CITEXT, or another type with an equality of its own.
+        return String() if implementation.length is not None else type_
+    if isinstance(implementation, Numeric) and not isinstance(implementation, Float):
+        return Numeric() if implementation.asdecimal else Numeric(asdecimal=False)
+    if isinstance(type_, postgresql.TIMESTAMP):
+        return postgresql.TIMESTAMP(timezone=type_.timezone)
+    return type_
+
+
+def check_character_sets(connection: Connection, name: str, clause: TableClause) -> None:
+    """Refuse keys that the connection cannot read without loss.
+
+    MySQL and MariaDB send a question mark for each character that the connection's character set
+    lacks. No row would be found by such a key, and no value that is bound to it would open.
+
+    :raises RotationError: the connection's character set lacks characters of a column's.
+    """
+    if not is_mysql(connection.dialect):
+        return
+    names = {"name": str(clause.name), "schema": clause.schema}
+    has, *sets = connection.execute(_CONNECTION_SETS).one()
+    lossy = [
+        f"{column} ({set_})"
+        for column, set_ in connection.execute(_CHARACTER_SETS, names)
+        if column in clause.c
+        and any(known is not None and not _holds(known, set_) for known in (has, *sets))
+    ]
+    if lossy:
+        raise RotationError(
+            f"the connection's character set is {has}, which lacks characters of {name}."
+            f"{', '.join(lossy)}, by which rows are found. Connect with charset=utf8mb4"
+        )
+
+
+_CONNECTION_SETS: Final = text(
+    "SELECT @@character_set_client, @@character_set_connection, @@character_set_results"
+)
+_CHARACTER_SETS: Final = text(
+    "SELECT column_name AS name, character_set_name AS set_ FROM information_schema.columns"
+    " WHERE table_name = :name AND table_schema = coalesce(:schema, database())"
+    " AND character_set_name IS NOT NULL"
+)
+
+
+def _holds(connection_set: str, column_set: str) -> bool:
+    """Say whether the connection's character set has every character of the column's."""
+    return connection_set == "utf8mb4" or column_set in (connection_set, "ascii")
