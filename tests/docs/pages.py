@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +15,18 @@ PAGES: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 OUTPUT_MARK: Final = "<!-- output -->"
 """Stands on a line of its own before the ``text`` block that the block above it must print."""
 
+# Before a block that quotes a function: the block is compared with the source, not run.
+_QUOTE_MARK: Final = re.compile(r"<!-- code: (?P<path>\S+\.py)::(?P<name>\w+) -->")
+
 # Not the colons of an admonition: what is inside one is read like everything else.
 _FENCE: Final = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>.*)$")
 _CAPTION: Final = ":caption: "
 _LINK: Final = re.compile(r"\]\((?P<target>[^()\s]+)\)")
-_TEST: Final = re.compile(r"`(?P<path>tests/[\w/]+\.py)(?:::(?P<name>\w+))?`")
+_TEST_FILE: Final = r"tests/[\w/]+\.py"
+_TEST: Final = re.compile(
+    rf"`(?P<path>{_TEST_FILE})(?:::(?P<name>\w+))?`"
+    rf"|<!--\s+(?:(?P<of>{_TEST_FILE})\s+)?(?P<names>test_\w+(?:\s+test_\w+)*)\s+-->"
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,8 @@ class Block:
     text: str
     line: int
     is_output: bool
+    quotes: tuple[str, str] | None = None
+    """The path and the function that it quotes."""
 
     @property
     def file(self) -> tuple[str, str] | None:
@@ -63,7 +73,9 @@ def blocks(page: Path) -> Iterator[Block]:
             number += 1
         assert number < len(lines), f"{page}:{start}: the block is not closed"
         text = "".join(line.removeprefix(indent) + "\n" for line in lines[start:number])
-        yield Block(opening["info"].strip(), text, start + 1, previous == OUTPUT_MARK)
+        quote = _QUOTE_MARK.fullmatch(previous)
+        quotes = (quote["path"], quote["name"]) if quote else None
+        yield Block(opening["info"].strip(), text, start + 1, previous == OUTPUT_MARK, quotes)
         number += 1
         previous = ""
 
@@ -84,6 +96,24 @@ def links(page: Path) -> Iterator[str]:
 
 
 def named_tests(page: Path) -> Iterator[tuple[str, str | None]]:
-    """Give the tests that `page` names, as path and function."""
+    """Give the tests that `page` names in code or in comments, as path and function.
+
+    A comment without a path names tests of the file that the page named last.
+    """
+    path = ""
     for match in _TEST.finditer(prose(page)):
-        yield match["path"], match["name"]
+        path = match["path"] or match["of"] or path
+        if match["names"] is None:
+            yield path, match["name"]
+        else:
+            yield from ((path, name) for name in match["names"].split())
+
+
+def functions(file: Path) -> dict[str, str]:
+    """Return the source of every function and method in `file`, by name."""
+    source = file.read_text("utf-8")
+    return {
+        node.name: ast.get_source_segment(source, node) or ""
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }

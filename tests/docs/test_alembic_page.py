@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import alembic
 import pytest
 
 from .pages import ROOT
@@ -32,10 +31,6 @@ def record(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    tuple(map(int, alembic.__version__.split(".")[:2])) < (1, 18),
-    reason="Alembic takes comparators of others from 1.18 on",
-)
 def test_the_commands_of_the_page_print_what_it_says() -> None:
     done = record("--check")
 

@@ -23,7 +23,7 @@ from sqlalchemy import Engine
 from sqlalchemy_lucent import generate_master_key, set_default_keyring
 from sqlalchemy_lucent._environment import ENV_KEY, ENV_VARIABLES
 
-from .pages import PAGES, blocks, relative
+from .pages import PAGES, ROOT, blocks, functions, relative
 from .shell import Terminal, commands
 
 _NOT_RUN: Final = frozenset({"bash", "ini", "json", "sql", "text", "toml", "typescript"})
@@ -95,6 +95,9 @@ def test_code_runs_and_prints_what_the_page_says(
             Path(name).write_text(text)
         elif block.info == "console" and relative(page) not in _PROJECTS:
             _run_commands(block.text, terminal, monkeypatch)
+        elif block.quotes is not None:
+            path, name = block.quotes
+            assert block.text == functions(ROOT / path)[name] + "\n", f"{path} has another {name}"
         elif block.info == "python":
             # Padded, so that a traceback gives the line of the page.
             source = "\n" * (block.line - 1) + block.text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 import sqlalchemy_lucent
 
-from .pages import PAGES, ROOT, blocks, links, named_tests, prose, relative
+from .pages import PAGES, ROOT, blocks, functions, links, named_tests, prose, relative
 
 _README = ROOT / "README.md"
 _EXTERNAL = ("https://", "http://", "mailto:")
@@ -40,16 +39,7 @@ def test_every_test_that_is_named_exists(page: Path) -> None:
     missing = []
     for path, name in named_tests(page):
         file = ROOT / path
-        functions = (
-            {
-                node.name
-                for node in ast.walk(ast.parse(file.read_text("utf-8")))
-                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-            }
-            if file.exists()
-            else set()
-        )
-        if not file.exists() or (name is not None and name not in functions):
+        if not file.is_file() or (name is not None and name not in functions(file)):
             missing.append(f"{path}::{name}")
     assert not missing
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .pages import Block, blocks, links
+from .pages import Block, blocks, functions, links, named_tests
 
 PAGE = """\
 A [link](other.md#part) and code:
@@ -62,3 +62,35 @@ def test_a_block_with_a_caption_is_a_file(tmp_path: Path) -> None:
         "```text\n:caption: app.py\n```\n"
     )
     assert [block.file for block in blocks(page)] == [("app.py", "print()\n"), None, None]
+
+
+def test_a_block_that_quotes_code_says_what(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- code: a/b.py::run -->\n```python\nrun\n```\n```python\nrun\n```\n")
+    assert [block.quotes for block in blocks(page)] == [("a/b.py", "run"), None]
+
+
+def test_tests_are_named_in_code_and_in_comments(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "In `tests/a.py`. <!-- test_one -->\n"
+        "And: <!-- tests/b.py\n  test_two\n  test_three --> <!-- test_four --> <!-- output -->\n"
+        "```text\n<!-- test_five -->\n```\n`tests/c.py::test_six`\n"
+    )
+    assert list(named_tests(page)) == [
+        ("tests/a.py", None),
+        ("tests/a.py", "test_one"),
+        ("tests/b.py", "test_two"),
+        ("tests/b.py", "test_three"),
+        ("tests/b.py", "test_four"),
+        ("tests/c.py", "test_six"),
+    ]
+
+
+def test_functions_and_methods_are_found_with_their_source(tmp_path: Path) -> None:
+    file = tmp_path / "module.py"
+    file.write_text("class A:\n    def f(self):\n        return 1\n\nasync def g(): ...\n")
+    assert functions(file) == {
+        "f": "def f(self):\n        return 1",
+        "g": "async def g(): ...",
+    }

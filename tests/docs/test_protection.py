@@ -515,13 +515,3 @@ def test_a_generated_migration_carries_no_key(engine: Engine) -> None:
     rendered = render_python_code(operations, render_item=migrations.render_item)
     assert "EncryptedJSON()" in rendered
     assert key not in rendered
-
-
-# -- The page --------------------------------------------------------------------------------------
-
-
-def test_the_page_and_this_module_name_the_same_tests() -> None:
-    page = (ROOT / "docs/protection.md").read_text("utf-8")
-    here = {name for name in globals() if name.startswith("test_")}
-    here.remove("test_the_page_and_this_module_name_the_same_tests")
-    assert set(re.findall(r"<!-- (test_\w+) -->", page)) == here

@@ -27,7 +27,6 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import OperationalError
 
 from sqlalchemy_lucent import (
     EncryptedJSON,
@@ -366,17 +365,6 @@ def test_a_writer_with_the_old_primary_cannot_keep_a_run_going_for_ever(
     report = rotate(engine, ledger, keyring=promoted, on_progress=write_behind_the_cursor)
     assert (report.ok, report.remaining, report.rotated) == (False, 1, 20 + 3)
     own.dispose()
-
-
-@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
-def test_in_place_work_holds_no_key_on_the_pooled_connection(
-    engine: Engine, promoted: Keyring
-) -> None:
-    fill(engine, 3)
-    rotate(engine, ledger, keyring=promoted)
-    # Python replaces a function by None, or removes it; either way it seals nothing any more.
-    with engine.connect() as connection, pytest.raises(OperationalError):
-        connection.execute(text("SELECT lucent_reseal_0(free) FROM ledger")).all()
 
 
 def test_listeners_that_change_the_statement_see_ordinary_sql(
