@@ -11,16 +11,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from sqlalchemy import (
-    Column,
-    Computed,
-    DateTime,
-    MetaData,
-    String,
-    Table,
-    inspect,
-    literal_column,
-)
+from sqlalchemy import Column, Computed, DateTime, MetaData, String, Table, inspect, literal_column
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import (
     DeclarativeBase,

@@ -13,13 +13,7 @@ import typer
 import sqlalchemy_lucent as lucent
 
 from .._envelope import VERSION_PATTERN
-from .._environment import (
-    DEFAULT_KEY_VERSION,
-    ENV_FILE_SUFFIX,
-    ENV_KEY,
-    ENV_KEYS,
-    ENV_VARIABLES,
-)
+from .._environment import DEFAULT_KEY_VERSION, ENV_FILE_SUFFIX, ENV_KEY, ENV_KEYS, ENV_VARIABLES
 from ..exceptions import hide_locals
 from ..rotation import DEFAULT_BATCH_SIZE
 from ..rotation.targets import TargetTable
@@ -77,8 +71,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Encrypted JSON for SQLAlchemy: keys, rotation, secrets.

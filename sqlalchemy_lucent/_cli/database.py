@@ -17,18 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from sqlalchemy import (
-    JSON,
-    URL,
-    Column,
-    ColumnClause,
-    Engine,
-    MetaData,
-    String,
-    create_engine,
-    inspect,
-    make_url,
-)
+import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Mapper, registry
 from sqlalchemy.pool import NullPool
@@ -80,7 +69,7 @@ def alembic_config() -> Config | None:
     return Config(ini if ini.is_file() else None, toml_file=toml if toml.is_file() else None)
 
 
-def find_url(given: str | None) -> URL:
+def find_url(given: str | None) -> sa.URL:
     """Return the URL of the database, with a synchronous driver.
 
     :param given: the option ``--url``, before DATABASE_URL and Alembic's `sqlalchemy.url`.
@@ -117,11 +106,11 @@ def _alembic_url() -> str | None:
     return None if not isinstance(url, str) or url.startswith("driver://") else url
 
 
-def _parse(text: str, source: str) -> URL:
+def _parse(text: str, source: str) -> sa.URL:
     # SQLAlchemy's messages may quote a part of the password.
     url = None
     with contextlib.suppress(ArgumentError, ValueError):
-        url = make_url(text)
+        url = sa.make_url(text)
     if url is None:
         raise CommandError(
             f"{source} is not a database URL: dialect://user:password@host:port/database, in which "
@@ -137,7 +126,7 @@ def _parse(text: str, source: str) -> URL:
     return url
 
 
-def _with_sync_driver(url: URL, source: str) -> URL:
+def _with_sync_driver(url: sa.URL, source: str) -> sa.URL:
     name, _, driver = url.drivername.partition("+")
     backend = _BACKENDS.get(name)
     if backend is None:
@@ -166,7 +155,7 @@ def _with_sync_driver(url: URL, source: str) -> URL:
 
 
 @contextmanager
-def connected(given: str | None) -> Iterator[Engine]:
+def connected(given: str | None) -> Iterator[sa.Engine]:
     """Give an engine for the database, after a first connection.
 
     :raises CommandError: the database is not named, or does not answer.
@@ -179,7 +168,7 @@ def connected(given: str | None) -> Iterator[Engine]:
         engine.dispose()
 
 
-def _engine_of(url: URL) -> Engine:
+def _engine_of(url: sa.URL) -> sa.Engine:
     """Return an engine whose errors do not show parameters.
 
     :raises CommandError: the driver is not installed, or does not know an option of `url`.
@@ -193,7 +182,7 @@ def _engine_of(url: URL) -> Engine:
     if url.get_backend_name() == "postgresql" and "connect_timeout" not in url.query:
         timeout = {"connect_timeout": _CONNECT_TIMEOUT}
     try:
-        return create_engine(url, hide_parameters=True, poolclass=NullPool, connect_args=timeout)
+        return sa.create_engine(url, hide_parameters=True, poolclass=NullPool, connect_args=timeout)
     except NoSuchModuleError:
         fault = f"SQLAlchemy does not know the driver of {url.drivername}"
     except ImportError as error:
@@ -207,7 +196,7 @@ def _engine_of(url: URL) -> Engine:
     raise CommandError(fault)
 
 
-def _try_connecting(engine: Engine) -> None:
+def _try_connecting(engine: sa.Engine) -> None:
     try:
         with engine.connect():
             return
@@ -220,7 +209,7 @@ def _try_connecting(engine: Engine) -> None:
     raise CommandError(fault)
 
 
-def where(url: URL) -> str:
+def where(url: sa.URL) -> str:
     """Return what may be shown of `url`: no user, no password, no options."""
     if url.get_backend_name() == "sqlite":
         return f"SQLite at {url.database or ':memory:'}"
@@ -230,7 +219,7 @@ def where(url: URL) -> str:
     )
 
 
-def _without_password(error: DBAPIError, url: URL) -> str:
+def _without_password(error: DBAPIError, url: sa.URL) -> str:
     sentence = " ".join(str(said_by(error)).split())
     passwords = {str(url.password or ""), *_strings(url, "password"), *_strings(url, "passwd")}
     for password in passwords - {"", url.username, url.host, url.database}:
@@ -240,7 +229,7 @@ def _without_password(error: DBAPIError, url: URL) -> str:
     return sentence
 
 
-def _strings(url: URL, option: str) -> Sequence[str]:
+def _strings(url: sa.URL, option: str) -> Sequence[str]:
     return url.normalized_query.get(option) or ()
 
 
@@ -333,11 +322,11 @@ class Selection:
         return found
 
 
-def _table_names(column: Column[Any]) -> set[str]:
+def _table_names(column: sa.Column[Any]) -> set[str]:
     return {column.table.name, column.table.fullname}
 
 
-def _column_names(column: Column[Any]) -> set[str]:
+def _column_names(column: sa.Column[Any]) -> set[str]:
     return {column.name, *(f"{table}.{column.name}" for table in _table_names(column))}
 
 
@@ -349,14 +338,14 @@ class Found(NamedTuple):
     types: dict[str, TypeEngine[Any]]
     """By the lower-case name of each column: SQLite and MySQL accept any case."""
 
-    def missing(self, columns: Iterable[ColumnClause[Any]]) -> list[str]:
+    def missing(self, columns: Iterable[sa.ColumnClause[Any]]) -> list[str]:
         """Return the names of those `columns` that the table lacks."""
         return [column.name for column in columns if column.name.lower() not in self.types]
 
 
-def look_up(engine: Engine, targets: Iterable[TargetTable]) -> Iterator[Found]:
+def look_up(engine: sa.Engine, targets: Iterable[TargetTable]) -> Iterator[Found]:
     """Look each table up in the database."""
-    inspector = inspect(engine)
+    inspector = sa.inspect(engine)
     for target in targets:
         name, schema = target.clause.name, target.clause.schema
         with engine.connect() as connection:
@@ -369,7 +358,7 @@ def look_up(engine: Engine, targets: Iterable[TargetTable]) -> Iterator[Found]:
 @contextmanager
 def opened(
     url: str | None, targets: Sequence[Target]
-) -> Iterator[tuple[Engine, list[TargetTable]]]:
+) -> Iterator[tuple[sa.Engine, list[TargetTable]]]:
     """Give an engine and the tables of `targets`, without views and foreign tables.
 
     :raises CommandError: a table or column is not in the database, or is not encrypted there.
@@ -382,7 +371,7 @@ def opened(
         yield engine, [each.target for each in found if each.types]
 
 
-def _require_migrated(table: Found, engine: Engine) -> None:
+def _require_migrated(table: Found, engine: sa.Engine) -> None:
     name, place = table.target.name, where(engine.url)
     if table.relation is None:
         raise CommandError(
@@ -412,7 +401,7 @@ def holds_text(type_: TypeEngine[Any]) -> bool:
 
     PostgreSQL and MySQL refuse to look for sealed bytes in it.
     """
-    return isinstance(type_, (JSON, String))
+    return isinstance(type_, (sa.JSON, sa.String))
 
 
 def secrets_model(names: Sequence[str] | None) -> type[LucentSecretMixin]:
@@ -439,7 +428,7 @@ def _secrets_models(target: Any) -> Iterator[type[LucentSecretMixin]]:
         for member in target:
             yield from _secrets_models(member)
         return
-    is_whole = isinstance(target, (MetaData, registry, type)) and not _is_mapped(target)
+    is_whole = isinstance(target, (sa.MetaData, registry, type)) and not _is_mapped(target)
     named = tables_in(target) if is_whole else [target]
     for model in _mapped_below(LucentSecretMixin):
         if any(it is model or it is model.__table__ for it in named):
@@ -455,4 +444,4 @@ def _mapped_below(class_: type[Any]) -> Iterator[type[Any]]:
 
 
 def _is_mapped(target: object) -> bool:
-    return isinstance(inspect(target, raiseerr=False), Mapper)
+    return isinstance(sa.inspect(target, raiseerr=False), Mapper)

@@ -90,8 +90,7 @@ def get_secret(
         bool, typer.Option("--reveal", help="Print the value as JSON; asks on a terminal.")
     ] = False,
     text: Annotated[
-        bool,
-        typer.Option("--text", help="With --reveal, print a text as it is, with a line end."),
+        bool, typer.Option("--text", help="With --reveal, print a text as it is, with a line end.")
     ] = False,
     yes: YesOption = False,
 ) -> None:
@@ -161,10 +160,7 @@ def set_secret(
 
 @app.command("delete")
 def delete_secret(
-    key: KeyArgument,
-    url: UrlOption = None,
-    metadata: MetadataOption = None,
-    yes: YesOption = False,
+    key: KeyArgument, url: UrlOption = None, metadata: MetadataOption = None, yes: YesOption = False
 ) -> None:
     """Delete a secret, after asking."""
     secret_key = SecretKey.parse(key)
