@@ -35,7 +35,6 @@ from .exceptions import (
 )
 from .types import EncryptedJSON
 
-_MISSING: Final = object()
 _TYPE_OPTIONS: Final = ("none_as_null", "context", "accept_contexts", "redact", "schema")
 
 
@@ -266,11 +265,11 @@ def _before_insert(keys: list[str], mapper: Mapper[Any], connection: object, tar
     for key in keys:
         if key not in state.dict:
             _apply_default(mapper, key, target)
-        stored = state.dict.get(key, _MISSING)
+        stored = state.dict.get(key)
         if type(stored) is Sealed:
             # An object that was loaded and is inserted again: merged or made transient.
             _reseal_for_current_row(state, key, stored, "the row is a different one now")
-        elif stored is not _MISSING:
+        elif key in state.dict:
             for other, _ in _binding_columns(mapper, key):
                 if getattr(target, other) is None:
                     _apply_default(mapper, other, target)
