@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator, TypeEngine
@@ -64,8 +64,19 @@ def _no_part(part: object, position: int, names: Sequence[str]) -> Configuration
 _ANY_CASE: Final = re.compile(r"_ci$|^(nocase|rtrim)$", re.IGNORECASE)
 
 
-def fault_of_type(column: sa.Column[Any]) -> str | None:
-    """Say why values cannot be bound to `column`, whatever they are; ``None`` if they can."""
+def binding_column(table: sa.FromClause, name: str, bound: str) -> sa.Column[Any]:
+    """Return the column that values of `bound` are bound to.
+
+    :raises ConfigurationError: there is none, or values cannot be bound to it, whatever they are.
+    """
+    column: Any = table.columns.get(name)
+    fault = "which its table does not have" if column is None else _fault_of_type(column)
+    if fault is not None:
+        raise ConfigurationError(f"{bound} is bound to {name!r}, {fault}")
+    return cast("sa.Column[Any]", column)
+
+
+def _fault_of_type(column: sa.Column[Any]) -> str | None:
     type_ = column.type
     if type_.bind_expression(sa.bindparam(None, type_=type_)) is not None or (
         type_.column_expression(sa.literal_column("x", type_)) is not None
@@ -137,16 +148,9 @@ def row_checks(
     table: sa.Table | None, names: Sequence[str], context: str, dialect: sa.Dialect
 ) -> list[Callable[[Any], str | None]]:
     """Return the :func:`value_check` of each binding column; none if their table is not known."""
-    checks: list[Callable[[Any], str | None]] = []
     if table is None:
-        return checks
-    for name in names:
-        column = table.columns.get(name)
-        fault = "which its table does not have" if column is None else fault_of_type(column)
-        if column is None or fault is not None:
-            raise ConfigurationError(f"{context} is bound to {name!r}, {fault}")
-        checks.append(value_check(column, dialect))
-    return checks
+        return []
+    return [value_check(binding_column(table, name, context), dialect) for name in names]
 
 
 def value_check(column: sa.Column[Any], dialect: sa.Dialect) -> Callable[[Any], str | None]:

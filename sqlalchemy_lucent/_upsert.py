@@ -98,14 +98,12 @@ def batches(keys: Sequence[SecretKey]) -> Iterator[tuple[int, dict[str, str]]]:
         batch = keys[start : start + _KEYS_PER_STATEMENT]
         size = 1 << (len(batch) - 1).bit_length()
         filled = [*batch, *[batch[-1]] * (size - len(batch))]
-        yield (
-            size,
-            {
-                f"{name}_{position}": part
-                for position, key in enumerate(filled)
-                for name, part in zip(KEY_PART_NAMES, key, strict=True)
-            },
-        )
+        parameters = {
+            f"{name}_{position}": part
+            for position, key in enumerate(filled)
+            for name, part in zip(KEY_PART_NAMES, key, strict=True)
+        }
+        yield size, parameters
 
 
 @lru_cache(maxsize=32)
@@ -115,31 +113,28 @@ def insert_or(table: sa.Table, dialect_name: str, *updated: str) -> Insert:
     A dialect is imported with its database only: importing all three takes as long as the rest of
     the package.
     """
-    if dialect_name in ("mysql", "mariadb"):
-        from sqlalchemy.dialects import mysql
-
+    module = "mysql" if dialect_name == "mariadb" else dialect_name
+    if module not in ("mysql", "postgresql", "sqlite"):
+        raise UnsupportedOperationError(
+            f"LucentSecrets has no upsert for the dialect {dialect_name!r}; it supports sqlite, "
+            "postgresql, mysql and mariadb"
+        )
+    insert: Any = importlib.import_module(f"sqlalchemy.dialects.{module}").insert(table)
+    if module == "mysql":
         # Callers that insert one new key at once wait for the first, and continue when it commits.
         # If it rolls back, InnoDB leaves each of them a lock on the gap where the row was, and
         # resolves the deadlock (error 1213) by rolling back one of their transactions. No form of
         # INSERT takes other locks there, and repeating the statement would lose the rest of that
         # transaction; so the error goes to the caller, who has to repeat the transaction.
-        mysql_insert = mysql.insert(table)
+        #
         # MySQL has no DO NOTHING; assigning a column to itself leaves the row as it is.
-        return mysql_insert.on_duplicate_key_update(
-            {name: mysql_insert.inserted[name] for name in updated} or {"scope": table.c.scope}
-        )
-    if dialect_name not in ("postgresql", "sqlite"):
-        raise UnsupportedOperationError(
-            f"LucentSecrets has no upsert for the dialect {dialect_name!r}; it supports sqlite, "
-            "postgresql, mysql and mariadb"
-        )
-    insert: Any = importlib.import_module(f"sqlalchemy.dialects.{dialect_name}").insert(table)
-    if not updated:
-        statement: Insert = insert.on_conflict_do_nothing(index_elements=KEY_PART_NAMES)
+        values = {name: insert.inserted[name] for name in updated} or {"scope": table.c.scope}
+        statement: Insert = insert.on_duplicate_key_update(values)
+    elif updated:
+        values = {name: insert.excluded[name] for name in updated}
+        statement = insert.on_conflict_do_update(index_elements=KEY_PART_NAMES, set_=values)
     else:
-        statement = insert.on_conflict_do_update(
-            index_elements=KEY_PART_NAMES, set_={name: insert.excluded[name] for name in updated}
-        )
+        statement = insert.on_conflict_do_nothing(index_elements=KEY_PART_NAMES)
     return statement
 
 

@@ -24,7 +24,7 @@ from sqlalchemy import Column, Table, event, inspect, null
 from sqlalchemy.orm import InstanceState, InstrumentedAttribute, Mapped, Mapper, mapped_column
 from sqlalchemy.orm.attributes import flag_modified, get_attribute
 
-from ._row import RowPart, encode_row, fault_of_type
+from ._row import RowPart, binding_column, encode_row
 from ._sealing import Bound, Sealed
 from .exceptions import (
     ConfigurationError,
@@ -163,12 +163,8 @@ def bind_attributes(mapper: Mapper[Any], class_: type[Any]) -> None:
     bound = list(_bound_attributes(mapper))
     for key, column in bound:
         for name in column.type.bound_to:
-            other = column.table.c.get(name)
-            fault = (
-                "which its table does not have"
-                if other is None
-                else fault_of_type(other) or _fault_of_origin(mapper, other)
-            )
+            other = binding_column(column.table, name, str(column))
+            fault = _fault_of_origin(mapper, other)
             if fault is not None:
                 raise ConfigurationError(f"{column} is bound to {name!r}, {fault}")
         for other_key, _ in _binding_columns(mapper, key):

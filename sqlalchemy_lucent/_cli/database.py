@@ -72,8 +72,7 @@ def alembic_config() -> Config | None:
 def find_url(given: str | None) -> sa.URL:
     """Return the URL of the database, with a synchronous driver.
 
-    :param given: the option ``--url``, before DATABASE_URL and Alembic's `sqlalchemy.url`.
-    :raises CommandError: there is none, or it is malformed.
+    It is the option ``--url``, else DATABASE_URL, else Alembic's `sqlalchemy.url`.
     """
     source, text = "--url", given
     if not text:
@@ -156,23 +155,16 @@ def _with_sync_driver(url: sa.URL, source: str) -> sa.URL:
 
 @contextmanager
 def connected(given: str | None) -> Iterator[sa.Engine]:
-    """Give an engine for the database, after a first connection.
-
-    :raises CommandError: the database is not named, or does not answer.
-    """
-    engine = _engine_of(find_url(given))
+    """Give an engine for the database, after a first connection."""
+    engine = _connect(find_url(given))
     try:
-        _try_connecting(engine)
         yield engine
     finally:
         engine.dispose()
 
 
-def _engine_of(url: sa.URL) -> sa.Engine:
-    """Return an engine whose errors do not show parameters.
-
-    :raises CommandError: the driver is not installed, or does not know an option of `url`.
-    """
+def _connect(url: sa.URL) -> sa.Engine:
+    """Return an engine that has connected once, and whose errors do not show parameters."""
     if url.get_backend_name() == "sqlite":
         path = url.database or ":memory:"
         # SQLite would create an empty one.
@@ -182,7 +174,11 @@ def _engine_of(url: sa.URL) -> sa.Engine:
     if url.get_backend_name() == "postgresql" and "connect_timeout" not in url.query:
         timeout = {"connect_timeout": _CONNECT_TIMEOUT}
     try:
-        return sa.create_engine(url, hide_parameters=True, poolclass=NullPool, connect_args=timeout)
+        engine = sa.create_engine(
+            url, hide_parameters=True, poolclass=NullPool, connect_args=timeout
+        )
+        with engine.connect():
+            return engine
     except NoSuchModuleError:
         fault = f"SQLAlchemy does not know the driver of {url.drivername}"
     except ImportError as error:
@@ -193,19 +189,10 @@ def _engine_of(url: sa.URL) -> sa.Engine:
         )
     except (ArgumentError, TypeError, ValueError):
         fault = f"the URL has an option that {url.drivername} does not take"
-    raise CommandError(fault)
-
-
-def _try_connecting(engine: sa.Engine) -> None:
-    try:
-        with engine.connect():
-            return
     except DBAPIError as error:
-        fault = f"cannot connect to {where(engine.url)}: {_without_password(error, engine.url)}"
-    except (TypeError, ValueError):
-        fault = f"the URL has an option that {engine.url.drivername} does not take"
+        fault = f"cannot connect to {where(url)}: {_without_password(error, url)}"
     except OSError as error:
-        fault = f"cannot connect to {where(engine.url)}: {error.strerror or type(error).__name__}"
+        fault = f"cannot connect to {where(url)}: {error.strerror or type(error).__name__}"
     raise CommandError(fault)
 
 
@@ -221,16 +208,13 @@ def where(url: sa.URL) -> str:
 
 def _without_password(error: DBAPIError, url: sa.URL) -> str:
     sentence = " ".join(str(said_by(error)).split())
-    passwords = {str(url.password or ""), *_strings(url, "password"), *_strings(url, "passwd")}
+    options = url.normalized_query
+    passwords = {str(url.password or ""), *options.get("password", ()), *options.get("passwd", ())}
     for password in passwords - {"", url.username, url.host, url.database}:
         # Not cut out: the text around the gap would tell what was there.
         if password in sentence:
             return f"{type(error.orig).__name__}; its message is not shown, to keep the password"
     return sentence
-
-
-def _strings(url: sa.URL, option: str) -> Sequence[str]:
-    return url.normalized_query.get(option) or ()
 
 
 # -- the models ------------------------------------------------------------------------------------
@@ -240,8 +224,6 @@ def load_targets(names: Sequence[str] | None) -> list[Target]:
     """Import the objects that `names` say, each ``package.module:name``. Default: LucentBase.
 
     If a module sets the application's own keyring, it is set from now on.
-
-    :raises CommandError: a module cannot be imported, or has no such name.
     """
     if not names:
         return [LucentBase]
@@ -297,10 +279,7 @@ class Selection:
     columns: Sequence[str] | None = None
 
     def targets(self) -> Sequence[Target]:
-        """Import the models, and return their selected columns.
-
-        :raises CommandError: no encrypted column has such a name.
-        """
+        """Import the models, and return their selected columns."""
         targets = load_targets(self.metadata)
         if not self.tables and not self.columns:
             return targets
@@ -359,11 +338,7 @@ def look_up(engine: sa.Engine, targets: Iterable[TargetTable]) -> Iterator[Found
 def opened(
     url: str | None, targets: Sequence[Target]
 ) -> Iterator[tuple[sa.Engine, list[TargetTable]]]:
-    """Give an engine and the tables of `targets`, without views and foreign tables.
-
-    :raises CommandError: a table or column is not in the database, or is not encrypted there.
-    :raises RotationError: there is no encrypted column among them.
-    """
+    """Give an engine and the tables of `targets`, without views and foreign tables."""
     with connected(url) as engine:
         found = list(look_up(engine, resolve_targets(targets, engine)))
         for each in found:
@@ -397,18 +372,12 @@ def _require_migrated(table: Found, engine: sa.Engine) -> None:
 
 
 def holds_text(type_: TypeEngine[Any]) -> bool:
-    """Say whether a reflected column still has a plaintext type.
-
-    PostgreSQL and MySQL refuse to look for sealed bytes in it.
-    """
+    """Say whether a column has a type in which databases refuse to look for sealed bytes."""
     return isinstance(type_, (sa.JSON, sa.String))
 
 
 def secrets_model(names: Sequence[str] | None) -> type[LucentSecretMixin]:
-    """Return the model of scoped secrets among the objects that `names` say.
-
-    :raises CommandError: there is not exactly one.
-    """
+    """Return the only model of scoped secrets among the objects that `names` say."""
     models = {model for target in load_targets(names) for model in _secrets_models(target)}
     if not models:
         raise CommandError(

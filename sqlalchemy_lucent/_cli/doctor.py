@@ -50,10 +50,7 @@ class Finding(NamedTuple):
 
 
 def examine(targets: Sequence[Target], url: str | None) -> Iterator[Finding]:
-    """Run all checks, one after the other.
-
-    :raises CommandError: no database is named, or it does not answer.
-    """
+    """Run all checks, one after the other."""
     keyring = None
     try:
         keyring = default_keyring()

@@ -69,13 +69,8 @@ def list_secrets(
                 scope=scope, owner_id=owner, provider=provider, limit=_PAGE, after=after
             )
             session.rollback()  # hold no transaction while the user reads
-            write_rows(
-                ("key", "version", "updated"),
-                [
-                    (info.key, info.key_version or "not sealed", _moment(info.updated_at))
-                    for info in page
-                ],
-            )
+            rows = [(i.key, i.key_version or "not sealed", _moment(i.updated_at)) for i in page]
+            write_rows(("key", "version", "updated"), rows)
             if len(page) < _PAGE:
                 return
             after = page[-1].key
@@ -118,18 +113,9 @@ def get_secret(
         else:
             write_json(value)
         return
-    write_rows(
-        ("key", "version", "created", "updated", "value"),
-        [
-            (
-                info.key,
-                info.key_version,
-                _moment(info.created_at),
-                _moment(info.updated_at),
-                f"<redacted {_kind(value)}>",
-            )
-        ],
-    )
+    created, updated = _moment(info.created_at), _moment(info.updated_at)
+    row = (info.key, info.key_version, created, updated, f"<redacted {_kind(value)}>")
+    write_rows(("key", "version", "created", "updated", "value"), [row])
 
 
 @app.command("set")
