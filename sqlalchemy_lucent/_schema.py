@@ -133,8 +133,8 @@ class Schema(Generic[T]):
             # A dict or list in a tuple is not tracked either.
             is_tuple = isinstance(node, _TUPLES)
             parts = [n for n in _walk(node) if isinstance(n, inspect.Type)] if is_tuple else [node]
-            tracked = (*(_TUPLES if is_tuple else _COLLECTIONS), *_IMMUTABLE)
-            if not all(isinstance(part, tracked) for part in parts):
+            allowed = (*(_TUPLES if is_tuple else _COLLECTIONS), *_IMMUTABLE)
+            if not all(isinstance(part, allowed) for part in parts):
                 class_ = getattr(node, "cls", None)
                 return _name(class_) if class_ else type(node).__name__.removesuffix("Type").lower()
         return None

@@ -235,13 +235,7 @@ class LucentSecrets:
         :raises ConflictError: a secret is stored under `target`.
         """
         source, target = _two_keys(source, target)
-        value = self._read(source, self._load_required(source))
-        sealed = self._seal(target, value, self._keyring)
-        with self._savepoint_if_audited():
-            written = self._insert_absent(target, sealed)
-            self._tell("write", target, sealed, "ok" if written else "conflict")
-        if not written:
-            raise _conflict(target)
+        self.set(target, self._read(source, self._load_required(source)), expected=None)
 
     def move(self, source: _Key, target: _Key) -> None:
         """Move the secret of `source` to `target`, sealed for `target`, in one UPDATE.
