@@ -27,11 +27,6 @@ _SUBKEY_INFO: Final = b"sqlalchemy-lucent/1/aes-256-gcm"
 _KEY_ID_INFO: Final = b"sqlalchemy-lucent/1/key-id"
 
 
-def random_master_key() -> bytes:
-    """Return 32 bytes from the operating system's generator."""
-    return os.urandom(MASTER_KEY_SIZE)
-
-
 class MasterKey:
     """A master key. Only keys derived from it can be read.
 

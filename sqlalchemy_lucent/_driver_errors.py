@@ -8,7 +8,6 @@ why the statement failed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, Final
 
@@ -40,8 +39,10 @@ def _hide_row(context: ExceptionContext, error: DBAPIError) -> bool:
     is_refused = _refuses_a_value(driver)
     if context.dialect.name == "postgresql" and is_refused:
         shown = str(driver)
-        for part in _chain(driver):
+        part: BaseException | None = driver
+        while part is not None:
             _hide_fields(part)
+            part = part.__cause__ or part.__context__
         error.args = tuple(
             arg.replace(shown, str(driver)) if isinstance(arg, str) else arg for arg in error.args
         )
@@ -77,12 +78,6 @@ def _refuses_a_value(driver: BaseException) -> bool:
 
 # asyncpg refuses such an argument before it sends anything.
 _ASYNCPG_ARGUMENT: Final = re.compile(r"(invalid input for query argument \$\d+).*", re.DOTALL)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _hide_fields(error: BaseException) -> None:

@@ -19,7 +19,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NoReturn, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import msgspec
 import orjson
@@ -154,9 +154,8 @@ class EngineCodec:
 
     def dumps(self, value: JSONValue) -> bytes:
         """Return `value` as the engine's serializer writes it."""
-        data = (
-            STRICT.dumps(value) if self._serializer is None else _serialize(self._serializer, value)
-        )
+        write = self._serializer
+        data = STRICT.dumps(value) if write is None else _serialize(write, value)
         restored = self.loads(data)
         fault = (
             f"$: a value of type {type(value).__name__} does not come back equal through the "
@@ -176,6 +175,12 @@ class EngineCodec:
         """Return `data` as the engine's deserializer reads it."""
         if self._deserializer is None:
             return STRICT.loads(data)
+        if self._deserializer is _lost:
+            raise SerializationError(
+                "a Sealed value was pickled that only its engine's json_deserializer can read, and "
+                "a pickle cannot hold that function: define it in a module (no lambda, no method), "
+                "open the value before you pickle it, or load it again here"
+            )
         try:
             return self._deserializer(data.decode("utf-8"))
         except Exception as error:  # noqa: BLE001
@@ -185,41 +190,20 @@ class EngineCodec:
             "opened"
         )
 
-    def __reduce__(self) -> tuple[Callable[..., Codec], tuple[object]]:
+    def __reduce__(self) -> tuple[Callable[..., Codec], tuple[object, object]]:
         # A pickled value is only opened, which needs no serializer. Pickles refer to functions by
         # name, and a lambda has none.
-        return _unpickled, (self._deserializer if _has_name(self._deserializer) else _NAMELESS,)
+        return type(self), (None, self._deserializer if _has_name(self._deserializer) else _lost)
 
 
-class _LostCodec:
-    """The codec of a pickled value whose engine has a ``json_deserializer`` without a name."""
-
-    __slots__ = ()
-
-    def loads(self, data: object) -> NoReturn:
-        """Refuse."""
-        raise SerializationError(
-            "a Sealed value was pickled that only its engine's json_deserializer can read, and a "
-            "pickle cannot hold that function: define it in a module (no lambda, no method), open "
-            "the value before you pickle it, or load it again here"
-        )
-
-    dumps = loads
-
-
-_NAMELESS: Final = "no name"
+def _lost(text: str) -> JSONValue:
+    """Stand in a pickle for a deserializer that has no name."""
 
 
 def _has_name(function: Any) -> bool:
     """Say whether a function can be found by its module and name. ``None`` can."""
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     return function is None or getattr(module, getattr(function, "__name__", ""), None) is function
-
-
-def _unpickled(deserializer: Any) -> Codec:
-    if deserializer == _NAMELESS:
-        return _LostCodec()
-    return STRICT if deserializer is None else EngineCodec(None, deserializer)
 
 
 def _serialize(serializer: Callable[[JSONValue], str | bytes], value: JSONValue) -> bytes:

@@ -10,21 +10,9 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from sqlalchemy import (
-    CHAR,
-    NCHAR,
-    Column,
-    Enum,
-    Integer,
-    String,
-    Table,
-    Uuid,
-    bindparam,
-    literal_column,
-)
-from sqlalchemy.engine import Dialect
+import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from ._envelope import length_prefixed
@@ -76,11 +64,22 @@ def _no_part(part: object, position: int, names: Sequence[str]) -> Configuration
 _ANY_CASE: Final = re.compile(r"_ci$|^(nocase|rtrim)$", re.IGNORECASE)
 
 
-def fault_of_type(column: Column[Any]) -> str | None:
-    """Say why values cannot be bound to `column`, whatever they are; ``None`` if they can."""
+def binding_column(table: sa.FromClause, name: str, bound: str) -> sa.Column[Any]:
+    """Return the column that values of `bound` are bound to.
+
+    :raises ConfigurationError: there is none, or values cannot be bound to it, whatever they are.
+    """
+    column: Any = table.columns.get(name)
+    fault = "which its table does not have" if column is None else _fault_of_type(column)
+    if fault is not None:
+        raise ConfigurationError(f"{bound} is bound to {name!r}, {fault}")
+    return cast("sa.Column[Any]", column)
+
+
+def _fault_of_type(column: sa.Column[Any]) -> str | None:
     type_ = column.type
-    if type_.bind_expression(bindparam(None, type_=type_)) is not None or (
-        type_.column_expression(literal_column("x", type_)) is not None
+    if type_.bind_expression(sa.bindparam(None, type_=type_)) is not None or (
+        type_.column_expression(sa.literal_column("x", type_)) is not None
     ):
         return "whose type changes its values in SQL; bind to another column"
     collation = getattr(type_, "collation", None)
@@ -114,7 +113,9 @@ def tells_its_values(type_: TypeEngine[Any]) -> bool:
 
     A CHAR may hold a UUID without its hyphens, and an ENUM the names of members.
     """
-    return isinstance(type_, (Integer, String, Uuid)) and not isinstance(type_, (CHAR, NCHAR, Enum))
+    return isinstance(type_, (sa.Integer, sa.String, sa.Uuid)) and not isinstance(
+        type_, (sa.CHAR, sa.NCHAR, sa.Enum)
+    )
 
 
 def type_as_bound(
@@ -144,22 +145,15 @@ _SQLITE_TEXT: Final = re.compile("CHAR|CLOB|TEXT|BLOB")
 
 
 def row_checks(
-    table: Table | None, names: Sequence[str], context: str, dialect: Dialect
+    table: sa.Table | None, names: Sequence[str], context: str, dialect: sa.Dialect
 ) -> list[Callable[[Any], str | None]]:
     """Return the :func:`value_check` of each binding column; none if their table is not known."""
-    checks: list[Callable[[Any], str | None]] = []
     if table is None:
-        return checks
-    for name in names:
-        column = table.columns.get(name)
-        fault = "which its table does not have" if column is None else fault_of_type(column)
-        if column is None or fault is not None:
-            raise ConfigurationError(f"{context} is bound to {name!r}, {fault}")
-        checks.append(value_check(column, dialect))
-    return checks
+        return []
+    return [value_check(binding_column(table, name, context), dialect) for name in names]
 
 
-def value_check(column: Column[Any], dialect: Dialect) -> Callable[[Any], str | None]:
+def value_check(column: sa.Column[Any], dialect: sa.Dialect) -> Callable[[Any], str | None]:
     """Return a function that says why a value would not come back from `column` as it was given."""
     type_ = column.type
     impl = type_.dialect_impl(dialect)
@@ -197,7 +191,7 @@ def value_check(column: Column[Any], dialect: Dialect) -> Callable[[Any], str | 
     return check
 
 
-def _returned(type_: Any, value: Any, dialect: Dialect) -> Any:
+def _returned(type_: Any, value: Any, dialect: sa.Dialect) -> Any:
     """Return a value after a type converted it both ways, without the driver's own conversions."""
     try:
         return type_.process_result_value(type_.process_bind_param(value, dialect), dialect)
@@ -205,7 +199,7 @@ def _returned(type_: Any, value: Any, dialect: Dialect) -> Any:
         return value  # the type converts only the driver's forms, which are not known here
 
 
-def _fault_when_stored(type_: TypeEngine[Any], dialect: Dialect) -> Callable[[Any], str | None]:
+def _fault_when_stored(type_: TypeEngine[Any], dialect: sa.Dialect) -> Callable[[Any], str | None]:
     """Return a function that says how the database would change a value, judged by the DDL."""
     try:
         ddl = _DDL.match(type_.compile(dialect))

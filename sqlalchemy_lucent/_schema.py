@@ -128,13 +128,13 @@ class Schema(Generic[T]):
         if not isinstance(root, msgspec.Struct):
             return _name(self.type)  # pydantic's
         for node in _walk(root):
-            if isinstance(node, _TUPLES):
-                # A dict or list in a tuple is not tracked either.
-                if not all(isinstance(n, (*_TUPLES, *_IMMUTABLE)) for n in _types_in(node)):
-                    return type(node).__name__.removesuffix("Type").lower()
-            elif isinstance(node, inspect.Type) and not isinstance(
-                node, (*_COLLECTIONS, *_IMMUTABLE)
-            ):
+            if not isinstance(node, inspect.Type):
+                continue
+            # A dict or list in a tuple is not tracked either.
+            is_tuple = isinstance(node, _TUPLES)
+            parts = [n for n in _walk(node) if isinstance(n, inspect.Type)] if is_tuple else [node]
+            allowed = (*(_TUPLES if is_tuple else _COLLECTIONS), *_IMMUTABLE)
+            if not all(isinstance(part, allowed) for part in parts):
                 class_ = getattr(node, "cls", None)
                 return _name(class_) if class_ else type(node).__name__.removesuffix("Type").lower()
         return None
@@ -199,10 +199,6 @@ def _walk(root: object) -> Iterator[object]:
             waiting.extend(node.values())
         elif isinstance(node, (list, tuple)):
             waiting.extend(node)
-
-
-def _types_in(node: object) -> Iterator[object]:
-    return (part for part in _walk(node) if isinstance(part, inspect.Type))
 
 
 def _field_names(root: object) -> Iterator[str]:

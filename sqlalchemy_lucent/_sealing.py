@@ -9,7 +9,7 @@ from sqlalchemy import JSON
 from sqlalchemy.sql.elements import Null
 from sqlalchemy.types import TypeDecorator
 
-from ._envelope import Envelope, parse
+from ._envelope import parse
 from ._json import DECODE_ERRORS, STRICT, Codec, decode, unreadable
 from ._redacted import REDACTED
 from ._row import RowPart, encode_row
@@ -153,16 +153,13 @@ class Sealed:
         :raises DecryptionError: it does not open; the subclass says why.
         :raises ConfigurationError: `row` is missing, or given for a column that is not row-bound.
         """
-        return self._codec.open(self._data, self._encode_row(row), keyring)
-
-    def _encode_row(self, row: Sequence[RowPart] | None) -> bytes:
         names = self._codec.bound_to
         if len(names) != (0 if row is None else len(row)):
             raise ConfigurationError(
                 f"a value of {self._codec.contexts[0]} opens with "
                 + (f"row=({', '.join(names)})" if names else "no row=")
             )
-        return encode_row(row or (), names)
+        return self._codec.open(self._data, encode_row(row or (), names), keyring)
 
     def _open_once(self, row: Sequence[RowPart]) -> Any:
         # Kept here so that it goes when the ORM replaces this object on refresh, and so that a
@@ -175,19 +172,15 @@ class Sealed:
         return hasattr(self, "_opened")
 
     @property
-    def _envelope(self) -> Envelope | None:
-        return parse(self._data)
-
-    @property
     def key_version(self) -> str | None:
         """The version of the key that sealed the value; ``None`` if the bytes are not sealed."""
-        envelope = self._envelope
+        envelope = parse(self._data)
         return None if envelope is None else envelope.version
 
     @property
     def fingerprint(self) -> str | None:
         """The fingerprint of that key; ``None`` if the bytes are not sealed."""
-        envelope = self._envelope
+        envelope = parse(self._data)
         return None if envelope is None else envelope.key_id.hex()
 
     def __bytes__(self) -> bytes:

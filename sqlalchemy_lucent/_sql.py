@@ -85,26 +85,25 @@ def comparison_refused(op: Callable[..., Any]) -> UnsupportedOperationError:
 # version of legal length and alphabet ends at a colon, and the format byte follows, which no text
 # format has. SQLite needs the test of the alphabet, because its drivers fail on text that is not
 # UTF-8. Each part may use those above it. The parentheses are for CREATE INDEX on PostgreSQL.
-_GUARDED: Final = "(CASE WHEN {legal_length} AND {format_byte} AND {alphabet} THEN {result} END)"
-_LEGAL_LENGTH: Final = f"{{colon}} BETWEEN 2 AND {MAX_VERSION_LENGTH + 1}"
+_GUARDED: Final = (
+    f"(CASE WHEN {{colon}} BETWEEN 2 AND {MAX_VERSION_LENGTH + 1}"
+    " AND {format_byte} AND {alphabet} THEN {result} END)"
+)
 _FORMAT: Final = f"{FORMAT_AES_256_GCM:02x}"
 
 _FORMS: Final[dict[str, dict[str, str]]] = {
     "sqlite": {
         "colon": "instr({value}, x'3A')",
-        "legal_length": _LEGAL_LENGTH,
         "format_byte": f"substr({{value}}, {{colon}} + 1, 1) = x'{_FORMAT}'",
         "key_version": "CAST(substr({value}, 1, {colon} - 1) AS TEXT)",
         "key_id": f"lower(hex(substr({{value}}, {{colon}} + 2, {KEY_ID_SIZE})))",
-        "alphabet": (
-            # GLOB stops at a NUL.
+        "alphabet": (  # GLOB stops at a NUL
             "instr(substr({value}, 1, {colon} - 1), x'00') = 0"
             " AND {key_version} NOT GLOB '*[^A-Za-z0-9._-]*'"
         ),
     },
     "postgresql": {
         "colon": r"position('\x3a'::bytea in {value})",
-        "legal_length": _LEGAL_LENGTH,
         "format_byte": (rf"substring({{value}} from {{colon}} + 1 for 1) = '\x{_FORMAT}'::bytea"),
         "key_version": "encode(substring({value} from 1 for {colon} - 1), 'escape')",
         "key_id": f"encode(substring({{value}} from {{colon}} + 2 for {KEY_ID_SIZE}), 'hex')",
@@ -113,7 +112,6 @@ _FORMS: Final[dict[str, dict[str, str]]] = {
     # The collation matters: by default 'V1' and 'v1' would be one version.
     "mysql": {
         "colon": "LOCATE(x'3A', {value})",
-        "legal_length": _LEGAL_LENGTH,
         "format_byte": f"SUBSTRING({{value}}, {{colon}} + 1, 1) = x'{_FORMAT}'",
         "key_version": "CONVERT(SUBSTRING({value}, 1, {colon} - 1) USING ascii) COLLATE ascii_bin",
         "key_id": f"LOWER(HEX(SUBSTRING({{value}}, {{colon}} + 2, {KEY_ID_SIZE})))",
@@ -153,7 +151,11 @@ def has_form(dialect_name: str) -> bool:
     return dialect_name in _FORMS
 
 
-def _render(result: str, element: FunctionElement[Any], compiler: SQLCompiler, **kw: Any) -> str:
+@compiles(key_version)
+@compiles(key_id)
+@compiles(is_sealed)
+def _render(element: Any, compiler: SQLCompiler, **kw: Any) -> str:
+    result = element.name.removeprefix("lucent_")
     if not has_form(compiler.dialect.name):
         raise UnsupportedOperationError(
             f"{result} does not support the dialect {compiler.dialect.name!r}; "
@@ -166,21 +168,6 @@ def _render(result: str, element: FunctionElement[Any], compiler: SQLCompiler, *
     for name, template in _FORMS[compiler.dialect.name].items():
         parts[name] = template.format(**parts)
     return _GUARDED.format(result=parts[result], **parts)
-
-
-@compiles(key_version)
-def _compile_key_version(element: key_version, compiler: SQLCompiler, **kw: Any) -> str:
-    return _render("key_version", element, compiler, **kw)
-
-
-@compiles(key_id)
-def _compile_key_id(element: key_id, compiler: SQLCompiler, **kw: Any) -> str:
-    return _render("key_id", element, compiler, **kw)
-
-
-@compiles(is_sealed)
-def _compile_is_sealed(element: is_sealed, compiler: SQLCompiler, **kw: Any) -> str:
-    return _render("is_sealed", element, compiler, **kw)
 
 
 # -- where a value comes from ----------------------------------------------------------------------

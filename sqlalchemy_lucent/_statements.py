@@ -27,15 +27,29 @@ from ._driver_errors import hide_values
 from ._sealing import SealedType
 from .exceptions import UnsupportedOperationError
 
-_passed: Final[WeakSet[Compiled]] = WeakSet()
-"""Compiled statements that were found good, so that a cached one is looked at once."""
-
 
 def watch(dialect: Dialect) -> None:
     """Look at every statement that `dialect` executes, and keep values out of its errors."""
-    event.listen(dialect, "handle_error", hide_values)
+    if event.contains(dialect, "handle_error", hide_values):
+        return
+    passed: WeakSet[Compiled] = WeakSet()  # so that a cached statement is looked at once
+
+    def refuse_statement(*arguments: Any) -> None:
+        context = arguments[-1]  # the arguments are those of ``do_execute`` and its variants
+        compiled = context.compiled
+        if compiled is None or compiled in passed:
+            return
+        fault = _fault_of_statement(context, compiled)
+        if fault is None:
+            passed.add(compiled)
+            return
+        del arguments  # there may be plaintext among the parameters
+        raise UnsupportedOperationError(fault)
+
     for execution in ("do_execute", "do_executemany", "do_execute_no_params"):
-        event.listen(dialect, execution, _refuse_statement)
+        event.listen(dialect, execution, refuse_statement)
+    # Last: it tells another thread that the dialect is watched.
+    event.listen(dialect, "handle_error", hide_values)
 
 
 # -- defaults --------------------------------------------------------------------------------------
@@ -92,11 +106,8 @@ def _fault_of(value: Any, type_: object) -> str | None:
         value = value.__clause_element__()
     if not (isinstance(type_, SealedType) and isinstance(value, ClauseElement)):
         return None  # another column, or a Python value, which the type binds
-    for source in _sql.sources(value):
-        fault = _fault_of_source(source, type_)
-        if fault is not None:
-            return fault
-    return None
+    faults = (_fault_of_source(source, type_) for source in _sql.sources(value))
+    return next(filter(None, faults), None)
 
 
 def _fault_of_source(source: Any, type_: SealedType) -> str | None:
@@ -122,25 +133,10 @@ def _fault_of_source(source: Any, type_: SealedType) -> str | None:
 # -- statements ------------------------------------------------------------------------------------
 
 
-def _refuse_statement(*arguments: Any) -> None:
-    """Refuse a statement that gives a sealed column a value that its type does not bind, or whose
-    UNION mixes values of several columns.
-
-    The arguments are those of ``do_execute`` and its variants; the last is the execution context.
-    """
-    context = arguments[-1]
-    compiled = context.compiled
-    if compiled is None or compiled in _passed:
-        return
-    fault = _fault_of_statement(context, compiled)
-    if fault is None:
-        _passed.add(compiled)
-        return
-    del arguments  # there may be plaintext among the parameters
-    raise UnsupportedOperationError(fault)
-
-
 def _fault_of_statement(context: Any, compiled: Any) -> str | None:
+    """Say which value a statement gives to a sealed column whose type does not bind it, or that its
+    UNION mixes values of several columns.
+    """
     statement = compiled.statement
     statement = getattr(statement, "element", statement)  # what from_statement() was given
     if isinstance(statement, CompoundSelect):

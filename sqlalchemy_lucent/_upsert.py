@@ -7,21 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
-from sqlalchemy import (
-    ARRAY,
-    ColumnElement,
-    Dialect,
-    Select,
-    String,
-    Table,
-    and_,
-    bindparam,
-    column,
-    func,
-    or_,
-    select,
-    tuple_,
-)
+import sqlalchemy as sa
 from sqlalchemy.sql.dml import Insert
 
 from ._sealing import ColumnCodec
@@ -35,7 +21,7 @@ _KEYS_PER_STATEMENT: Final = 128
 
 
 @lru_cache(maxsize=32)
-def payload_codec(table: Table, dialect: Dialect) -> ColumnCodec:
+def payload_codec(table: sa.Table, dialect: sa.Dialect) -> ColumnCodec:
     """Return the codec of the payloads; making one takes as long as sealing."""
     type_ = table.c.payload.type
     assert isinstance(type_, EncryptedJSON)
@@ -43,16 +29,16 @@ def payload_codec(table: Table, dialect: Dialect) -> ColumnCodec:
 
 
 @lru_cache(maxsize=32)
-def select_payload(table: Table) -> Select[Any]:
+def select_payload(table: sa.Table) -> sa.Select[Any]:
     """Return the SELECT of one payload, with a parameter for each part of the key."""
-    return select(table.c.payload).where(
-        *(table.c[name] == bindparam(name) for name in KEY_PART_NAMES)
+    return sa.select(table.c.payload).where(
+        *(table.c[name] == sa.bindparam(name) for name in KEY_PART_NAMES)
     )
 
 
 def select_payloads(
-    table: Table, dialect: Dialect, keys: Sequence[SecretKey]
-) -> Iterator[tuple[Select[Any], Any]]:
+    table: sa.Table, dialect: sa.Dialect, keys: Sequence[SecretKey]
+) -> Iterator[tuple[sa.Select[Any], Any]]:
     """Yield statements that select the keys and payloads of `keys`, with their parameters."""
     if dialect.name == "postgresql":
         parts = map(list, zip(*keys, strict=True))
@@ -63,16 +49,16 @@ def select_payloads(
 
 
 @lru_cache(maxsize=256)
-def _select_by_keys(table: Table, on_mysql: bool, size: int) -> Select[Any]:
+def _select_by_keys(table: sa.Table, on_mysql: bool, size: int) -> sa.Select[Any]:
     return _select_keys_and_payloads(table).where(is_one_of(table, on_mysql, size))
 
 
 @lru_cache(maxsize=32)
-def _select_by_arrays(table: Table) -> Select[Any]:
+def _select_by_arrays(table: sa.Table) -> sa.Select[Any]:
     """Use one array for each part of the keys: PostgreSQL plans any number of them as a join."""
     wanted = (
-        func.unnest(*(bindparam(name, type_=ARRAY(String)) for name in KEY_PART_NAMES))
-        .table_valued(*(column(name, String) for name in KEY_PART_NAMES), name="wanted")
+        sa.func.unnest(*(sa.bindparam(name, type_=sa.ARRAY(sa.String)) for name in KEY_PART_NAMES))
+        .table_valued(*(sa.column(name, sa.String) for name in KEY_PART_NAMES), name="wanted")
         .render_derived()
     )
     return _select_keys_and_payloads(table).where(
@@ -80,12 +66,12 @@ def _select_by_arrays(table: Table) -> Select[Any]:
     )
 
 
-def _select_keys_and_payloads(table: Table) -> Select[Any]:
-    return select(*(table.c[name] for name in (*KEY_PART_NAMES, "payload")))
+def _select_keys_and_payloads(table: sa.Table) -> sa.Select[Any]:
+    return sa.select(*(table.c[name] for name in (*KEY_PART_NAMES, "payload")))
 
 
 @lru_cache(maxsize=256)
-def is_one_of(table: Table, on_mysql: bool, size: int) -> ColumnElement[bool]:
+def is_one_of(table: sa.Table, on_mysql: bool, size: int) -> sa.ColumnElement[bool]:
     """Return the condition that a key is one of `size` keys, the parameters of `batches`.
 
     MySQL and MariaDB are faster with ``(a, b, …) IN (…)``. SQLite would scan the table for it, and
@@ -93,12 +79,14 @@ def is_one_of(table: Table, on_mysql: bool, size: int) -> ColumnElement[bool]:
     """
     columns = [table.c[name] for name in KEY_PART_NAMES]
     keys = [
-        [bindparam(f"{column.name}_{position}", type_=column.type) for column in columns]
+        [sa.bindparam(f"{column.name}_{position}", type_=column.type) for column in columns]
         for position in range(size)
     ]
     if on_mysql:
-        return tuple_(*columns).in_([tuple_(*key) for key in keys])
-    return or_(*(and_(*(c == part for c, part in zip(columns, key, strict=True))) for key in keys))
+        return sa.tuple_(*columns).in_([sa.tuple_(*key) for key in keys])
+    return sa.or_(
+        *(sa.and_(*(c == part for c, part in zip(columns, key, strict=True))) for key in keys)
+    )
 
 
 def batches(keys: Sequence[SecretKey]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -110,52 +98,46 @@ def batches(keys: Sequence[SecretKey]) -> Iterator[tuple[int, dict[str, str]]]:
         batch = keys[start : start + _KEYS_PER_STATEMENT]
         size = 1 << (len(batch) - 1).bit_length()
         filled = [*batch, *[batch[-1]] * (size - len(batch))]
-        yield (
-            size,
-            {
-                f"{name}_{position}": part
-                for position, key in enumerate(filled)
-                for name, part in zip(KEY_PART_NAMES, key, strict=True)
-            },
-        )
+        parameters = {
+            f"{name}_{position}": part
+            for position, key in enumerate(filled)
+            for name, part in zip(KEY_PART_NAMES, key, strict=True)
+        }
+        yield size, parameters
 
 
 @lru_cache(maxsize=32)
-def insert_or(table: Table, dialect_name: str, *updated: str) -> Insert:
+def insert_or(table: sa.Table, dialect_name: str, *updated: str) -> Insert:
     """Return an INSERT that updates the columns `updated` if the key exists.
 
     A dialect is imported with its database only: importing all three takes as long as the rest of
     the package.
     """
-    if dialect_name in ("mysql", "mariadb"):
-        from sqlalchemy.dialects import mysql
-
+    module = "mysql" if dialect_name == "mariadb" else dialect_name
+    if module not in ("mysql", "postgresql", "sqlite"):
+        raise UnsupportedOperationError(
+            f"LucentSecrets has no upsert for the dialect {dialect_name!r}; it supports sqlite, "
+            "postgresql, mysql and mariadb"
+        )
+    insert: Any = importlib.import_module(f"sqlalchemy.dialects.{module}").insert(table)
+    if module == "mysql":
         # Callers that insert one new key at once wait for the first, and continue when it commits.
         # If it rolls back, InnoDB leaves each of them a lock on the gap where the row was, and
         # resolves the deadlock (error 1213) by rolling back one of their transactions. No form of
         # INSERT takes other locks there, and repeating the statement would lose the rest of that
         # transaction; so the error goes to the caller, who has to repeat the transaction.
-        mysql_insert = mysql.insert(table)
+        #
         # MySQL has no DO NOTHING; assigning a column to itself leaves the row as it is.
-        return mysql_insert.on_duplicate_key_update(
-            {name: mysql_insert.inserted[name] for name in updated} or {"scope": table.c.scope}
-        )
-    if dialect_name not in ("postgresql", "sqlite"):
-        raise UnsupportedOperationError(
-            f"LucentSecrets has no upsert for the dialect {dialect_name!r}; it supports sqlite, "
-            "postgresql, mysql and mariadb"
-        )
-    insert: Any = importlib.import_module(f"sqlalchemy.dialects.{dialect_name}").insert(table)
-    if not updated:
-        statement: Insert = insert.on_conflict_do_nothing(index_elements=KEY_PART_NAMES)
+        values = {name: insert.inserted[name] for name in updated} or {"scope": table.c.scope}
+        statement: Insert = insert.on_duplicate_key_update(values)
+    elif updated:
+        values = {name: insert.excluded[name] for name in updated}
+        statement = insert.on_conflict_do_update(index_elements=KEY_PART_NAMES, set_=values)
     else:
-        statement = insert.on_conflict_do_update(
-            index_elements=KEY_PART_NAMES,
-            set_={name: insert.excluded[name] for name in updated},
-        )
+        statement = insert.on_conflict_do_nothing(index_elements=KEY_PART_NAMES)
     return statement
 
 
-def upsert(table: Table, dialect_name: str) -> Insert:
+def upsert(table: sa.Table, dialect_name: str) -> Insert:
     """Return the one-statement upsert; `created_at` stays that of the first write."""
     return insert_or(table, dialect_name, "payload", "updated_at")

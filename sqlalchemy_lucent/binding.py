@@ -24,7 +24,7 @@ from sqlalchemy import Column, Table, event, inspect, null
 from sqlalchemy.orm import InstanceState, InstrumentedAttribute, Mapped, Mapper, mapped_column
 from sqlalchemy.orm.attributes import flag_modified, get_attribute
 
-from ._row import RowPart, encode_row, fault_of_type
+from ._row import RowPart, binding_column, encode_row
 from ._sealing import Bound, Sealed
 from .exceptions import (
     ConfigurationError,
@@ -35,7 +35,6 @@ from .exceptions import (
 )
 from .types import EncryptedJSON
 
-_MISSING: Final = object()
 _TYPE_OPTIONS: Final = ("none_as_null", "context", "accept_contexts", "redact", "schema")
 
 
@@ -164,12 +163,8 @@ def bind_attributes(mapper: Mapper[Any], class_: type[Any]) -> None:
     bound = list(_bound_attributes(mapper))
     for key, column in bound:
         for name in column.type.bound_to:
-            other = column.table.c.get(name)
-            fault = (
-                "which its table does not have"
-                if other is None
-                else fault_of_type(other) or _fault_of_origin(mapper, other)
-            )
+            other = binding_column(column.table, name, str(column))
+            fault = _fault_of_origin(mapper, other)
             if fault is not None:
                 raise ConfigurationError(f"{column} is bound to {name!r}, {fault}")
         for other_key, _ in _binding_columns(mapper, key):
@@ -266,11 +261,11 @@ def _before_insert(keys: list[str], mapper: Mapper[Any], connection: object, tar
     for key in keys:
         if key not in state.dict:
             _apply_default(mapper, key, target)
-        stored = state.dict.get(key, _MISSING)
+        stored = state.dict.get(key)
         if type(stored) is Sealed:
             # An object that was loaded and is inserted again: merged or made transient.
             _reseal_for_current_row(state, key, stored, "the row is a different one now")
-        elif stored is not _MISSING:
+        elif key in state.dict:
             for other, _ in _binding_columns(mapper, key):
                 if getattr(target, other) is None:
                     _apply_default(mapper, other, target)

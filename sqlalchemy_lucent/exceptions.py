@@ -6,12 +6,9 @@
       ConfigurationError            no keyring, bad environment, no context
       InvalidKeyError (ValueError)  a master key, version or secret key that breaks a rule
       SerializationError (TypeError, ValueError)
-                                    a value that JSON would not give back equal
       SchemaMismatchError           a stored document that its schema refuses
       UnsupportedOperationError (sqlalchemy.exc.InvalidRequestError)
-                                    SQL that has no meaning on ciphertext
       PicklingRefusedError (TypeError)
-                                    an object that holds keys was to be pickled
       DecryptionError
         NotSealedError              not our bytes
         UnknownKeyVersionError      sealed under a version that the keyring lacks

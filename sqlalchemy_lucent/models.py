@@ -9,18 +9,9 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from sqlalchemy import (
-    Column,
-    Computed,
-    DateTime,
-    MetaData,
-    String,
-    Table,
-    inspect,
-    literal_column,
-)
+from sqlalchemy import Computed, DateTime, MetaData, String, Table, inspect, literal_column
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -37,7 +28,6 @@ from ._sql import is_mysql, key_version
 from .binding import is_pydantic, row_bound
 from .exceptions import ConfigurationError, SerializationError
 from .secret_key import KEY_PART_NAMES, MAX_PART_LENGTH, SecretKey, check_part
-from .types import EncryptedJSON
 
 
 def byte_wise_string(length: int) -> String:
@@ -104,19 +94,8 @@ def computed_key_version(column_name: str) -> Computed:
 
 def secrets_table(metadata: MetaData, name: str, *, schema: str | None = None) -> Table:
     """Return the table that :class:`LucentSecretMixin` maps, for migrations."""
-    return Table(
-        name,
-        metadata,
-        *(
-            Column(part, byte_wise_string(MAX_PART_LENGTH), primary_key=True)
-            for part in KEY_PART_NAMES
-        ),
-        Column("payload", EncryptedJSON(bound_to=KEY_PART_NAMES), nullable=False),
-        Column("key_version", key_version_type(), computed_key_version("payload"), index=True),
-        Column("created_at", UTCDateTime, nullable=False),
-        Column("updated_at", UTCDateTime, nullable=False),
-        schema=schema,
-    )
+    table: Any = LucentSecret.__table__
+    return cast("Table", table.to_metadata(metadata, schema=schema, name=name))
 
 
 def utc_now() -> datetime:

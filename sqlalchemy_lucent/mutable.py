@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from functools import wraps
 from typing import Any, Final, Self, SupportsIndex
 
 from sqlalchemy import Column, event
@@ -96,17 +97,52 @@ class Owner:
         flag_modified(target, self._key)
 
 
-class TrackedDict(dict[str, Any]):
+def _reported(method: Any) -> Any:
+    """Return a method of dict or list that adds nothing, as one that reports the edit."""
+
+    @wraps(method)
+    def edit(self: Any, *arguments: Any, **options: Any) -> Any:
+        result = method(self, *arguments, **options)
+        self._owner.changed()
+        return result
+
+    return edit
+
+
+class _Tracked:
+    """What a tracked ``dict`` and ``list`` have in common."""
+
+    __slots__ = ()
+
+    _owner: Owner
+    _plain_type: Any
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        self: Any = super().__new__(cls)
+        self._owner = Owner()
+        return self
+
+    def __copy__(self) -> Any:
+        return _untracked(self._plain_type(self), self._owner)
+
+    def __deepcopy__(self, memo: object) -> Any:
+        return _untracked(_plain(self), self._owner)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _restore, (_plain(self), self._owner.redacts)
+
+    def __repr__(self) -> str:
+        hidden = f"<redacted {self._plain_type.__name__}>"
+        return hidden if self._owner.redacts else super().__repr__()
+
+    __sentry_repr__ = __repr__
+
+
+class TrackedDict(_Tracked, dict[str, Any]):
     """A ``dict`` of a tracked document."""
 
     __slots__ = ("_owner",)
-
-    _owner: Owner
-
-    def __new__(cls, *_: Any, **__: Any) -> Self:
-        self = super().__new__(cls)
-        self._owner = Owner()
-        return self
+    _plain_type = dict
 
     def __init__(self, *values: Any, **named: Any) -> None:
         super().__init__()
@@ -114,10 +150,6 @@ class TrackedDict(dict[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, self._owner.adopt(value, 1))
-        self._owner.changed()
-
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
         self._owner.changed()
 
     def update(self, *values: Any, **named: Any) -> None:
@@ -134,46 +166,17 @@ class TrackedDict(dict[str, Any]):
             self[name] = default
         return self[name]
 
-    def pop(self, *arguments: Any) -> Any:
-        value = super().pop(*arguments)
-        self._owner.changed()
-        return value
-
-    def popitem(self) -> tuple[str, Any]:
-        item = super().popitem()
-        self._owner.changed()
-        return item
-
-    def clear(self) -> None:
-        super().clear()
-        self._owner.changed()
-
-    def __copy__(self) -> Any:
-        return _untracked(dict(self), self._owner)
-
-    def __deepcopy__(self, memo: object) -> Any:
-        return _untracked(_plain(self), self._owner)
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return _restore, (_plain(self), self._owner.redacts)
-
-    def __repr__(self) -> str:
-        return "<redacted dict>" if self._owner.redacts else super().__repr__()
-
-    __sentry_repr__ = __repr__
+    __delitem__ = _reported(dict.__delitem__)
+    pop = _reported(dict.pop)
+    popitem = _reported(dict.popitem)
+    clear = _reported(dict.clear)
 
 
-class TrackedList(list[Any]):
+class TrackedList(_Tracked, list[Any]):
     """A ``list`` of a tracked document."""
 
     __slots__ = ("_owner",)
-
-    _owner: Owner
-
-    def __new__(cls, *_: Any) -> Self:
-        self = super().__new__(cls)
-        self._owner = Owner()
-        return self
+    _plain_type = list
 
     def __init__(self, values: Iterable[Any] = ()) -> None:
         super().__init__(self._adopted(values))
@@ -183,14 +186,10 @@ class TrackedList(list[Any]):
         return [adopt(child, 1) for child in values]
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        if isinstance(index, slice):
-            super().__setitem__(index, self._adopted(value))
-        else:
-            super().__setitem__(index, self._owner.adopt(value, 1))
-        self._owner.changed()
-
-    def __delitem__(self, index: SupportsIndex | slice) -> None:
-        super().__delitem__(index)
+        is_slice = isinstance(index, slice)
+        super().__setitem__(
+            index, self._adopted(value) if is_slice else self._owner.adopt(value, 1)
+        )
         self._owner.changed()
 
     def append(self, value: Any) -> None:
@@ -205,49 +204,17 @@ class TrackedList(list[Any]):
         super().insert(index, self._owner.adopt(value, 1))
         self._owner.changed()
 
-    def pop(self, index: SupportsIndex = -1) -> Any:
-        value = super().pop(index)
-        self._owner.changed()
-        return value
-
-    def remove(self, value: Any) -> None:
-        super().remove(value)
-        self._owner.changed()
-
-    def clear(self) -> None:
-        super().clear()
-        self._owner.changed()
-
-    def sort(self, **options: Any) -> None:
-        super().sort(**options)
-        self._owner.changed()
-
-    def reverse(self) -> None:
-        super().reverse()
-        self._owner.changed()
-
     def __iadd__(self, values: Iterable[Any]) -> Self:  # type: ignore[misc]
         self.extend(values)
         return self
 
-    def __imul__(self, times: SupportsIndex) -> Self:
-        super().__imul__(times)
-        self._owner.changed()
-        return self
-
-    def __copy__(self) -> Any:
-        return _untracked(list(self), self._owner)
-
-    def __deepcopy__(self, memo: object) -> Any:
-        return _untracked(_plain(self), self._owner)
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return _restore, (_plain(self), self._owner.redacts)
-
-    def __repr__(self) -> str:
-        return "<redacted list>" if self._owner.redacts else super().__repr__()
-
-    __sentry_repr__ = __repr__
+    __delitem__ = _reported(list.__delitem__)
+    __imul__ = _reported(list.__imul__)
+    pop = _reported(list.pop)
+    remove = _reported(list.remove)
+    clear = _reported(list.clear)
+    sort = _reported(list.sort)
+    reverse = _reported(list.reverse)
 
 
 _TRACKED: Final = (TrackedDict, TrackedList)
@@ -310,8 +277,7 @@ def _listen(attribute: QueryableAttribute[Any], redacts: bool) -> None:
             load(state)
 
     def written(_: Any, __: Any, state: InstanceState[Any]) -> None:
-        # SQLModel writes to the object's dict, bypassing the event "set".
-        load(state)
+        load(state)  # SQLModel writes to the object's dict, bypassing the event "set"
 
     def replace(state: InstanceState[Any], value: Any, old: Any, _: Any) -> Any:
         if value is old:

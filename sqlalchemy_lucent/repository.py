@@ -16,37 +16,10 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Concatenate,
-    Final,
-    Literal,
-    ParamSpec,
-    TypeAlias,
-    TypeVar,
-    cast,
-    overload,
-)
+from typing import TYPE_CHECKING, Any, Concatenate, Final, Literal, ParamSpec, TypeVar, overload
 
-from sqlalchemy import (
-    ColumnElement,
-    CursorResult,
-    Executable,
-    LargeBinary,
-    Row,
-    Table,
-    and_,
-    bindparam,
-    delete,
-    false,
-    func,
-    inspect,
-    literal,
-    select,
-    update,
-)
-from sqlalchemy.engine import Dialect
+import sqlalchemy as sa
+from sqlalchemy import ColumnElement, CursorResult, Executable, LargeBinary, inspect
 from sqlalchemy.orm import Mapper, Session, scoped_session
 
 from . import _upsert
@@ -87,7 +60,7 @@ class _Unset(enum.Enum):
 
 
 _UNSET: Final = _Unset.UNSET
-_Expected: TypeAlias = str | Literal[_Unset.UNSET] | None
+_Expected = str | Literal[_Unset.UNSET] | None
 
 
 @dataclass(frozen=True)
@@ -155,7 +128,7 @@ class LucentSecrets:
                 f"{getattr(model, '__name__', type(model).__name__)}"
             )
         self._mapper = mapper
-        self._table: Table = mapper.local_table  # type: ignore[assignment]
+        self._table: sa.Table = mapper.local_table  # type: ignore[assignment]
         self._on_access = on_access
 
     def __repr__(self) -> str:
@@ -164,13 +137,7 @@ class LucentSecrets:
     # -- one secret ------------------------------------------------------------------------------
 
     @hide_locals
-    def set(
-        self,
-        key: _Key,
-        value: Any,
-        *,
-        expected: _Expected = _UNSET,
-    ) -> str:
+    def set(self, key: _Key, value: Any, *, expected: _Expected = _UNSET) -> str:
         """Store `value` under `key`, and return its token.
 
         One statement. Without `expected` it is an upsert, safe under concurrent callers: the last
@@ -233,7 +200,7 @@ class LucentSecrets:
 
     def exists(self, key: _Key) -> bool:
         """Say whether a secret is stored under `key`, without opening it."""
-        statement = select(literal(1)).where(self._begins_with(SecretKey.of(key)))
+        statement = sa.select(sa.literal(1)).where(self._begins_with(SecretKey.of(key)))
         return self._execute(statement).first() is not None
 
     def info(self, key: _Key) -> SecretInfo | None:
@@ -249,11 +216,10 @@ class LucentSecrets:
         :raises ConflictError: the stored value is not the expected one, or there is none.
         """
         key = SecretKey.of(key)
-        statement = delete(self._table).where(self._begins_with(key))
+        statement = sa.delete(self._table).where(self._begins_with(key))
         if expected is not _UNSET:
-            statement = statement.where(
-                self._has_token(literal(_token_bytes(expected), LargeBinary))
-            )
+            token = sa.literal(_token_bytes(expected), LargeBinary)
+            statement = statement.where(self._has_token(token))
         with self._savepoint_if_audited():
             deleted = self._write([key], statement).rowcount > 0
             refused = "missing" if expected is _UNSET else "conflict"
@@ -269,13 +235,7 @@ class LucentSecrets:
         :raises ConflictError: a secret is stored under `target`.
         """
         source, target = _two_keys(source, target)
-        value = self._read(source, self._load_required(source))
-        sealed = self._seal(target, value, self._keyring)
-        with self._savepoint_if_audited():
-            written = self._insert_absent(target, sealed)
-            self._tell("write", target, sealed, "ok" if written else "conflict")
-        if not written:
-            raise _conflict(target)
+        self.set(target, self._read(source, self._load_required(source)), expected=None)
 
     def move(self, source: _Key, target: _Key) -> None:
         """Move the secret of `source` to `target`, sealed for `target`, in one UPDATE.
@@ -360,7 +320,7 @@ class LucentSecrets:
         """
         keyring = to or self._keyring
         wanted = _distinct(keys)
-        versions: dict[SecretKey, str] = {}
+        done: dict[SecretKey, Sealed] = {}
         with self._savepoint_if_audited():
             waiting = wanted
             for _ in range(_ROTATE_ATTEMPTS):
@@ -372,8 +332,7 @@ class LucentSecrets:
                     key: self._seal(key, self._open(key, stored[key]), keyring) for key in waiting
                 }
                 waiting = self._replace_many(stored, resealed)
-                for key in resealed.keys() - waiting:
-                    versions[key] = resealed[key].key_version or ""
+                done.update(resealed)
                 if not waiting:
                     break
             else:
@@ -381,8 +340,8 @@ class LucentSecrets:
                     f"other writers changed the secret {waiting[0]} each time it was rotated"
                 )
             for key in wanted:
-                self._tell("rotate", key, versions[key], "ok")
-        return {key: versions[key] for key in wanted}
+                self._tell("rotate", key, done[key], "ok")
+        return {key: done[key].key_version or "" for key in wanted}
 
     def delete_many(
         self, *, scope: str, owner_id: str | int | uuid.UUID, provider: str | None = None
@@ -396,21 +355,22 @@ class LucentSecrets:
             raise InvalidKeyError("delete_many() needs the scope and the owner_id of one owner")
         condition = self._begins_with(parts)
         if self._on_access is None:
-            deleted = self._write((), delete(self._table).where(condition)).rowcount
+            deleted = self._write((), sa.delete(self._table).where(condition)).rowcount
         else:
             # By their keys, so that exactly the deleted secrets are reported.
-            selected = select(*self._key_columns).where(condition).with_for_update()
+            selected = sa.select(*self._key_columns).where(condition).with_for_update()
             keys = [_stored_key(row) for row in self._execute(selected)]
             deleted = 0
             with self._savepoint_if_audited():
                 for size, parameters in _upsert.batches(keys):
                     one_of = _upsert.is_one_of(self._table, is_mysql(self._dialect), size)
-                    statement = delete(self._table).where(one_of)
+                    statement = sa.delete(self._table).where(one_of)
                     deleted += self._write((), statement, parameters).rowcount
                 for key in keys:
                     self._tell("delete", key, None, "ok")
         for loaded in self._session.identity_map.values():
-            if isinstance(loaded, self._model) and _key_of(loaded)[: len(parts)] == parts:
+            # By the identity: reading an expired attribute would go to the database.
+            if isinstance(loaded, self._model) and inspect(loaded).identity[: len(parts)] == parts:
                 self._expire(loaded)
         return deleted
 
@@ -443,7 +403,11 @@ class LucentSecrets:
             last = SecretKey.of(after)
             if last[: len(parts)] != parts:
                 raise InvalidKeyError(f"after= is a key of another listing, {last}")
-            statement = statement.where(self._comes_after(last, len(parts)))
+            columns, rest = self._key_columns[len(parts) :], last[len(parts) :]
+            values = [sa.literal(part) for part in rest]
+            statement = statement.where(
+                row_after(columns, values, self._dialect) if columns else sa.false()
+            )
         return [_info(row) for row in self._execute(statement)]
 
     def count(
@@ -457,7 +421,7 @@ class LucentSecrets:
 
         :raises InvalidKeyError: a part breaks a rule, or is given without the parts before it.
         """
-        statement = select(func.count()).select_from(self._table)
+        statement = sa.select(sa.func.count()).select_from(self._table)
         parts = _leading_parts(scope, owner_id, provider)
         if parts:
             statement = statement.where(self._begins_with(parts))
@@ -470,32 +434,25 @@ class LucentSecrets:
     def _key_columns(self) -> builtins.list[ColumnElement[str]]:
         return [self._table.c[name] for name in KEY_PART_NAMES]
 
-    def _begins_with(self, parts: Sequence[str]) -> ColumnElement[bool]:
-        return and_(
+    def _begins_with(self, parts: Sequence[Any]) -> ColumnElement[bool]:
+        return sa.and_(
             *(column == part for column, part in zip(self._key_columns, parts, strict=False))
         )
 
-    def _comes_after(self, key: SecretKey, fixed: int) -> ColumnElement[bool]:
-        """Return the condition that a key with the same first `fixed` parts comes after `key`."""
-        columns, parts = self._key_columns[fixed:], key[fixed:]
-        if not columns:
-            return false()
-        return row_after(columns, [literal(part) for part in parts], self._dialect)
-
     def _has_token(self, token: ColumnElement[bytes]) -> ColumnElement[bool]:
-        size = func.length(token)
-        return func.substr(self._table.c.payload, 1, size, type_=LargeBinary) == token
+        size = sa.func.length(token)
+        return sa.func.substr(self._table.c.payload, 1, size, type_=LargeBinary) == token
 
     # -- reading ---------------------------------------------------------------------------------
 
     def _select_info(self) -> Any:
         columns = self._table.c
-        return select(
+        return sa.select(
             *self._key_columns,
             columns.key_version,
             columns.created_at,
             columns.updated_at,
-            func.substr(columns.payload, 1, LONGEST_PREFIX, type_=LargeBinary).label("prefix"),
+            sa.func.substr(columns.payload, 1, LONGEST_PREFIX, type_=LargeBinary).label("prefix"),
         )
 
     def _load(self, key: SecretKey, *, lock: bool = False) -> Sealed | None:
@@ -548,11 +505,11 @@ class LucentSecrets:
     # -- writing ---------------------------------------------------------------------------------
 
     @property
-    def _dialect(self) -> Dialect:
+    def _dialect(self) -> sa.Dialect:
         return self._session.get_bind(self._mapper).dialect
 
     def _seal(
-        self, key: SecretKey, value: Any, keyring: Keyring | None, dialect: Dialect | None = None
+        self, key: SecretKey, value: Any, keyring: Keyring | None, dialect: sa.Dialect | None = None
     ) -> Sealed:
         codec = _upsert.payload_codec(self._table, dialect or self._dialect)
         row = encode_row(key)
@@ -586,8 +543,8 @@ class LucentSecrets:
         if moved_to is not None:
             values.update(moved_to._asdict())
             keys.append(moved_to)
-        statement = update(self._table).where(
-            self._begins_with(key), self._has_token(literal(token, LargeBinary))
+        statement = sa.update(self._table).where(
+            self._begins_with(key), self._has_token(sa.literal(token, LargeBinary))
         )
         return self._write(keys, statement.values(values)).rowcount > 0
 
@@ -602,13 +559,13 @@ class LucentSecrets:
             return []
         names = [f"key_{name}" for name in KEY_PART_NAMES]
         statement = (
-            update(self._table)
+            sa.update(self._table)
             .where(
-                *(c == bindparam(name) for c, name in zip(self._key_columns, names, strict=True)),
-                self._has_token(bindparam("token", type_=LargeBinary)),
+                self._begins_with([sa.bindparam(name) for name in names]),
+                self._has_token(sa.bindparam("token", type_=LargeBinary)),
             )
             # `updated_at` is named to switch off its `onupdate`: a rotation is no edit.
-            .values(payload=bindparam("resealed"), updated_at=self._table.c.updated_at)
+            .values(payload=sa.bindparam("resealed"), updated_at=self._table.c.updated_at)
         )
         parameters = [
             {
@@ -654,12 +611,9 @@ class LucentSecrets:
 
     # -- reporting -------------------------------------------------------------------------------
 
-    def _tell(
-        self, action: Action, key: SecretKey, version: Sealed | str | None, outcome: str
-    ) -> None:
+    def _tell(self, action: Action, key: SecretKey, value: Sealed | None, outcome: str) -> None:
         if self._on_access is not None:
-            if isinstance(version, Sealed):
-                version = version.key_version
+            version = None if value is None else value.key_version
             access = SecretAccess(action, key, version, utc_now(), outcome)
             session = self._session
             self._on_access(access, session() if isinstance(session, scoped_session) else session)
@@ -788,15 +742,9 @@ def _stored_key(parts: Iterable[str]) -> SecretKey:
     return tuple.__new__(SecretKey, parts)
 
 
-def _info(row: Row[Any]) -> SecretInfo:
+def _info(row: sa.Row[Any]) -> SecretInfo:
     key = _stored_key((row.scope, row.owner_id, row.provider, row.name))
     return SecretInfo(key, row.key_version, row.created_at, row.updated_at, _token(row.prefix))
-
-
-def _key_of(secret: LucentSecretMixin) -> tuple[str, ...]:
-    # From the identity: reading an expired attribute would go to the database.
-    identity: tuple[str, ...] = inspect(secret).identity
-    return identity
 
 
 def _prefix(sealed: bytes) -> bytes:
@@ -815,9 +763,9 @@ def _is_token(prefix: bytes) -> bool:
     return envelope is not None and len(envelope.nonce) == NONCE_SIZE and not envelope.body
 
 
-def _token_bytes(token: object) -> bytes:
+def _token_bytes(token: Any) -> bytes:
     try:
-        prefix = bytes.fromhex(cast("str", token))
+        prefix = bytes.fromhex(token)
     except (TypeError, ValueError):
         prefix = b""
     # It must be complete, because its length says how many bytes are compared.

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from inspect import signature
 from typing import Any, Final, NoReturn
 
 from sqlalchemy import JSON, Column, LargeBinary, Table, event, type_coerce
@@ -116,12 +117,6 @@ class EncryptedJSON(SealedType):
     hashable = False
     comparator_factory = EncryptedComparator
     NULL = JSON.NULL
-
-    none_as_null: bool
-    lazy: bool
-    redact: bool
-    schema: Any
-    create_constraint: bool
 
     tracks_changes = False
     _owner: Table | None = None
@@ -331,8 +326,8 @@ class EncryptedJSON(SealedType):
     def __repr__(self) -> str:
         arguments = [
             f"{name}={getattr(self, name)!r}"
-            for name, default in _DEFAULTS.items()
-            if getattr(self, name) != default
+            for name, parameter in _SHOWN.items()
+            if getattr(self, name) != parameter.default
             and not (name == "context" and self._context_is_derived)
         ]
         return f"{type(self).__name__}({', '.join(arguments)})"
@@ -340,17 +335,8 @@ class EncryptedJSON(SealedType):
 
 _READING_OPTIONS: Final = ("lazy", "redact", "bound_to", "schema")
 
-_DEFAULTS: Final[dict[str, object]] = {
-    "none_as_null": False,
-    "context": None,
-    "accept_contexts": (),
-    "lazy": False,
-    "redact": True,
-    "bound_to": (),
-    "create_constraint": True,
-}
-"""What ``repr`` shows, and so what migrations contain. The schema is left out, because a migration
-could not import it."""
+# What `repr` shows, and so what migrations contain. A migration could not import the schema.
+_SHOWN: Final = {n: p for n, p in signature(EncryptedJSON).parameters.items() if n != "schema"}
 
 
 def _names(parameter: str, names: Iterable[str]) -> tuple[str, ...]:

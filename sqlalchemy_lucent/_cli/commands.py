@@ -13,13 +13,7 @@ import typer
 import sqlalchemy_lucent as lucent
 
 from .._envelope import VERSION_PATTERN
-from .._environment import (
-    DEFAULT_KEY_VERSION,
-    ENV_FILE_SUFFIX,
-    ENV_KEY,
-    ENV_KEYS,
-    ENV_VARIABLES,
-)
+from .._environment import DEFAULT_KEY_VERSION, ENV_FILE_SUFFIX, ENV_KEY, ENV_KEYS, ENV_VARIABLES
 from ..exceptions import hide_locals
 from ..rotation import DEFAULT_BATCH_SIZE
 from ..rotation.targets import TargetTable
@@ -77,8 +71,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Encrypted JSON for SQLAlchemy: keys, rotation, secrets.
@@ -160,13 +153,11 @@ def keys(metadata: MetadataOption = None) -> None:
     """Show versions and fingerprints of the configured keys."""
     load_targets(metadata)
     keyring = lucent.default_keyring()
-    write_rows(
-        ("version", "fingerprint", "use"),
-        [
-            (version, keyring.fingerprint(version), "opens" if n else "seals and opens")
-            for n, version in enumerate(keyring.versions)
-        ],
-    )
+    rows = [
+        (version, keyring.fingerprint(version), "opens" if n else "seals and opens")
+        for n, version in enumerate(keyring.versions)
+    ]
+    write_rows(("version", "fingerprint", "use"), rows)
 
 
 # -- values of all tables --------------------------------------------------------------------------
@@ -187,18 +178,11 @@ def status(
     if as_json:
         write_json(report.as_dict())
         return
-    write_rows(
-        ("column", "version", "fingerprint", "values"),
-        [
-            (
-                f"{row.table}.{row.column}",
-                row.key_version or "not sealed",
-                row.fingerprint or "-",
-                row.count,
-            )
-            for row in report.rows
-        ],
-    )
+    rows = [
+        (f"{r.table}.{r.column}", r.key_version or "not sealed", r.fingerprint or "-", r.count)
+        for r in report.rows
+    ]
+    write_rows(("column", "version", "fingerprint", "values"), rows)
     if not report.rows:
         tell("no values")
     tell_left_out(report)
@@ -322,10 +306,8 @@ def retire_check(
     counts = {(table.name, column.name): 0 for table in tables for column in table.columns}
     for row in report.rows:
         counts[row.table, row.column] += row.count
-    write_rows(
-        ("column", "values"),
-        [(f"{table}.{column}", count) for (table, column), count in counts.items()],
-    )
+    rows = [(f"{table}.{column}", count) for (table, column), count in counts.items()]
+    write_rows(("column", "values"), rows)
     write(wrapped(f"no value in these tables needs key version {version}") + "\n")
     tell_left_out(report)
     if not settle:

@@ -17,18 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from sqlalchemy import (
-    JSON,
-    URL,
-    Column,
-    ColumnClause,
-    Engine,
-    MetaData,
-    String,
-    create_engine,
-    inspect,
-    make_url,
-)
+import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Mapper, registry
 from sqlalchemy.pool import NullPool
@@ -80,11 +69,10 @@ def alembic_config() -> Config | None:
     return Config(ini if ini.is_file() else None, toml_file=toml if toml.is_file() else None)
 
 
-def find_url(given: str | None) -> URL:
+def find_url(given: str | None) -> sa.URL:
     """Return the URL of the database, with a synchronous driver.
 
-    :param given: the option ``--url``, before DATABASE_URL and Alembic's `sqlalchemy.url`.
-    :raises CommandError: there is none, or it is malformed.
+    It is the option ``--url``, else DATABASE_URL, else Alembic's `sqlalchemy.url`.
     """
     source, text = "--url", given
     if not text:
@@ -117,11 +105,11 @@ def _alembic_url() -> str | None:
     return None if not isinstance(url, str) or url.startswith("driver://") else url
 
 
-def _parse(text: str, source: str) -> URL:
+def _parse(text: str, source: str) -> sa.URL:
     # SQLAlchemy's messages may quote a part of the password.
     url = None
     with contextlib.suppress(ArgumentError, ValueError):
-        url = make_url(text)
+        url = sa.make_url(text)
     if url is None:
         raise CommandError(
             f"{source} is not a database URL: dialect://user:password@host:port/database, in which "
@@ -137,7 +125,7 @@ def _parse(text: str, source: str) -> URL:
     return url
 
 
-def _with_sync_driver(url: URL, source: str) -> URL:
+def _with_sync_driver(url: sa.URL, source: str) -> sa.URL:
     name, _, driver = url.drivername.partition("+")
     backend = _BACKENDS.get(name)
     if backend is None:
@@ -166,24 +154,17 @@ def _with_sync_driver(url: URL, source: str) -> URL:
 
 
 @contextmanager
-def connected(given: str | None) -> Iterator[Engine]:
-    """Give an engine for the database, after a first connection.
-
-    :raises CommandError: the database is not named, or does not answer.
-    """
-    engine = _engine_of(find_url(given))
+def connected(given: str | None) -> Iterator[sa.Engine]:
+    """Give an engine for the database, after a first connection."""
+    engine = _connect(find_url(given))
     try:
-        _try_connecting(engine)
         yield engine
     finally:
         engine.dispose()
 
 
-def _engine_of(url: URL) -> Engine:
-    """Return an engine whose errors do not show parameters.
-
-    :raises CommandError: the driver is not installed, or does not know an option of `url`.
-    """
+def _connect(url: sa.URL) -> sa.Engine:
+    """Return an engine that has connected once, and whose errors do not show parameters."""
     if url.get_backend_name() == "sqlite":
         path = url.database or ":memory:"
         # SQLite would create an empty one.
@@ -193,7 +174,11 @@ def _engine_of(url: URL) -> Engine:
     if url.get_backend_name() == "postgresql" and "connect_timeout" not in url.query:
         timeout = {"connect_timeout": _CONNECT_TIMEOUT}
     try:
-        return create_engine(url, hide_parameters=True, poolclass=NullPool, connect_args=timeout)
+        engine = sa.create_engine(
+            url, hide_parameters=True, poolclass=NullPool, connect_args=timeout
+        )
+        with engine.connect():
+            return engine
     except NoSuchModuleError:
         fault = f"SQLAlchemy does not know the driver of {url.drivername}"
     except ImportError as error:
@@ -204,23 +189,14 @@ def _engine_of(url: URL) -> Engine:
         )
     except (ArgumentError, TypeError, ValueError):
         fault = f"the URL has an option that {url.drivername} does not take"
-    raise CommandError(fault)
-
-
-def _try_connecting(engine: Engine) -> None:
-    try:
-        with engine.connect():
-            return
     except DBAPIError as error:
-        fault = f"cannot connect to {where(engine.url)}: {_without_password(error, engine.url)}"
-    except (TypeError, ValueError):
-        fault = f"the URL has an option that {engine.url.drivername} does not take"
+        fault = f"cannot connect to {where(url)}: {_without_password(error, url)}"
     except OSError as error:
-        fault = f"cannot connect to {where(engine.url)}: {error.strerror or type(error).__name__}"
+        fault = f"cannot connect to {where(url)}: {error.strerror or type(error).__name__}"
     raise CommandError(fault)
 
 
-def where(url: URL) -> str:
+def where(url: sa.URL) -> str:
     """Return what may be shown of `url`: no user, no password, no options."""
     if url.get_backend_name() == "sqlite":
         return f"SQLite at {url.database or ':memory:'}"
@@ -230,18 +206,15 @@ def where(url: URL) -> str:
     )
 
 
-def _without_password(error: DBAPIError, url: URL) -> str:
+def _without_password(error: DBAPIError, url: sa.URL) -> str:
     sentence = " ".join(str(said_by(error)).split())
-    passwords = {str(url.password or ""), *_strings(url, "password"), *_strings(url, "passwd")}
+    options = url.normalized_query
+    passwords = {str(url.password or ""), *options.get("password", ()), *options.get("passwd", ())}
     for password in passwords - {"", url.username, url.host, url.database}:
         # Not cut out: the text around the gap would tell what was there.
         if password in sentence:
             return f"{type(error.orig).__name__}; its message is not shown, to keep the password"
     return sentence
-
-
-def _strings(url: URL, option: str) -> Sequence[str]:
-    return url.normalized_query.get(option) or ()
 
 
 # -- the models ------------------------------------------------------------------------------------
@@ -251,8 +224,6 @@ def load_targets(names: Sequence[str] | None) -> list[Target]:
     """Import the objects that `names` say, each ``package.module:name``. Default: LucentBase.
 
     If a module sets the application's own keyring, it is set from now on.
-
-    :raises CommandError: a module cannot be imported, or has no such name.
     """
     if not names:
         return [LucentBase]
@@ -308,10 +279,7 @@ class Selection:
     columns: Sequence[str] | None = None
 
     def targets(self) -> Sequence[Target]:
-        """Import the models, and return their selected columns.
-
-        :raises CommandError: no encrypted column has such a name.
-        """
+        """Import the models, and return their selected columns."""
         targets = load_targets(self.metadata)
         if not self.tables and not self.columns:
             return targets
@@ -333,11 +301,11 @@ class Selection:
         return found
 
 
-def _table_names(column: Column[Any]) -> set[str]:
+def _table_names(column: sa.Column[Any]) -> set[str]:
     return {column.table.name, column.table.fullname}
 
 
-def _column_names(column: Column[Any]) -> set[str]:
+def _column_names(column: sa.Column[Any]) -> set[str]:
     return {column.name, *(f"{table}.{column.name}" for table in _table_names(column))}
 
 
@@ -349,14 +317,14 @@ class Found(NamedTuple):
     types: dict[str, TypeEngine[Any]]
     """By the lower-case name of each column: SQLite and MySQL accept any case."""
 
-    def missing(self, columns: Iterable[ColumnClause[Any]]) -> list[str]:
+    def missing(self, columns: Iterable[sa.ColumnClause[Any]]) -> list[str]:
         """Return the names of those `columns` that the table lacks."""
         return [column.name for column in columns if column.name.lower() not in self.types]
 
 
-def look_up(engine: Engine, targets: Iterable[TargetTable]) -> Iterator[Found]:
+def look_up(engine: sa.Engine, targets: Iterable[TargetTable]) -> Iterator[Found]:
     """Look each table up in the database."""
-    inspector = inspect(engine)
+    inspector = sa.inspect(engine)
     for target in targets:
         name, schema = target.clause.name, target.clause.schema
         with engine.connect() as connection:
@@ -369,12 +337,8 @@ def look_up(engine: Engine, targets: Iterable[TargetTable]) -> Iterator[Found]:
 @contextmanager
 def opened(
     url: str | None, targets: Sequence[Target]
-) -> Iterator[tuple[Engine, list[TargetTable]]]:
-    """Give an engine and the tables of `targets`, without views and foreign tables.
-
-    :raises CommandError: a table or column is not in the database, or is not encrypted there.
-    :raises RotationError: there is no encrypted column among them.
-    """
+) -> Iterator[tuple[sa.Engine, list[TargetTable]]]:
+    """Give an engine and the tables of `targets`, without views and foreign tables."""
     with connected(url) as engine:
         found = list(look_up(engine, resolve_targets(targets, engine)))
         for each in found:
@@ -382,7 +346,7 @@ def opened(
         yield engine, [each.target for each in found if each.types]
 
 
-def _require_migrated(table: Found, engine: Engine) -> None:
+def _require_migrated(table: Found, engine: sa.Engine) -> None:
     name, place = table.target.name, where(engine.url)
     if table.relation is None:
         raise CommandError(
@@ -408,18 +372,12 @@ def _require_migrated(table: Found, engine: Engine) -> None:
 
 
 def holds_text(type_: TypeEngine[Any]) -> bool:
-    """Say whether a reflected column still has a plaintext type.
-
-    PostgreSQL and MySQL refuse to look for sealed bytes in it.
-    """
-    return isinstance(type_, (JSON, String))
+    """Say whether a column has a type in which databases refuse to look for sealed bytes."""
+    return isinstance(type_, (sa.JSON, sa.String))
 
 
 def secrets_model(names: Sequence[str] | None) -> type[LucentSecretMixin]:
-    """Return the model of scoped secrets among the objects that `names` say.
-
-    :raises CommandError: there is not exactly one.
-    """
+    """Return the only model of scoped secrets among the objects that `names` say."""
     models = {model for target in load_targets(names) for model in _secrets_models(target)}
     if not models:
         raise CommandError(
@@ -439,7 +397,7 @@ def _secrets_models(target: Any) -> Iterator[type[LucentSecretMixin]]:
         for member in target:
             yield from _secrets_models(member)
         return
-    is_whole = isinstance(target, (MetaData, registry, type)) and not _is_mapped(target)
+    is_whole = isinstance(target, (sa.MetaData, registry, type)) and not _is_mapped(target)
     named = tables_in(target) if is_whole else [target]
     for model in _mapped_below(LucentSecretMixin):
         if any(it is model or it is model.__table__ for it in named):
@@ -455,4 +413,4 @@ def _mapped_below(class_: type[Any]) -> Iterator[type[Any]]:
 
 
 def _is_mapped(target: object) -> bool:
-    return isinstance(inspect(target, raiseerr=False), Mapper)
+    return isinstance(sa.inspect(target, raiseerr=False), Mapper)

@@ -50,10 +50,7 @@ class Finding(NamedTuple):
 
 
 def examine(targets: Sequence[Target], url: str | None) -> Iterator[Finding]:
-    """Run all checks, one after the other.
-
-    :raises CommandError: no database is named, or it does not answer.
-    """
+    """Run all checks, one after the other."""
     keyring = None
     try:
         keyring = default_keyring()
@@ -71,24 +68,18 @@ def examine(targets: Sequence[Target], url: str | None) -> Iterator[Finding]:
         yield from _clock(engine)
         models = {column.table.fullname: column.table for column in columns_in(targets)}
         tables = resolve_targets(targets, engine)
-        replica = _why_not_the_primary(engine)
-        if replica is not None:
-            yield Finding("fix", f"database: {replica}")
+        is_primary = True
+        try:
+            with engine.connect() as connection:
+                require_primary(connection)
+        except RotationError as error:
+            is_primary = False  # so that values cannot be counted here
+            yield Finding("fix", f"database: {error}")
         for found in look_up(engine, tables):
             yield from _table(engine, found, models[found.target.name])
-            if replica is None:
+            if is_primary:
                 yield from _values(engine, found, models[found.target.name], keyring)
         yield from _unnamed(engine, tables)
-
-
-def _why_not_the_primary(engine: Engine) -> str | None:
-    """Return why values cannot be counted on this server; ``None`` if they can."""
-    with engine.connect() as connection:
-        try:
-            require_primary(connection)
-        except RotationError as error:
-            return str(error)
-    return None
 
 
 def _constant_keys(keyring: Keyring) -> Iterator[Finding]:

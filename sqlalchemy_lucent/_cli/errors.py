@@ -47,7 +47,7 @@ class Exit(IntEnum):
 
 
 class CommandError(Exception):
-    """Ends a command with a sentence and an exit code."""
+    """Ends a command with a sentence and an exit code. Most functions here may raise it."""
 
     def __init__(self, sentence: str, code: Exit = Exit.WRONG) -> None:
         super().__init__(sentence)

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -128,22 +128,18 @@ def write_failures(failed: Sequence[FailedRow], count: int) -> None:
     opened = all(row.error in _REASONS for row in failed)
     fault = "did not open" if opened else "did not open or were refused by the database"
     _say(f"{counted(count, 'value')} {fault}, left unchanged:")
-    write_rows(
-        ("column", "primary key", "version", "fingerprint", "reason"),
-        [
-            (f"{row.table}.{row.column}", ", ".join(map(str, row.primary_key)), *_why(row))
-            for row in failed[:_FAILURES_SHOWN]
-        ],
-    )
+    shown = [
+        (f"{row.table}.{row.column}", ", ".join(map(str, row.primary_key)), *_why(row))
+        for row in failed[:_FAILURES_SHOWN]
+    ]
+    write_rows(("column", "primary key", "version", "fingerprint", "reason"), shown)
     if count <= _FAILURES_SHOWN:
         return
     _say(f"and {count - _FAILURES_SHOWN} more; --json names up to 1,000")
     reasons = Counter((f"{row.table}.{row.column}", *_why(row)) for row in failed)
     write("by reason:\n" if len(failed) == count else f"the first {len(failed):,} by reason:\n")
-    write_rows(
-        ("column", "version", "fingerprint", "reason", "values"),
-        [(*reason, number) for reason, number in reasons.most_common()],
-    )
+    rows = [(*reason, number) for reason, number in reasons.most_common()]
+    write_rows(("column", "version", "fingerprint", "reason", "values"), rows)
 
 
 def _why(row: FailedRow) -> tuple[str, str, str]:
@@ -324,18 +320,14 @@ class Rotators:
                     shown.update(_together(list(latest.values())))
                 if interrupt.asked and not asked:
                     asked = True
-                    _ask_to_stop(running)
+                    for channel in running:
+                        with suppress(OSError):  # it has just ended
+                            channel.send(None)
         finally:
             # After a second Ctrl-C, at once: the database rolls their batches back.
             for process in self._processes.values():
                 process.terminate()
         return sum(progress.rotated for progress in latest.values())
-
-
-def _ask_to_stop(channels: Iterable[Channel[Any, Any]]) -> None:
-    for channel in channels:
-        with suppress(OSError):  # it has just ended
-            channel.send(None)
 
 
 def _tell_how_it_ended(process: BaseProcess) -> None:
@@ -376,5 +368,5 @@ def _together(latest: Sequence[RotationProgress]) -> RotationProgress:
     total = max(rotated, *(progress.total for progress in latest))
     rate = sum(progress.rate for progress in latest)
     left = max(total - rotated - failed, 0)
-    table = latest[-1].table
-    return RotationProgress(table, rotated, failed, total, rate, left / rate if rate else None)
+    seconds_left = left / rate if rate else None
+    return RotationProgress(latest[-1].table, rotated, failed, total, rate, seconds_left)

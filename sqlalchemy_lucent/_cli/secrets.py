@@ -69,13 +69,8 @@ def list_secrets(
                 scope=scope, owner_id=owner, provider=provider, limit=_PAGE, after=after
             )
             session.rollback()  # hold no transaction while the user reads
-            write_rows(
-                ("key", "version", "updated"),
-                [
-                    (info.key, info.key_version or "not sealed", _moment(info.updated_at))
-                    for info in page
-                ],
-            )
+            rows = [(i.key, i.key_version or "not sealed", _moment(i.updated_at)) for i in page]
+            write_rows(("key", "version", "updated"), rows)
             if len(page) < _PAGE:
                 return
             after = page[-1].key
@@ -90,8 +85,7 @@ def get_secret(
         bool, typer.Option("--reveal", help="Print the value as JSON; asks on a terminal.")
     ] = False,
     text: Annotated[
-        bool,
-        typer.Option("--text", help="With --reveal, print a text as it is, with a line end."),
+        bool, typer.Option("--text", help="With --reveal, print a text as it is, with a line end.")
     ] = False,
     yes: YesOption = False,
 ) -> None:
@@ -119,18 +113,9 @@ def get_secret(
         else:
             write_json(value)
         return
-    write_rows(
-        ("key", "version", "created", "updated", "value"),
-        [
-            (
-                info.key,
-                info.key_version,
-                _moment(info.created_at),
-                _moment(info.updated_at),
-                f"<redacted {_kind(value)}>",
-            )
-        ],
-    )
+    created, updated = _moment(info.created_at), _moment(info.updated_at)
+    row = (info.key, info.key_version, created, updated, f"<redacted {_kind(value)}>")
+    write_rows(("key", "version", "created", "updated", "value"), [row])
 
 
 @app.command("set")
@@ -161,10 +146,7 @@ def set_secret(
 
 @app.command("delete")
 def delete_secret(
-    key: KeyArgument,
-    url: UrlOption = None,
-    metadata: MetadataOption = None,
-    yes: YesOption = False,
+    key: KeyArgument, url: UrlOption = None, metadata: MetadataOption = None, yes: YesOption = False
 ) -> None:
     """Delete a secret, after asking."""
     secret_key = SecretKey.parse(key)

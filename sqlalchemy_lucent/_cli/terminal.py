@@ -21,14 +21,8 @@ from .errors import ClosedPipeError, CommandError, Exit
 
 def console(stream: TextIO) -> Console:
     """Return a console that prints text literally, and without colour under NO_COLOR."""
-    plain = bool(os.environ.get("NO_COLOR"))
-    return Console(
-        file=stream,
-        markup=False,
-        highlight=False,
-        emoji=False,
-        color_system=None if plain else "auto",
-    )
+    colors: Any = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(file=stream, markup=False, highlight=False, emoji=False, color_system=colors)
 
 
 def width() -> int:
@@ -58,14 +52,11 @@ def _write(stream: TextIO, text: str) -> None:
 
 def write_json(value: Any) -> None:
     """Write `value` as JSON. A terminal gets escapes for what is not printable."""
-    text = json.dumps(value, indent=2, ensure_ascii=not _writes_utf8())
+    is_utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+    text = json.dumps(value, indent=2, ensure_ascii=not is_utf8)
     if sys.stdout.isatty():
         text = "".join(c if c.isprintable() or c == "\n" else _json_escape(c) for c in text)
     write(f"{text}\n")
-
-
-def _writes_utf8() -> bool:
-    return sys.stdout.encoding.lower().replace("-", "") == "utf8"
 
 
 def _json_escape(character: str) -> str:
@@ -152,10 +143,7 @@ def write_finding(level: str, what: str, advice: str) -> None:
 
 
 def confirm(question: str) -> None:
-    """Ask on the terminal.
-
-    :raises CommandError: the answer is not yes, or there is no terminal to ask on.
-    """
+    """Ask on the terminal, and end the command unless the answer is yes."""
     if sys.stdin is None or not sys.stdin.isatty():
         raise CommandError(
             "standard input is not a terminal, so nobody can be asked; add --yes to go on"

@@ -9,20 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Engine,
-    LargeBinary,
-    Text,
-    cast,
-    column,
-    func,
-    inspect,
-    select,
-    table,
-    text,
-)
+import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from .. import _sql
@@ -52,7 +39,7 @@ class _Column(NamedTuple):
     """Whether it can hold sealed bytes only as PostgreSQL writes bytes in text."""
 
 
-def unnamed_values(engine: Engine, targets: list[TargetTable]) -> Iterator[Unnamed]:
+def unnamed_values(engine: sa.Engine, targets: list[TargetTable]) -> Iterator[Unnamed]:
     """Count the sealed values of every binary and text column that is not a target, in SQL.
 
     Reads each table once, and once more if it has some. Partitions are read through their parent.
@@ -79,29 +66,29 @@ def unnamed_values(engine: Engine, targets: list[TargetTable]) -> Iterator[Unnam
                 yield Unnamed(f"{schema}.{name}", {}, type(error).__name__)
 
 
-def _in_table(connection: Connection, columns: list[_Column]) -> Iterator[Unnamed]:
+def _in_table(connection: sa.Connection, columns: list[_Column]) -> Iterator[Unnamed]:
     schema, name = columns[0].schema, columns[0].table
-    owner = table(name, *(column(each.name) for each in columns), schema=schema)
+    owner = sa.table(name, *(sa.column(each.name) for each in columns), schema=schema)
     versions = [_version(connection, owner.c[each.name], each) for each in columns]
-    counts = connection.execute(select(*map(func.count, versions)).select_from(owner)).one()
+    counts = connection.execute(sa.select(*map(sa.func.count, versions)).select_from(owner)).one()
     for each, version, count in zip(columns, versions, counts, strict=True):
         if not count:
             continue
-        under = select(version.label("version")).select_from(owner).subquery().c.version
-        counting = select(under, func.count()).where(under.is_not(None)).group_by(under)
+        under = sa.select(version.label("version")).select_from(owner).subquery().c.version
+        counting = sa.select(under, sa.func.count()).where(under.is_not(None)).group_by(under)
         rows = connection.execute(counting.order_by(under)).all()
         found = {bytes.fromhex(v).decode() if each.is_text else str(v): n for v, n in rows}
         yield Unnamed(f"{schema}.{name}.{each.name}", found)
 
 
 def _version(
-    connection: Connection, value: ColumnElement[Any], each: _Column
-) -> ColumnElement[Any]:
+    connection: sa.Connection, value: sa.ColumnElement[Any], each: _Column
+) -> sa.ColumnElement[Any]:
     if each.is_text:
-        return func.substring(cast(value, Text), _IN_TEXT)
+        return sa.func.substring(sa.cast(value, sa.Text), _IN_TEXT)
     if connection.dialect.name == "postgresql":
         return _sql.key_version(value)
-    return _sql.key_version(cast(value, LargeBinary))
+    return _sql.key_version(sa.cast(value, sa.LargeBinary))
 
 
 # In hexadecimal: the characters of a version, ":", the format, and the shortest value's rest.
@@ -111,7 +98,7 @@ _IN_TEXT: Final = (
 )
 
 # Inherited columns are left out: their rows are read through the parent.
-_POSTGRESQL: Final = text("""
+_POSTGRESQL: Final = sa.text("""
 SELECT namespace.nspname, class.relname, attribute.attname,
     type.typsend <> CAST('byteasend' AS regproc)
 FROM pg_attribute AS attribute
@@ -126,7 +113,7 @@ AND (type.typsend = CAST('byteasend' AS regproc)
 ORDER BY attribute.attnum
 """)
 
-_MYSQL: Final = text("""
+_MYSQL: Final = sa.text("""
 SELECT c.table_schema, c.table_name, c.column_name, 0
 FROM information_schema.columns AS c JOIN information_schema.tables AS t
 ON t.table_schema = c.table_schema AND t.table_name = c.table_name
@@ -137,13 +124,13 @@ ORDER BY c.ordinal_position
 """)
 
 
-def _columns(connection: Connection) -> list[_Column]:
+def _columns(connection: sa.Connection) -> list[_Column]:
     """Return every column that may hold sealed values."""
     if connection.dialect.name == "postgresql":
         return [_Column(*row) for row in connection.execute(_POSTGRESQL)]
     if is_mysql(connection.dialect):
         return [_Column(*row) for row in connection.execute(_MYSQL)]
-    inspector = inspect(connection)
+    inspector = sa.inspect(connection)
     return [
         _Column(schema, name, each["name"], is_text=False)  # SQLite: any column may hold any value
         for schema in inspector.get_schema_names()

@@ -699,3 +699,4 @@ def test_listeners_do_not_pile_up(engine: Engine) -> None:
             connection.execute(table.insert(), {"id": number, "creds": VALUE})
             connection.execute(sa.select(table.c.creds).where(table.c.id == number)).all()
     assert len(list(engine.dialect.dispatch.handle_error)) == 1
+    assert len(list(engine.dialect.dispatch.do_execute)) == 1
