@@ -23,16 +23,7 @@ from alembic.operations.ops import (
 )
 from alembic.runtime.plugins import Plugin
 from alembic.util import DispatchPriority, PriorityDispatchResult
-from sqlalchemy import (
-    JSON,
-    Column,
-    Connection,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-    Uuid,
-)
+from sqlalchemy import JSON, Column, Connection, LargeBinary, MetaData, String, Table, Uuid
 from sqlalchemy import table as table_clause
 from sqlalchemy.exc import NoSuchTableError, UnreflectableTableError
 from sqlalchemy.types import _Binary
@@ -252,9 +243,7 @@ def _take_conversions(connection: Connection, upgrade_ops: UpgradeOps) -> Iterat
 
 
 def _take_drops(
-    autogen_context: AutogenContext,
-    upgrade_ops: UpgradeOps,
-    conversions: Iterable[ConvertColumnOp],
+    autogen_context: AutogenContext, upgrade_ops: UpgradeOps, conversions: Iterable[ConvertColumnOp]
 ) -> Iterator[MigrateOperation]:
     """Take out what drops an index or constraint of a table that is converted.
 

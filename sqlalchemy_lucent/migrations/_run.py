@@ -10,15 +10,7 @@ from typing import Any, TypeVar
 
 from alembic.operations import Operations, ops, toimpl
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import (
-    Column,
-    ColumnElement,
-    Connection,
-    MetaData,
-    Table,
-    func,
-    select,
-)
+from sqlalchemy import Column, ColumnElement, Connection, MetaData, Table, func, select
 from sqlalchemy import column as column_clause
 from sqlalchemy import table as table_clause
 from sqlalchemy.types import TypeEngine, to_instance

@@ -10,17 +10,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Engine,
-    Row,
-    String,
-    column,
-    func,
-    inspect,
-    select,
-)
+from sqlalchemy import ColumnElement, Connection, Engine, Row, String, column, func, inspect, select
 
 from .._database.async_bridge import run_sync, sleep_in_async
 from .._database.connection import ManagedConnection
@@ -129,10 +119,7 @@ def _count_keys(
 ) -> Sequence[Row[Any]]:
     value = rows.clause.c[name]
     counted = (
-        select(
-            key_version(value).label("version"),
-            key_id(value).label("fingerprint"),
-        )
+        select(key_version(value).label("version"), key_id(value).label("fingerprint"))
         .select_from(rows.clause)
         .where(value.is_not(None), *rows.in_range(bounds))
         .subquery()
