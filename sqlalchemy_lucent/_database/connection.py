@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -14,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .._sql import is_mysql
 from ..exceptions import RotationError
-from .async_bridge import wait_for
+from .async_bridge import sleep, wait_for
 from .faults import Fault, breaks_off, errors_of, fault_of
 from .visibility import require_primary
 
@@ -62,7 +61,6 @@ class ManagedConnection:
     :param bind: an engine, whose connection is replaced when it is lost; or a connection, which is
         given back as it was.
     :param retries: further attempts after a passing fault.
-    :param sleep: waits for a number of seconds.
     :param read_only: whether nothing will be written. Then a connection may be in a transaction of
         the caller's; everything is read in it, and nothing is retried.
     :raises RotationError: `bind` is neither, or its dialect is not supported.
@@ -73,7 +71,6 @@ class ManagedConnection:
         bind: Engine | Connection,
         *,
         retries: int = DEFAULT_RETRIES,
-        sleep: Callable[[float], object] = time.sleep,
         read_only: bool = False,
     ) -> None:
         if not isinstance(bind, (Engine, Connection)):
@@ -82,7 +79,6 @@ class ManagedConnection:
         self._given = bind if isinstance(bind, Connection) else None
         self._connection: Connection | None = None
         self._retries = retries
-        self.sleep = sleep
         self._read_only = read_only
         self._in_callers_transaction = False
         self._was_connected = False
@@ -129,6 +125,10 @@ class ManagedConnection:
         """The connection, in AUTOCOMMIT mode unless it is in the caller's transaction."""
         assert self._connection is not None
         return self._connection
+
+    def sleep(self, seconds: float) -> None:
+        """Wait; with an async driver, while the event loop goes on."""
+        sleep(seconds, self.dialect)
 
     def retry(self, work: Callable[[int], _T], limit: int = 1) -> _T:
         """Do `work` with `limit` rows at most; after a passing fault, retry with half the rows.
