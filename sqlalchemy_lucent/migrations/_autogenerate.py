@@ -140,14 +140,12 @@ def _included_columns(autogen_context: AutogenContext) -> Iterator[Column[Any]]:
 
 
 def _is_in_a_table(connection: Connection, column: Column[Any]) -> bool:
-    table = column.table
-    assert isinstance(table, Table)
     (target,) = resolve_targets(column, connection)
     found = relation_of(connection, target.clause.name, target.clause.schema)
     if found is not None and found.is_table:
         return True
     what = "not in this database" if found is None else f"a {found.kind}"
-    logger.info("left out %s, which is %s", table.fullname, what)
+    logger.info("left out %s, which is %s", target.name, what)
     return False
 
 
@@ -305,21 +303,18 @@ def _work_on_values(connection: Connection, column: Column[Any]) -> Iterator[Col
     """Give the operation that the values of a column need, if any."""
     type_ = column.type
     assert isinstance(type_, EncryptedJSON)
-    table = column.table
-    assert isinstance(table, Table)
-    bound = _bound_to_with_types(column)
+    (target,) = resolve_targets(column, connection)
+    shared: dict[str, Any] = {
+        "schema": column.table.schema,
+        "context": type_.explicit_context,
+        "bound_to": _bound_to_with_types(column),
+    }
     if needs_rotation(connection, column):
         logger.info("Detected values of %s that are not under the primary key", column)
         yield RotateEncryptedColumnOp(
-            table.name,
-            column.name,
-            schema=table.schema,
-            context=type_.explicit_context,
-            accept_contexts=type_.accept_contexts,
-            bound_to=bound,
+            column.table.name, column.name, accept_contexts=type_.accept_contexts, **shared
         )
         return
-    (target,) = resolve_targets(column, connection)
     job = Rebind(target, default_keyring(), connection.dialect)
     read = read_on(connection)
     # While a column accepts earlier contexts, open all values, not only the first: when none of
@@ -328,12 +323,7 @@ def _work_on_values(connection: Connection, column: Column[Any]) -> Iterator[Col
     if earlier is not None:
         logger.info("Detected values of %s in the context %s", column, earlier)
         yield RebindEncryptedColumnOp(
-            table.name,
-            column.name,
-            from_context=earlier,
-            context=type_.explicit_context,
-            schema=table.schema,
-            bound_to=bound,
+            column.table.name, column.name, from_context=earlier, **shared
         )
         return
     found = list(job.contexts(read, _SAMPLE))
@@ -369,12 +359,6 @@ _LOOKS_SECRET: Final = re.compile(
 )
 
 
-def _setup_lint(plugin: Plugin) -> None:
-    plugin.add_autogenerate_comparator(
-        _warn_of_plain_secrets, "autogenerate", "lucent_lint", priority=DispatchPriority.LAST
-    )
-
-
 def _warn_of_plain_secrets(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> Any:
     """Warn of columns that are named like secrets and hold JSON, text or bytes as they are."""
     for column in _included_columns(autogen_context):
@@ -389,4 +373,6 @@ def _warn_of_plain_secrets(autogen_context: AutogenContext, upgrade_ops: Upgrade
 
 
 setup(Plugin(PLUGIN_NAME))
-_setup_lint(Plugin(LINT_PLUGIN_NAME))
+Plugin(LINT_PLUGIN_NAME).add_autogenerate_comparator(
+    _warn_of_plain_secrets, "autogenerate", "lucent_lint", priority=DispatchPriority.LAST
+)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final, Literal
 
 from alembic.operations import Operations
@@ -37,7 +37,6 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy import table as table_clause
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import TypeEngine, _Binary
 
@@ -91,26 +90,21 @@ class _Conversion:
     def run(self) -> None:
         plan = self._plan
         self._look()
-        has_through = plan.second in self._columns
+        has_second = plan.second in self._columns
         content = self._content(plan.column_name)
+        content_of_second = self._content(plan.second) if has_second else None
         wanted, other = _contents(plan)
-        if has_through:
-            beside = self._content(plan.second)
-            if content is not None and content == beside:
-                raise RotationError(
-                    f"{plan.full_name} and {plan.second} both hold {content} values; one of them "
-                    "was not made by this operation. Give another name as through="
-                )
-            if content == wanted or (content is None and beside == other):
-                self._drop_what_is_left()
-                return
-        elif content == wanted:
-            logger.info("%s is %s already; nothing to do", plan.full_name, wanted)
-            self._finish_check()
+        if content is not None and content == content_of_second:
+            raise RotationError(
+                f"{plan.full_name} and {plan.second} both hold {content} values; one of them was "
+                "not made by this operation. Give another name as through="
+            )
+        if content == wanted or (content is None and content_of_second == other):
+            self._finish()
             return
         self._refuse_values_that_are_not_json()
         self._refuse_what_would_be_lost(plan.column_name)
-        if not has_through:
+        if not has_second:
             self._add()
         if plan.swap:
             began = time.monotonic()
@@ -174,8 +168,7 @@ class _Conversion:
         return "sealed" if has or not plain_is_binary else None
 
     def _any(self, *conditions: Any) -> bool:
-        owner = table_clause(self._plan.table_name, schema=self._plan.schema)
-        return has_row(self._connection, owner, *conditions)
+        return has_row(self._connection, self._owner, *conditions)
 
     def _refuse_what_would_be_lost(self, name: str) -> None:
         """Refuse a column that something depends on: a drop would lose it."""
@@ -208,10 +201,8 @@ class _Conversion:
 
     def _kind_of_values(self, plain: PlainColumn) -> str | None:
         """Return the name of the type of the first values, if none of them is a JSON value."""
-        plan = self._plan
-        owner = table_clause(plan.table_name, schema=plan.schema)
-        statement = select(plain.expression()).select_from(owner).limit(_SAMPLE)
-        values = self._connection.scalars(statement.where(column(plan.column_name).is_not(None)))
+        statement = select(plain.expression()).select_from(self._owner).limit(_SAMPLE)
+        values = self._connection.scalars(statement.where(column(plain.name).is_not(None)))
         kinds = [plain.kind_unless_json(value) for value in values]
         return kinds[0] if kinds and all(kinds) else None
 
@@ -246,11 +237,8 @@ class _Conversion:
         plain, sealed = (
             (plan.column_name, plan.second) if plan.to_sealed else (plan.second, plan.column_name)
         )
-        columns: list[Column[Any]] = [
-            *(Column(c.name, c.type, primary_key=c.primary_key) for c in self._owner.columns),
-            Column(sealed, plan.sealed_type),
-        ]
-        owner = Table(plan.table_name, MetaData(), *columns, schema=plan.schema)
+        owner = self._owner.to_metadata(MetaData())
+        owner.append_column(Column(sealed, plan.sealed_type))
         (target,) = resolve_targets(owner.c[sealed], self._connection)
         return Backfill(
             target,
@@ -274,30 +262,22 @@ class _Conversion:
 
         Unless this is `final`, a row that is not filled is no failure: it may be new.
         """
+        plan = self._plan
         failures = Failures()
-        columns = [self._plan.column_name, *([self._plan.second] if compare else [])]
+        columns = [plan.column_name, *([plan.second] if compare else [])]
         if not any(self._any(column(name).is_not(None)) for name in columns):
             return failures
         report = run_jobs(
             self._connection,
             [self._job(compare=compare)],
             self._keyring(),
-            batch_size=self._plan.batch_size,
-            on_progress=self._log,
+            batch_size=plan.batch_size,
+            on_progress=partial(log_progress, plan.verb, plan.full_name),
             passes=passes,
         )
         failures.named += report.failed
         failures.count = max(report.failed_count, report.remaining if final else 0)
         return failures
-
-    def _log(self, progress: RotationProgress) -> None:
-        logger.info(
-            "%s %d of %d values of %s so far",
-            self._plan.verb,
-            progress.rotated,
-            max(progress.total, progress.rotated),
-            self._plan.full_name,
-        )
 
     def _stop_if_failed(self, failures: Failures) -> None:
         if not failures.count:
@@ -391,16 +371,22 @@ class _Conversion:
         failures.count = max(failures.count, unfilled)
         return failures
 
-    def _drop_what_is_left(self) -> None:
+    def _finish(self) -> None:
         """Finish after the swap: drop the other column, unless `drop` or `swap` is off."""
         plan = self._plan
-        if plan.swap and plan.drop:
+        if plan.second in self._columns and plan.swap and plan.drop:
             self._refuse_what_would_be_lost(plan.second)
             Swap(self._operations, plan, self._columns).drop_column(plan.second)
             logger.info("dropped %s, which %s had replaced", plan.second, plan.full_name)
         else:
             logger.info("%s is %s already; nothing to do", plan.full_name, _contents(plan)[0])
         self._finish_check()
+
+
+def log_progress(verb: str, name: str, progress: RotationProgress) -> None:
+    """Log how many values are done."""
+    total = max(progress.total, progress.rotated)  # writers may have added values since the count
+    logger.info("%s %d of %d values of %s so far", verb, progress.rotated, total, name)
 
 
 def log_failures(name: str, what: str, failed: Sequence[FailedRow], count: int) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from typing import Any, TypeVar
 
 from alembic.operations import Operations, ops, toimpl
@@ -24,12 +25,12 @@ from .._statements import refuse_server_default
 from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
-from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate, run_jobs
+from ..rotation import RotationReport, needs_rotation, rotate, run_jobs
 from ..rotation.jobs import Rebind
 from ..rotation.targets import resolve_targets
 from ..types import EncryptedJSON
 from ._checks import SealedCheck, has_row, not_encrypted
-from ._convert import convert_column, log_failures
+from ._convert import convert_column, log_failures, log_progress
 from .operations import (
     ColumnOp,
     ConvertColumnOp,
@@ -126,7 +127,8 @@ def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedC
                 "checks. Re-encrypt them with sqlalchemy_lucent.rotate(), then run it again"
             )
         return
-    report = rotate(connection, column, batch_size=operation.batch_size, on_progress=_log)
+    on_progress = partial(log_progress, "re-encrypted", name)
+    report = rotate(connection, column, batch_size=operation.batch_size, on_progress=on_progress)
     _finish(report, name, connection, column)
     logger.info(
         "re-encrypted %d values of %s under key version %s",
@@ -152,7 +154,7 @@ def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedC
         [Rebind(target, keyring, connection.dialect)],
         keyring,
         batch_size=operation.batch_size,
-        on_progress=_log,
+        on_progress=partial(log_progress, "re-sealed", name),
     )
     _finish(report, name, connection, column)
     logger.info(
@@ -262,14 +264,6 @@ def _is_plain(connection: Connection, operation: ColumnOp, type_: TypeEngine[Any
     if has_row(connection, owner, _sql.key_version(value).is_not(None)):
         return False
     return has_row(connection, owner, value.is_not(None))
-
-
-def _log(progress: RotationProgress) -> None:
-    # Writers may have added values since the count.
-    total = max(progress.total, progress.rotated)
-    logger.info(
-        "re-encrypted %d of %d values of %s so far", progress.rotated, total, progress.table
-    )
 
 
 def _refuse_where_batches_cannot_commit(context: MigrationContext, what: str) -> None:
