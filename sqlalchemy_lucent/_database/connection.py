@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, text
@@ -74,16 +73,16 @@ class ManagedConnection:
         read_only: bool = False,
     ) -> None:
         if not isinstance(bind, (Engine, Connection)):
-            raise not_a_bind(bind)
-        self._engine = bind if isinstance(bind, Engine) else None
-        self._given = bind if isinstance(bind, Connection) else None
+            raise _not_a_bind(type(bind).__name__)
+        self._bind = bind
+        self._has_engine = isinstance(bind, Engine)
         self._connection: Connection | None = None
         self._retries = retries
         self._read_only = read_only
         self._in_callers_transaction = False
         self._was_connected = False
         self._restored_level: Any = None
-        self._restored_session: tuple[str, int] | None = None
+        self._restored_session: dict[str, Any] | None = None
         self._began = False
         self.dialect = bind.dialect
         self._errors = errors_of(bind.dialect)
@@ -110,12 +109,7 @@ class ManagedConnection:
         self.retry(lambda _: None)
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             self._restore(connection)
@@ -173,7 +167,7 @@ class ManagedConnection:
             connection.invalidate(error)
             lost = True
         fault = fault_of(error, self.dialect, lost=lost)
-        is_gone = lost and self._engine is None
+        is_gone = lost and not self._has_engine
         if is_gone and not fault.advice:
             fault.advice = "Pass the engine, whose connection is replaced when it is lost"
         return fault, fault.passes and not self._in_callers_transaction and not is_gone
@@ -181,12 +175,12 @@ class ManagedConnection:
     def reconnect(self) -> None:
         """Connect, or replace a connection of the engine that was lost."""
         if self._connection is not None:
-            if self._engine is None or not self._connection.invalidated:
+            if not (self._has_engine and self._connection.invalidated):
                 return
             self._restore(self._connection)
             self._connection = None
-        connection = self._given if self._engine is None else self._engine.connect()
-        assert connection is not None
+        bind = self._bind
+        connection = bind.connect() if isinstance(bind, Engine) else bind
         try:
             self._set_up(connection)
             self._connection = connection
@@ -205,7 +199,7 @@ class ManagedConnection:
         self._restored_level = self._restored_session = None
         self._began = False
         is_open = is_in_transaction(connection)
-        if self._engine is not None:
+        if self._has_engine:
             if is_open and not self._read_only:
                 raise RotationError(
                     "the engine gives a connection that is inside a transaction already, as that "
@@ -216,14 +210,18 @@ class ManagedConnection:
             is_open = is_open and not connection.dispatch.begin
             is_open = is_open or (connection.in_transaction() and not _is_autocommit(connection))
             if is_open and not self._read_only:
-                raise _inside_a_transaction()
+                raise RotationError(
+                    "the connection is inside a transaction; a rotation commits batch by batch and "
+                    "will not end a transaction that is not its own. Commit it first, or pass the "
+                    "engine"
+                )
         self._in_callers_transaction = is_open
         if is_open:
             return
         # SQLAlchemy's own statement goes first: it detects a dead pooled connection and invalidates
         # those that are as old. Changing the mode is a round trip of the driver's on MySQL.
         session = self._session(connection)
-        if self._engine is not None:
+        if self._has_engine:
             connection.execution_options(**AUTOCOMMIT_OPTIONS)
         elif not _is_autocommit(connection):
             level = connection.get_isolation_level()
@@ -232,13 +230,19 @@ class ManagedConnection:
             self._restored_level = level
         self._begin_outermost(connection)
         if session is not None:
-            self._set_session(connection, *session)
+            self._restored_session = session
+            # asyncmy escapes by backslashes whatever the mode says.
+            kept = (m for m in session["sql_mode"].split(",") if m != "NO_BACKSLASH_ESCAPES")
+            strict = ",".join(filter(None, (*kept, "STRICT_ALL_TABLES")))
+            connection.execute(_SET_SESSION, {"sql_mode": strict, "safe": 0})
 
     def _restore(self, connection: Connection) -> None:
         # Whatever fails here fails for the next user too, and does not undo what was done.
         with suppress(*self._errors):
-            self._restore_session(connection)
-        if self._engine is not None:
+            # The session of a lost connection is gone.
+            if self._restored_session is not None and not connection.invalidated:
+                connection.execute(_SET_SESSION, self._restored_session)
+        if self._has_engine:
             with suppress(*self._errors):
                 connection.close()
             return
@@ -258,7 +262,8 @@ class ManagedConnection:
         if is_in_transaction(connection):
             connection.exec_driver_sql("COMMIT")
 
-    def _session(self, connection: Connection) -> tuple[str, int] | None:
+    def _session(self, connection: Connection) -> dict[str, Any] | None:
+        """Return the session's own settings on MySQL and MariaDB."""
         if not is_mysql(self.dialect):
             return None
         was_in_transaction = connection.in_transaction()
@@ -270,20 +275,7 @@ class ManagedConnection:
                 "the server's binlog_format is STATEMENT, with which it refuses every update of a "
                 "rotation, as they read what is committed. Set it to ROW or MIXED"
             )
-        return sql_mode, safe
-
-    def _set_session(self, connection: Connection, sql_mode: str, safe: int) -> None:
-        # asyncmy escapes by backslashes whatever the mode says.
-        kept = (mode for mode in sql_mode.split(",") if mode != "NO_BACKSLASH_ESCAPES")
-        strict = ",".join(filter(None, (*kept, "STRICT_ALL_TABLES")))
-        self._restored_session = (sql_mode, safe)
-        connection.execute(_SET_SESSION, {"sql_mode": strict, "safe": 0})
-
-    def _restore_session(self, connection: Connection) -> None:
-        # The session of a lost connection is gone.
-        if self._restored_session is not None and not connection.invalidated:
-            sql_mode, safe = self._restored_session
-            connection.execute(_SET_SESSION, {"sql_mode": sql_mode, "safe": safe})
+        return {"sql_mode": sql_mode, "safe": safe}
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -337,13 +329,6 @@ def _roll_back(connection: Connection) -> None:
         connection.invalidate(error)
 
 
-def _inside_a_transaction() -> RotationError:
-    return RotationError(
-        "the connection is inside a transaction; a rotation commits batch by batch and will not "
-        "end a transaction that is not its own. Commit it first, or pass the engine"
-    )
-
-
 def _is_autocommit(connection: Connection) -> bool:
     """Say whether `connection` is in AUTOCOMMIT mode, by itself or by its engine.
 
@@ -365,14 +350,9 @@ def is_in_transaction(connection: Connection) -> bool:
             return bool(driver.is_in_transaction())
         info = getattr(driver, "info", None)  # psycopg; 0 is idle
         return bool(getattr(info, "transaction_status", 0))
-    return bool(getattr(driver, "server_status", 0) & _SERVER_STATUS_IN_TRANS)
+    return bool(getattr(driver, "server_status", 0) & 1)  # SERVER_STATUS_IN_TRANS
 
 
-_SERVER_STATUS_IN_TRANS: Final = 1  # of MySQL's protocol: Protocol::OK_Packet
-
-
-def not_a_bind(bind: object) -> RotationError:
-    """Return the error for a bind that is neither an engine nor a connection."""
-    name = type(bind).__name__
+def _not_a_bind(name: str) -> RotationError:
     hint = "; there are arotate(), astatus() … for it" if name.startswith("Async") else ""
     return RotationError(f"the bind is an Engine or a Connection, not {name}{hint}")

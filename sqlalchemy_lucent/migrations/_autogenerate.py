@@ -188,7 +188,6 @@ def _missing_checks(
     """Offer the CHECK constraint where the table was made before there was one."""
     for column in columns:
         table = column.table
-        assert isinstance(table, Table)
         if has_check(column, connection.dialect) and not find_check(
             connection, table.name, column.name, table.schema
         ):

@@ -26,10 +26,11 @@ from sqlalchemy import table as table_clause
 from sqlalchemy.engine.interfaces import ReflectedCheckConstraint
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import conv
-from sqlalchemy.types import NullType, TypeEngine, _Binary
+from sqlalchemy.types import TypeEngine
 
 from .. import _sql
 from .._database.reflection import dotted, reflect_columns
+from .._database.relations import is_binary
 from .._database.visibility import require_full_visibility
 from ..exceptions import RotationError
 from ..types import EncryptedJSON
@@ -78,7 +79,7 @@ class SealedCheck(NamedTuple):
         connection = self.operations.get_bind()
         columns = reflect_columns(connection, self.table_name, self.schema, [self.column_name])
         type_ = columns[self.column_name]["type"]
-        if not isinstance(type_, (_Binary, NullType)):
+        if not is_binary(type_):
             raise not_encrypted(self.full_name, type_)
         found = self.find()
         if found and not found.get("dialect_options", {}).get("not_valid"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any, Final, Literal
 
@@ -28,7 +28,6 @@ from sqlalchemy import (
     Connection,
     Dialect,
     MetaData,
-    Table,
     Text,
     cast,
     column,
@@ -84,12 +83,10 @@ class _Conversion:
         self._connection: Connection = operations.get_bind()
         self._dialect: Dialect = self._connection.dialect
         self._keyring = cache(default_keyring)
-        self._columns: Mapping[str, Any] = {}
-        self._owner = Table(plan.table_name, MetaData(), schema=plan.schema)
+        self._look()
 
     def run(self) -> None:
         plan = self._plan
-        self._look()
         has_second = plan.second in self._columns
         content = self._content(plan.column_name)
         content_of_second = self._content(plan.second) if has_second else None
@@ -121,16 +118,15 @@ class _Conversion:
     def _look(self) -> None:
         """Read the table's columns; refuse a column that cannot be converted."""
         plan = self._plan
-        needed = (plan.column_name, *plan.bound_types)
-        reflected = reflect_table(self._connection, plan.table_name, plan.schema, needed)
+        self._columns, self._owner = reflect_table(
+            self._connection, plan.table_name, plan.schema, plan.column_name, plan.bound_types
+        )
         if len(plan.second.encode("utf-8")) > self._dialect.max_identifier_length:
             raise RotationError(
                 f"the name of {plan.full_name} is too long for a second column beside it, "
                 f"{plan.second}; rename the column in a revision before this one"
             )
-        self._columns = reflected.columns
-        keys = reflected.primary_key
-        if plan.column_name in keys or plan.column_name in plan.bound_types:
+        if plan.column_name in self._owner.columns:
             raise RotationError(f"{plan.full_name} is a column that identifies its row")
         if plan.reader is None and plan.writer is not None and not plan.to_sealed:
             raise RotationError(
@@ -139,12 +135,6 @@ class _Conversion:
             )
         if plan.batch_size < 1:
             raise RotationError("batch_size is a whole number of rows, 1 or more")
-        self._owner = Table(
-            plan.table_name,
-            MetaData(),
-            *reflected.identity(self._connection, plan.bound_types),
-            schema=plan.schema,
-        )
         key = tuple(self._owner.primary_key.columns)
         Rows(self._owner.fullname, self._owner, key, self._dialect).check_keys(self._connection)
 

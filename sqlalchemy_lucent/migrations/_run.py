@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from alembic.operations import Operations, ops, toimpl
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Column, ColumnElement, Connection, MetaData, Table, func, select
+from sqlalchemy import Column, ColumnElement, Connection, MetaData, func, select
 from sqlalchemy import column as column_clause
 from sqlalchemy import table as table_clause
 from sqlalchemy.types import TypeEngine, to_instance
@@ -284,9 +284,11 @@ def _reflect(
     connection: Connection, operation: ValuesOp, accept_contexts: Iterable[str]
 ) -> Column[Any]:
     """Return the column with the operation's type, in its table as the database has it."""
-    needed = (operation.column_name, *operation.bound_to)
-    reflected = reflect_table(connection, operation.table_name, operation.schema, needed)
-    type_ = reflected.columns[operation.column_name]["type"]
+    name = operation.column_name
+    columns, table = reflect_table(
+        connection, operation.table_name, operation.schema, name, operation.bound_types
+    )
+    type_ = columns[name]["type"]
     if _is_plain(connection, operation, type_):
         raise not_encrypted(operation.full_name, type_)
     sealed_type = EncryptedJSON(
@@ -294,14 +296,8 @@ def _reflect(
         accept_contexts=accept_contexts,
         bound_to=tuple(operation.bound_to),
     )
-    table = Table(
-        operation.table_name,
-        MetaData(),
-        *reflected.identity(connection, operation.bound_types),
-        Column(operation.column_name, sealed_type),
-        schema=operation.schema,
-    )
-    return table.c[operation.column_name]
+    table.append_column(Column(name, sealed_type))
+    return table.c[name]
 
 
 @Operations.implementation_for(ops.AlterColumnOp, replace=True)
