@@ -11,6 +11,7 @@ from sqlalchemy.orm import ColumnProperty, Mapper, QueryableAttribute, registry
 from sqlalchemy.sql.expression import ColumnClause, TableClause
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from .._database.reflection import no_primary_key
 from .._database.relations import Relation, binary_columns, relation_of, tables_beneath
 from .._pagination import key_type
 from .._sql import key_version
@@ -93,7 +94,9 @@ def columns_in(target: Any) -> Iterator[Column[Any]]:
     :raises RotationError: a table of a base or registry is in another database than others.
     """
     if isinstance(target, QueryableAttribute):
-        target = _column_of(target)
+        if not isinstance(target.property, ColumnProperty):
+            raise RotationError(f"{target} is not a column attribute")
+        target = target.property.columns[0]
     if isinstance(target, Column):
         if not isinstance(target.type, EncryptedJSON):
             raise RotationError(f"column {target} is not an EncryptedJSON column")
@@ -184,13 +187,6 @@ def _refuse_other_databases(tables: Iterable[Table], key: object) -> None:
         )
 
 
-def _column_of(attribute: QueryableAttribute[Any]) -> object:
-    property_ = attribute.property
-    if not isinstance(property_, ColumnProperty):
-        raise RotationError(f"{attribute} is not a column attribute")
-    return property_.columns[0]
-
-
 def _columns_of(tables: list[Table], named: str) -> Iterator[Column[Any]]:
     found = [column for owner in tables for column in _encrypted(owner)]
     if not found:
@@ -236,9 +232,7 @@ def _not_a_target(type_: type[Any]) -> RotationError:
 def _target_table(owner: Table, columns: list[Column[Any]], schema: str | None) -> TargetTable:
     name = owner.fullname
     if not owner.primary_key.columns:
-        raise RotationError(
-            f"table {name} has no primary key; a rotation needs one to go through the rows in order"
-        )
+        raise no_primary_key(name)
     encrypted = tuple(_target_column(owner, column) for column in columns)
     plain = {c.name: c for c in owner.primary_key.columns}
     for target in encrypted:
