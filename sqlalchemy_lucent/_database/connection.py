@@ -35,14 +35,6 @@ _BEGIN: Final[dict[str, tuple[str, ...]]] = {
 }
 _BEGIN["mariadb"] = _BEGIN["mysql"]
 
-# A server-side cursor would need a transaction, and every batch is read whole.
-AUTOCOMMIT_OPTIONS: Final[dict[str, Any]] = {
-    "isolation_level": "AUTOCOMMIT",
-    "stream_results": False,
-    "yield_per": None,
-}
-"""Execution options of a connection that an engine gave."""
-
 # Without a strict mode, MySQL silently truncates a value that is too long for its column. With
 # "safe updates", it refuses an UPDATE with a join.
 _SESSION: Final = text(
@@ -222,13 +214,22 @@ class ManagedConnection:
         # those that are as old. Changing the mode is a round trip of the driver's on MySQL.
         session = self._session(connection)
         if self._has_engine:
-            connection.execution_options(**AUTOCOMMIT_OPTIONS)
+            # A server-side cursor would need a transaction, and every batch is read whole.
+            connection.execution_options(
+                isolation_level="AUTOCOMMIT", stream_results=False, yield_per=None
+            )
         elif not _is_autocommit(connection):
             level = connection.get_isolation_level()
             connection.rollback()  # asking began a transaction
             connection.execution_options(isolation_level="AUTOCOMMIT")
             self._restored_level = level
-        self._begin_outermost(connection)
+        # SQLAlchemy's documented recipe for SQLite emits BEGIN from a listener whenever SQLAlchemy
+        # begins, even in AUTOCOMMIT mode. Let it do so now, and only now.
+        if not connection.in_transaction():
+            connection.begin()
+            self._began = True
+        if is_in_transaction(connection):
+            connection.exec_driver_sql("COMMIT")
         if session is not None:
             self._restored_session = session
             # asyncmy escapes by backslashes whatever the mode says.
@@ -252,15 +253,6 @@ class ManagedConnection:
         if self._restored_level is not None:
             with suppress(*self._errors):
                 connection.execution_options(isolation_level=self._restored_level)
-
-    def _begin_outermost(self, connection: Connection) -> None:
-        # SQLAlchemy's documented recipe for SQLite emits BEGIN from a listener whenever SQLAlchemy
-        # begins, even in AUTOCOMMIT mode. Let it do so now, and only now.
-        if not connection.in_transaction():
-            connection.begin()
-            self._began = True
-        if is_in_transaction(connection):
-            connection.exec_driver_sql("COMMIT")
 
     def _session(self, connection: Connection) -> dict[str, Any] | None:
         """Return the session's own settings on MySQL and MariaDB."""

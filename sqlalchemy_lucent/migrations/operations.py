@@ -193,9 +193,7 @@ class CreateSealedCheckOp(ColumnOp):
     left alone. PostgreSQL reads the rows while others write; MariaDB, MySQL and SQLite copy the
     table, and nobody can write to it meanwhile.
 
-    :param table_name: the table.
     :param column_name: its :class:`EncryptedJSON` column.
-    :param schema: the table's schema.
     :raises RotationError: some values are not sealed, or SQLite's copy of the table would lose
         something. Nothing was changed.
     """
@@ -232,9 +230,7 @@ class RotateEncryptedColumnOp(ValuesOp):
     A migration that was killed continues where it stopped when it is run again. Its revision is
     stamped only after a count finds nothing left to do. A column without values needs no key.
 
-    :param table_name: the table.
     :param column_name: its :class:`EncryptedJSON` column.
-    :param schema: the table's schema.
     :param context: the column's context, if it is not ``table.column``.
     :param accept_contexts: earlier contexts whose values still open.
     :param bound_to: the columns that a row-bound value is bound to, in order; or a dict with the
@@ -338,11 +334,9 @@ class EncryptColumnOp(ConvertColumnOp):
 
     A document in a text column is sealed to the letter; other values as their type reads them.
 
-    :param table_name: the table.
     :param column_name: its plaintext column.
     :param existing_type: what the column is: JSON, text that holds JSON, or any other type, such
         as another library's encrypted one, whose Python values are sealed.
-    :param schema: the table's schema.
     :param context: the context of the column from now on, if it is not ``table.column``.
     :param bound_to: the columns that a row-bound value is bound to, in order; or a dict with the
         type of each, for columns whose type the database does not tell (``sa.Uuid()``).
@@ -415,7 +409,6 @@ class RebindEncryptedColumnOp(ValuesOp):
     :param column_name: its :class:`EncryptedJSON` column, by its current name.
     :param from_context: the context that values were sealed in: ``table.column`` of the old names.
     :param context: the context to seal them in, if it is not ``table.column``.
-    :param schema: the table's schema.
     :param bound_to: as for :func:`encrypt_column`.
     :param batch_size: rows per transaction.
     :raises RotationError: as for :func:`rotate_encrypted_column`.
