@@ -111,6 +111,8 @@ def fault_of(error: Exception, dialect: Dialect, *, lost: bool) -> Fault:
 
     :param lost: whether there is no connection, or it was lost.
     """
+    if isinstance(error, Fault):
+        return error
     passes = _passes(error, dialect, lost=lost)
     return Fault(describe(error, dialect), _advice(error, dialect), passes)
 

@@ -87,7 +87,8 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
             "This revision changes the schema and converts values. It converts first; if it is "
             "killed after that, it may have to be finished by hand. Two revisions are safer"
         )
-    _free_columns_of_checks(autogen_context, upgrade_ops)
+    if connection.dialect.name == "sqlite" and autogen_context.opts.get("render_as_batch"):
+        _free_columns_of_checks(connection, upgrade_ops)
     # First, so that a revision killed during a conversion can be run again from its start.
     upgrade_ops.ops[:0] = [*drops, *conversions]
     if not upgrade_ops.is_empty():
@@ -158,15 +159,11 @@ def _modifications(upgrade_ops: UpgradeOps) -> Iterator[ModifyTableOps]:
                 upgrade_ops.ops.remove(table_ops)
 
 
-def _free_columns_of_checks(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
+def _free_columns_of_checks(connection: Connection, upgrade_ops: UpgradeOps) -> None:
     """Drop a CHECK before its column, where batch mode copies a SQLite table.
 
     Batch mode reflects the constraint as text, and would write it into a table without the column.
     """
-    connection = autogen_context.connection
-    assert connection is not None
-    if connection.dialect.name != "sqlite" or not autogen_context.opts.get("render_as_batch"):
-        return
     for table_ops in _modifications(upgrade_ops):
         name, schema = table_ops.table_name, table_ops.schema
         for operation in table_ops.ops:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import AbstractContextManager
 from typing import Any, Final, NamedTuple
 
-from alembic.operations import Operations
+from alembic.operations import BatchOperations, Operations
 from sqlalchemy import (
     CheckConstraint,
     Column,
@@ -104,9 +105,7 @@ class SealedCheck(NamedTuple):
         name = conv(str(check.name))
         dialect = connection.dialect
         if dialect.name == "sqlite":
-            with copied_table(
-                self.operations, self.table_name, self.schema, **self._about_copy
-            ) as batch:
+            with self._copied() as batch:
                 batch.create_check_constraint(name, condition_of(self.column_name, dialect))
             return
         if found is None:
@@ -124,22 +123,24 @@ class SealedCheck(NamedTuple):
             return
         name = conv(found["name"])
         if self.operations.get_bind().dialect.name == "sqlite":
-            with copied_table(
-                self.operations, self.table_name, self.schema, loses="CHECK", **self._about_copy
-            ) as batch:
+            with self._copied(loses="CHECK") as batch:
                 batch.drop_constraint(name, type_="check")
         else:
             self.operations.drop_constraint(
                 name, self.table_name, type_="check", schema=self.schema
             )
 
-    @property
-    def _about_copy(self) -> dict[str, str]:
-        return {
-            "because": f"SQLite changes the CHECK constraints of {self.table_name}",
-            "instead": "Nothing was changed. Copy the table in a revision of your own, or pass "
+    def _copied(self, loses: str | None = None) -> AbstractContextManager[BatchOperations]:
+        """Give a batch that changes SQLite's table by a copy, which has to lack `loses` only."""
+        return copied_table(
+            self.operations,
+            self.table_name,
+            self.schema,
+            because=f"SQLite changes the CHECK constraints of {self.table_name}",
+            instead="Nothing was changed. Copy the table in a revision of your own, or pass "
             "create_constraint=False to the column's type",
-        }
+            loses=loses,
+        )
 
     def _refuse_unsealed(self, connection: Connection) -> None:
         require_full_visibility(connection, self.table_name, self.schema)

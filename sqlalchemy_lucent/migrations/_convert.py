@@ -113,8 +113,6 @@ class _Conversion:
             self._stop_if_failed(self._fill(compare=True))
             logger.info("%s is filled from %s", plan.second, plan.full_name)
 
-    # -- preconditions -----------------------------------------------------------------------------
-
     def _look(self) -> None:
         """Read the table's columns; refuse a column that cannot be converted."""
         plan = self._plan
@@ -205,8 +203,6 @@ class _Conversion:
         if self._plan.wants_check:
             self._check(self._plan.column_name).create()
 
-    # -- filling -----------------------------------------------------------------------------------
-
     def _add(self) -> None:
         plan = self._plan
         type_ = plan.plain_type
@@ -280,8 +276,6 @@ class _Conversion:
             f"are kept in {plan.second}. The revision is not stamped: mend these rows, or pass the "
             "reader= that they need, and run it again"
         )
-
-    # -- the swap ----------------------------------------------------------------------------------
 
     def _compare_beforehand(self, *, patience: float) -> ColumnElement[bool] | None:
         """Compare every row before the lock; return the condition of those written since.

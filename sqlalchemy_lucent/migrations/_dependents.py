@@ -26,13 +26,9 @@ def dependents(
     """
     dialect = connection.dialect.name
     names = {"table": table_name, "schema": schema, "column": column_name, "ours": ours}
-    if dialect == "postgresql":
-        found = _on_postgresql(connection, names)
-    elif dialect == "sqlite":
-        found = _on_sqlite(connection, names)
-    else:
-        found = _on_mysql(connection, names)
-    return list(dict.fromkeys([*_constraints(connection, table_name, schema, column_name), *found]))
+    others = {"postgresql": _on_postgresql, "sqlite": _on_sqlite}.get(dialect, _on_mysql)
+    constraints = _constraints(connection, table_name, schema, column_name)
+    return list(dict.fromkeys([*constraints, *others(connection, names)]))
 
 
 def _constraints(

@@ -96,11 +96,7 @@ def _in_batches(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
             with _autocommit_block(context):
                 return implementation(operations, translated_operation)
         except errors as error:
-            fault = (
-                error
-                if isinstance(error, Fault)
-                else fault_of(error, connection.dialect, lost=connection.invalidated)
-            )
+            fault = fault_of(error, connection.dialect, lost=connection.invalidated)
             message = (
                 f"the database ended {what}: {fault.message}. Committed batches stay, and the "
                 f"revision is not stamped. {fault.next_step()}"
@@ -261,9 +257,8 @@ def _is_plain(connection: Connection, operation: ColumnOp, type_: TypeEngine[Any
     # SQLite keeps values of any type in any column.
     value: ColumnElement[Any] = column_clause(operation.column_name)
     owner = table_clause(operation.table_name, schema=operation.schema)
-    if has_row(connection, owner, _sql.key_version(value).is_not(None)):
-        return False
-    return has_row(connection, owner, value.is_not(None))
+    has_sealed = has_row(connection, owner, _sql.key_version(value).is_not(None))
+    return not has_sealed and has_row(connection, owner, value.is_not(None))
 
 
 def _refuse_where_batches_cannot_commit(context: MigrationContext, what: str) -> None:

@@ -328,11 +328,8 @@ def _has_version(
     if found.version_column is not None:
         # Trust the column only if the database computes it; otherwise anybody may have written it.
         columns = inspect(connection).get_columns(str(rows.clause.name), rows.clause.schema)
-        if any(
-            each["name"] == found.version_column
-            and found.name in each.get("computed", {"sqltext": ""})["sqltext"]
-            for each in columns
-        ):
+        computed = {c["name"]: c["computed"]["sqltext"] for c in columns if "computed" in c}
+        if found.name in computed.get(found.version_column, ""):
             known = column(found.version_column, String())
     return known == version
 
