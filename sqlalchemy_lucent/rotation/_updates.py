@@ -405,17 +405,18 @@ class JoinWriter:
         source = " UNION ALL SELECT ".join([f"SELECT {named}", *map(", ".join, others)])
         values = [self._column(name) for name in changes.names]
         compared = " AND ".join(
-            f"SUBSTRING({value}, 1, COALESCE(LENGTH(lucent_old_{i}), 1)) <=> lucent_old_{i}"
-            for i, value in enumerate(values)
+            f"SUBSTRING({value}, 1, COALESCE(LENGTH({old}), 1)) <=> {old}"
+            for value, old in ((v, f"lucent_changes.lucent_old_{i}") for i, v in enumerate(values))
         )
-        assigned = [f"{value} = lucent_new_{i}" for i, value in enumerate(values)]
+        assigned = [f"{value} = lucent_changes.lucent_new_{i}" for i, value in enumerate(values)]
         assigned += [f"{own} = {own}" for own in self._pinned]
         joined = " AND ".join(
-            f"{self._column(part.name)} = lucent_key_{i}"
+            f"{self._column(part.name)} = lucent_changes.lucent_key_{i}"
             for i, part in enumerate(self._rows.primary_key)
         )
         # Every part is a literal, a placeholder, or quoted by the dialect.
-        statement = f"UPDATE {self._table} JOIN ({source}) AS lucent_changes ON {joined}"
+        # The changes come first: a scan of the table would wait for rows that others have locked.
+        statement = f"UPDATE ({source}) AS lucent_changes STRAIGHT_JOIN {self._table} ON {joined}"
         return f"{statement} SET {', '.join(assigned)} WHERE {compared}", tuple(parameters)
 
     def _column(self, name: str) -> str:
