@@ -1,1 +1,1 @@
-"""The database beside its values: connections, errors, relations, and what a user may see."""
+"""What all work on a database needs: connections, faults, relations, reflection, visibility."""

@@ -1,16 +1,16 @@
 """Run the synchronous engine over an async engine or connection.
 
-SQLAlchemy's asyncio extension is imported when it is used: it needs greenlet, which programs
-without asyncio may not have.
+SQLAlchemy's asyncio extension is imported on use: it needs greenlet, which not every program has.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Dialect, Engine
 
 from ..exceptions import RotationError
 
@@ -32,14 +32,17 @@ async def run_sync(
         raise RotationError(
             f"the bind is an AsyncEngine or AsyncConnection, not {type(bind).__name__}"
         )
-    # A session is what SQLAlchemy has for running code without a connection to begin with.
+    # AsyncEngine has no run_sync(). A session has, and connects to nothing by itself.
     async with AsyncSession(bind) as session:
         return await session.run_sync(lambda _: work(bind.sync_engine))
 
 
-def sleep_in_async(seconds: float) -> None:
-    """Wait, inside :func:`run_sync`, while the event loop goes on."""
-    wait_for(asyncio.sleep(seconds))
+def sleep(seconds: float, dialect: Dialect) -> None:
+    """Wait; with an async driver, while the event loop goes on."""
+    if dialect.is_async:
+        wait_for(asyncio.sleep(seconds))
+    else:
+        time.sleep(seconds)
 
 
 def wait_for(awaitable: Awaitable[Any]) -> None:

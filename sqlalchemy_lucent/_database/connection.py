@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, text
@@ -14,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .._sql import is_mysql
 from ..exceptions import RotationError
-from .async_bridge import wait_for
+from .async_bridge import sleep, wait_for
 from .faults import Fault, breaks_off, errors_of, fault_of
 from .visibility import require_primary
 
@@ -37,14 +35,6 @@ _BEGIN: Final[dict[str, tuple[str, ...]]] = {
 }
 _BEGIN["mariadb"] = _BEGIN["mysql"]
 
-# A server-side cursor would need a transaction, and every batch is read whole.
-AUTOCOMMIT_OPTIONS: Final[dict[str, Any]] = {
-    "isolation_level": "AUTOCOMMIT",
-    "stream_results": False,
-    "yield_per": None,
-}
-"""Execution options of a connection that an engine gave."""
-
 # Without a strict mode, MySQL silently truncates a value that is too long for its column. With
 # "safe updates", it refuses an UPDATE with a join.
 _SESSION: Final = text(
@@ -62,7 +52,6 @@ class ManagedConnection:
     :param bind: an engine, whose connection is replaced when it is lost; or a connection, which is
         given back as it was.
     :param retries: further attempts after a passing fault.
-    :param sleep: waits for a number of seconds.
     :param read_only: whether nothing will be written. Then a connection may be in a transaction of
         the caller's; everything is read in it, and nothing is retried.
     :raises RotationError: `bind` is neither, or its dialect is not supported.
@@ -73,21 +62,19 @@ class ManagedConnection:
         bind: Engine | Connection,
         *,
         retries: int = DEFAULT_RETRIES,
-        sleep: Callable[[float], object] = time.sleep,
         read_only: bool = False,
     ) -> None:
         if not isinstance(bind, (Engine, Connection)):
-            raise not_a_bind(bind)
-        self._engine = bind if isinstance(bind, Engine) else None
-        self._given = bind if isinstance(bind, Connection) else None
+            raise _not_a_bind(type(bind).__name__)
+        self._bind = bind
+        self._has_engine = isinstance(bind, Engine)
         self._connection: Connection | None = None
         self._retries = retries
-        self.sleep = sleep
         self._read_only = read_only
         self._in_callers_transaction = False
         self._was_connected = False
         self._restored_level: Any = None
-        self._restored_session: tuple[str, int] | None = None
+        self._restored_session: dict[str, Any] | None = None
         self._began = False
         self.dialect = bind.dialect
         self._errors = errors_of(bind.dialect)
@@ -114,12 +101,7 @@ class ManagedConnection:
         self.retry(lambda _: None)
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             self._restore(connection)
@@ -129,6 +111,10 @@ class ManagedConnection:
         """The connection, in AUTOCOMMIT mode unless it is in the caller's transaction."""
         assert self._connection is not None
         return self._connection
+
+    def sleep(self, seconds: float) -> None:
+        """Wait; with an async driver, while the event loop goes on."""
+        sleep(seconds, self.dialect)
 
     def retry(self, work: Callable[[int], _T], limit: int = 1) -> _T:
         """Do `work` with `limit` rows at most; after a passing fault, retry with half the rows.
@@ -173,7 +159,7 @@ class ManagedConnection:
             connection.invalidate(error)
             lost = True
         fault = fault_of(error, self.dialect, lost=lost)
-        is_gone = lost and self._engine is None
+        is_gone = lost and not self._has_engine
         if is_gone and not fault.advice:
             fault.advice = "Pass the engine, whose connection is replaced when it is lost"
         return fault, fault.passes and not self._in_callers_transaction and not is_gone
@@ -181,12 +167,12 @@ class ManagedConnection:
     def reconnect(self) -> None:
         """Connect, or replace a connection of the engine that was lost."""
         if self._connection is not None:
-            if self._engine is None or not self._connection.invalidated:
+            if not (self._has_engine and self._connection.invalidated):
                 return
             self._restore(self._connection)
             self._connection = None
-        connection = self._given if self._engine is None else self._engine.connect()
-        assert connection is not None
+        bind = self._bind
+        connection = bind.connect() if isinstance(bind, Engine) else bind
         try:
             self._set_up(connection)
             self._connection = connection
@@ -205,7 +191,7 @@ class ManagedConnection:
         self._restored_level = self._restored_session = None
         self._began = False
         is_open = is_in_transaction(connection)
-        if self._engine is not None:
+        if self._has_engine:
             if is_open and not self._read_only:
                 raise RotationError(
                     "the engine gives a connection that is inside a transaction already, as that "
@@ -216,29 +202,48 @@ class ManagedConnection:
             is_open = is_open and not connection.dispatch.begin
             is_open = is_open or (connection.in_transaction() and not _is_autocommit(connection))
             if is_open and not self._read_only:
-                raise _inside_a_transaction()
+                raise RotationError(
+                    "the connection is inside a transaction; a rotation commits batch by batch and "
+                    "will not end a transaction that is not its own. Commit it first, or pass the "
+                    "engine"
+                )
         self._in_callers_transaction = is_open
         if is_open:
             return
         # SQLAlchemy's own statement goes first: it detects a dead pooled connection and invalidates
         # those that are as old. Changing the mode is a round trip of the driver's on MySQL.
         session = self._session(connection)
-        if self._engine is not None:
-            connection.execution_options(**AUTOCOMMIT_OPTIONS)
+        if self._has_engine:
+            # A server-side cursor would need a transaction, and every batch is read whole.
+            connection.execution_options(
+                isolation_level="AUTOCOMMIT", stream_results=False, yield_per=None
+            )
         elif not _is_autocommit(connection):
             level = connection.get_isolation_level()
             connection.rollback()  # asking began a transaction
             connection.execution_options(isolation_level="AUTOCOMMIT")
             self._restored_level = level
-        self._begin_outermost(connection)
+        # SQLAlchemy's documented recipe for SQLite emits BEGIN from a listener whenever SQLAlchemy
+        # begins, even in AUTOCOMMIT mode. Let it do so now, and only now.
+        if not connection.in_transaction():
+            connection.begin()
+            self._began = True
+        if is_in_transaction(connection):
+            connection.exec_driver_sql("COMMIT")
         if session is not None:
-            self._set_session(connection, *session)
+            self._restored_session = session
+            # asyncmy escapes by backslashes whatever the mode says.
+            kept = (m for m in session["sql_mode"].split(",") if m != "NO_BACKSLASH_ESCAPES")
+            strict = ",".join(filter(None, (*kept, "STRICT_ALL_TABLES")))
+            connection.execute(_SET_SESSION, {"sql_mode": strict, "safe": 0})
 
     def _restore(self, connection: Connection) -> None:
         # Whatever fails here fails for the next user too, and does not undo what was done.
         with suppress(*self._errors):
-            self._restore_session(connection)
-        if self._engine is not None:
+            # The session of a lost connection is gone.
+            if self._restored_session is not None and not connection.invalidated:
+                connection.execute(_SET_SESSION, self._restored_session)
+        if self._has_engine:
             with suppress(*self._errors):
                 connection.close()
             return
@@ -249,16 +254,8 @@ class ManagedConnection:
             with suppress(*self._errors):
                 connection.execution_options(isolation_level=self._restored_level)
 
-    def _begin_outermost(self, connection: Connection) -> None:
-        # SQLAlchemy's documented recipe for SQLite emits BEGIN from a listener whenever SQLAlchemy
-        # begins, even in AUTOCOMMIT mode. Let it do so now, and only now.
-        if not connection.in_transaction():
-            connection.begin()
-            self._began = True
-        if is_in_transaction(connection):
-            connection.exec_driver_sql("COMMIT")
-
-    def _session(self, connection: Connection) -> tuple[str, int] | None:
+    def _session(self, connection: Connection) -> dict[str, Any] | None:
+        """Return the session's own settings on MySQL and MariaDB."""
         if not is_mysql(self.dialect):
             return None
         was_in_transaction = connection.in_transaction()
@@ -270,20 +267,7 @@ class ManagedConnection:
                 "the server's binlog_format is STATEMENT, with which it refuses every update of a "
                 "rotation, as they read what is committed. Set it to ROW or MIXED"
             )
-        return sql_mode, safe
-
-    def _set_session(self, connection: Connection, sql_mode: str, safe: int) -> None:
-        # asyncmy escapes by backslashes whatever the mode says.
-        kept = (mode for mode in sql_mode.split(",") if mode != "NO_BACKSLASH_ESCAPES")
-        strict = ",".join(filter(None, (*kept, "STRICT_ALL_TABLES")))
-        self._restored_session = (sql_mode, safe)
-        connection.execute(_SET_SESSION, {"sql_mode": strict, "safe": 0})
-
-    def _restore_session(self, connection: Connection) -> None:
-        # The session of a lost connection is gone.
-        if self._restored_session is not None and not connection.invalidated:
-            sql_mode, safe = self._restored_session
-            connection.execute(_SET_SESSION, {"sql_mode": sql_mode, "safe": safe})
+        return {"sql_mode": sql_mode, "safe": safe}
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -337,13 +321,6 @@ def _roll_back(connection: Connection) -> None:
         connection.invalidate(error)
 
 
-def _inside_a_transaction() -> RotationError:
-    return RotationError(
-        "the connection is inside a transaction; a rotation commits batch by batch and will not "
-        "end a transaction that is not its own. Commit it first, or pass the engine"
-    )
-
-
 def _is_autocommit(connection: Connection) -> bool:
     """Say whether `connection` is in AUTOCOMMIT mode, by itself or by its engine.
 
@@ -365,14 +342,9 @@ def is_in_transaction(connection: Connection) -> bool:
             return bool(driver.is_in_transaction())
         info = getattr(driver, "info", None)  # psycopg; 0 is idle
         return bool(getattr(info, "transaction_status", 0))
-    return bool(getattr(driver, "server_status", 0) & _SERVER_STATUS_IN_TRANS)
+    return bool(getattr(driver, "server_status", 0) & 1)  # SERVER_STATUS_IN_TRANS
 
 
-_SERVER_STATUS_IN_TRANS: Final = 1  # of MySQL's protocol: Protocol::OK_Packet
-
-
-def not_a_bind(bind: object) -> RotationError:
-    """Return the error for a bind that is neither an engine nor a connection."""
-    name = type(bind).__name__
+def _not_a_bind(name: str) -> RotationError:
     hint = "; there are arotate(), astatus() … for it" if name.startswith("Async") else ""
     return RotationError(f"the bind is an Engine or a Connection, not {name}{hint}")

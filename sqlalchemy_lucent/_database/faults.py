@@ -55,35 +55,23 @@ _MYSQL_CODES_WITH_NAMES: Final = frozenset(
     | {1451, 1452, 1644, 1665, 1698, 1792, 1836, 1927, 3819, 4025, _TOO_LARGE}
 )
 
-_MAY_NOT: Final = "Grant this user SELECT and UPDATE on the table"
-_READ_ONLY: Final = "Connect to a server, and as a user, that may write"
-_FULL: Final = "Make room on the server's disk"
 _STATEMENT_POOLING: Final = (
     "The pooler is in statement mode, in which there are no transactions. Connect to the database "
     "itself, or to a pooler in transaction or session mode"
 )
+_READ_ONLY: Final = "Connect to a server, and as a user, that may write"
 _ADVICE: Final[dict[str | int, str]] = {
-    "42501": _MAY_NOT,
-    1142: _MAY_NOT,
-    1143: _MAY_NOT,
-    "25006": _READ_ONLY,
-    1290: _READ_ONLY,
-    1792: _READ_ONLY,
-    1836: _READ_ONLY,
+    **dict.fromkeys(("42501", 1142, 1143), "Grant this user SELECT and UPDATE on the table"),
+    **dict.fromkeys(("25006", 1290, 1792, 1836), _READ_ONLY),
+    **dict.fromkeys(("53100", 1021, 1114, "SQLITE_FULL"), "Make room on the server's disk"),
     "SQLITE_READONLY": "Open the database so that it may be written",
-    "53100": _FULL,
-    1021: _FULL,
-    1114: _FULL,
-    "SQLITE_FULL": _FULL,
     _TOO_LARGE: "Raise max_allowed_packet",
     1665: "Set binlog_format to ROW or MIXED: rotations read what is committed, row by row",
 }
 
 
-class Fault(Exception):  # noqa: N818  (an error of ours is made of it)
+class Fault(Exception):  # noqa: N818  (callers get a `RotationError` with its message)
     """Why the database or its driver ended some work.
-
-    It never leaves the package: callers get a `RotationError` with its message.
 
     :param message: what the database said, without a value of a row.
     :param advice: what to do before a retry.
@@ -91,7 +79,7 @@ class Fault(Exception):  # noqa: N818  (an error of ours is made of it)
     """
 
     def __init__(self, message: str, advice: str, passes: bool) -> None:
-        super().__init__(message, advice, passes)  # so that it can be pickled
+        super().__init__(message)
         self.message = message
         self.advice = advice
         self.passes = passes
@@ -123,8 +111,10 @@ def fault_of(error: Exception, dialect: Dialect, *, lost: bool) -> Fault:
 
     :param lost: whether there is no connection, or it was lost.
     """
-    words = _advice(error, dialect)
-    return Fault(describe(error, dialect), words, _passes(error, dialect, lost=lost))
+    if isinstance(error, Fault):
+        return error
+    passes = _passes(error, dialect, lost=lost)
+    return Fault(describe(error, dialect), _advice(error, dialect), passes)
 
 
 def _passes(error: Exception, dialect: Dialect, *, lost: bool) -> bool:
@@ -147,9 +137,7 @@ def _passes(error: Exception, dialect: Dialect, *, lost: bool) -> bool:
 
 
 def refuses_a_row(error: DBAPIError, dialect: Dialect) -> bool:
-    """Say whether the error concerns one row: it is too large, or a constraint or trigger refuses
-    it. Other rows of the batch can be changed.
-    """
+    """Say whether a single row is at fault: it is too large, or a constraint or trigger objects."""
     code = _code(error, dialect)
     if dialect.name == "sqlite":
         return str(code).startswith(("SQLITE_CONSTRAINT", "SQLITE_TOOBIG"))
@@ -177,10 +165,9 @@ def describe(error: Exception, dialect: Dialect) -> str:
         code, words = original.args[0], str(original.args[1])
         if code not in _MYSQL_CODES_WITH_NAMES and not 2000 <= code < 3000:  # the client's own
             words = _without_values(words)
-        return f"{name}: {code}, {_first_line(words)}"
-    words = str(original)
-    lines = re.sub(r"^<class '[^']*'>: ", "", words).splitlines()
-    first = _first_line("\n".join(lines))
+        return f"{name}: {code}, {_first_line(words.splitlines())}"
+    lines = re.sub(r"^<class '[^']*'>: ", "", str(original)).splitlines()
+    first = _first_line(lines)
     if isinstance(error, DataError) or str(_code(error, dialect)).startswith("22"):
         first = _without_values(first)
     hint = next((line for line in lines[1:] if line.startswith("HINT:")), None)
@@ -231,8 +218,8 @@ def _may_show_anything(error: Exception, dialect: Dialect) -> bool:
     return connects and not isinstance(_original(error), of_database)
 
 
-def _first_line(words: str) -> str:
-    return (words.splitlines() or [""])[0].rstrip(". ")
+def _first_line(lines: list[str]) -> str:
+    return lines[0].rstrip(". ") if lines else ""
 
 
 _QUOTED: Final = re.compile(r"'.*'|\".*\"|(?:0x[0-9a-fA-F]+ ?)+|(?<=near ).*|(?<=: ).*", re.DOTALL)

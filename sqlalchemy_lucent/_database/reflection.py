@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from sqlalchemy import Column, Connection, inspect
+from sqlalchemy import Column, Connection, MetaData, Table, inspect
 from sqlalchemy.types import NullType, TypeEngine
 
 from .._row import type_as_bound
@@ -36,35 +36,10 @@ def translated(connection: Connection, schema: str | None) -> str | None:
     return found
 
 
-class ReflectedTable(NamedTuple):
-    """A table's columns by name, as SQLAlchemy's inspector describes them, and its primary key."""
-
-    columns: Mapping[str, Any]
-    primary_key: list[str]
-
-    def identity(self, connection: Connection, bound_types: BoundTypes) -> list[Column[Any]]:
-        """Return the columns that identify a row: the primary key and the binding columns."""
-        return [
-            Column(
-                name,
-                self._type(connection, name, bound_types),
-                primary_key=name in self.primary_key,
-            )
-            for name in dict.fromkeys([*self.primary_key, *bound_types])
-        ]
-
-    def _type(self, connection: Connection, name: str, bound_types: BoundTypes) -> TypeEngine[Any]:
-        type_: TypeEngine[Any] = self.columns[name]["type"]
-        if name in bound_types:
-            return type_as_bound(name, bound_types[name], type_)
-        # SQLite keeps values of any type in any column, so read a key as it is stored.
-        return NullType() if connection.dialect.name == "sqlite" else type_
-
-
 def reflect_columns(
     connection: Connection, table_name: str, schema: str | None, needed: Iterable[str]
 ) -> Mapping[str, Any]:
-    """Return the columns of a table by name.
+    """Return the columns of a table by name, as SQLAlchemy's inspector describes them.
 
     :param needed: the columns that the table must have.
     :raises RotationError: the table or one of these columns is missing.
@@ -81,17 +56,33 @@ def reflect_columns(
 
 
 def reflect_table(
-    connection: Connection, table_name: str, schema: str | None, needed: Iterable[str]
-) -> ReflectedTable:
-    """Return the columns and the primary key of a table.
+    connection: Connection,
+    table_name: str,
+    schema: str | None,
+    column_name: str,
+    bound_types: BoundTypes,
+) -> tuple[Mapping[str, Any], Table]:
+    """Return all columns of a table by name, and the table with those that identify a row.
 
-    :raises RotationError: as for :func:`reflect_columns`, or it has no primary key.
+    :raises RotationError: the table, its primary key or one of the named columns is missing.
     """
-    columns = reflect_columns(connection, table_name, schema, needed)
+    columns = reflect_columns(connection, table_name, schema, [column_name, *bound_types])
     key = inspect(connection).get_pk_constraint(table_name, schema=schema)["constrained_columns"]
     if not key:
         raise no_primary_key(dotted(schema, table_name))
-    return ReflectedTable(columns, key)
+
+    def type_of(name: str) -> TypeEngine[Any]:
+        type_: TypeEngine[Any] = columns[name]["type"]
+        if name in bound_types:
+            return type_as_bound(name, bound_types[name], type_)
+        # SQLite keeps values of any type in any column, so read a key as it is stored.
+        return NullType() if connection.dialect.name == "sqlite" else type_
+
+    identity: list[Column[Any]] = [
+        Column(name, type_of(name), primary_key=name in key)
+        for name in dict.fromkeys([*key, *bound_types])
+    ]
+    return columns, Table(table_name, MetaData(), *identity, schema=schema)
 
 
 def no_primary_key(table: str) -> RotationError:

@@ -7,12 +7,12 @@ rows that need a key.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import Connection, inspect, text
 from sqlalchemy.types import NullType, TypeEngine, _Binary
 
+from .._sql import is_mysql
 from ..exceptions import RotationError
 
 
@@ -34,7 +34,11 @@ def relation_of(connection: Connection, name: str, schema: str | None) -> Relati
 
     :raises RotationError: it is a temporary table, which may hide the one that others see.
     """
-    return _RELATION_OF[connection.dialect.name](connection, name, schema)
+    if is_mysql(connection.dialect):
+        return _on_mysql(connection, name, schema)
+    if connection.dialect.name == "sqlite":
+        return _on_sqlite(connection, name, schema)
+    return _on_postgresql(connection, name, schema)
 
 
 def tables_beneath(connection: Connection, relation: Relation) -> set[tuple[str, str]] | None:
@@ -44,7 +48,11 @@ def tables_beneath(connection: Connection, relation: Relation) -> set[tuple[str,
     """
     if relation.kind != "view":
         return None
-    return _TABLES_BENEATH[connection.dialect.name](connection, relation) or None
+    if is_mysql(connection.dialect):
+        return _beneath_on_mysql(connection, relation) or None
+    if connection.dialect.name == "sqlite":
+        return _beneath_on_sqlite(connection, relation) or None
+    return _beneath_on_postgresql(connection, relation) or None
 
 
 def binary_columns(connection: Connection, schema: str, name: str) -> set[str]:
@@ -257,20 +265,3 @@ def _beneath_on_sqlite(connection: Connection, relation: Relation) -> set[tuple[
                 return None
             tables.add(owners[number, root])
     return tables
-
-
-_RelationOf = Callable[[Connection, str, str | None], Relation | None]
-_TablesBeneath = Callable[[Connection, Relation], set[tuple[str, str]] | None]
-
-_RELATION_OF: Final[dict[str, _RelationOf]] = {
-    "postgresql": _on_postgresql,
-    "mysql": _on_mysql,
-    "mariadb": _on_mysql,
-    "sqlite": _on_sqlite,
-}
-_TABLES_BENEATH: Final[dict[str, _TablesBeneath]] = {
-    "postgresql": _beneath_on_postgresql,
-    "mysql": _beneath_on_mysql,
-    "mariadb": _beneath_on_mysql,
-    "sqlite": _beneath_on_sqlite,
-}

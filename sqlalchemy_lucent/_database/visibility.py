@@ -14,8 +14,6 @@ from .._sql import is_mysql
 from ..exceptions import RotationError
 from .relations import regclass
 
-# -- rows ------------------------------------------------------------------------------------------
-
 _HIDES: Final = text("SELECT row_security_active(CAST(to_regclass(:name) AS oid))")
 
 
@@ -33,8 +31,6 @@ def require_full_visibility(connection: Connection, name: str, schema: str | Non
             "owner without FORCE ROW LEVEL SECURITY"
         )
 
-
-# -- servers ---------------------------------------------------------------------------------------
 
 _POSTGRESQL: Final = text("SELECT pg_is_in_recovery(), current_setting('transaction_read_only')")
 _MYSQL: Final = text(

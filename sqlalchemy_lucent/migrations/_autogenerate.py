@@ -23,16 +23,7 @@ from alembic.operations.ops import (
 )
 from alembic.runtime.plugins import Plugin
 from alembic.util import DispatchPriority, PriorityDispatchResult
-from sqlalchemy import (
-    JSON,
-    Column,
-    Connection,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-    Uuid,
-)
+from sqlalchemy import JSON, Column, Connection, LargeBinary, MetaData, String, Table, Uuid
 from sqlalchemy import table as table_clause
 from sqlalchemy.exc import NoSuchTableError, UnreflectableTableError
 from sqlalchemy.types import _Binary
@@ -96,7 +87,8 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
             "This revision changes the schema and converts values. It converts first; if it is "
             "killed after that, it may have to be finished by hand. Two revisions are safer"
         )
-    _free_columns_of_checks(autogen_context, upgrade_ops)
+    if connection.dialect.name == "sqlite" and autogen_context.opts.get("render_as_batch"):
+        _free_columns_of_checks(connection, upgrade_ops)
     # First, so that a revision killed during a conversion can be run again from its start.
     upgrade_ops.ops[:0] = [*drops, *conversions]
     if not upgrade_ops.is_empty():
@@ -149,14 +141,12 @@ def _included_columns(autogen_context: AutogenContext) -> Iterator[Column[Any]]:
 
 
 def _is_in_a_table(connection: Connection, column: Column[Any]) -> bool:
-    table = column.table
-    assert isinstance(table, Table)
     (target,) = resolve_targets(column, connection)
     found = relation_of(connection, target.clause.name, target.clause.schema)
     if found is not None and found.is_table:
         return True
     what = "not in this database" if found is None else f"a {found.kind}"
-    logger.info("left out %s, which is %s", table.fullname, what)
+    logger.info("left out %s, which is %s", target.name, what)
     return False
 
 
@@ -169,15 +159,11 @@ def _modifications(upgrade_ops: UpgradeOps) -> Iterator[ModifyTableOps]:
                 upgrade_ops.ops.remove(table_ops)
 
 
-def _free_columns_of_checks(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
+def _free_columns_of_checks(connection: Connection, upgrade_ops: UpgradeOps) -> None:
     """Drop a CHECK before its column, where batch mode copies a SQLite table.
 
     Batch mode reflects the constraint as text, and would write it into a table without the column.
     """
-    connection = autogen_context.connection
-    assert connection is not None
-    if connection.dialect.name != "sqlite" or not autogen_context.opts.get("render_as_batch"):
-        return
     for table_ops in _modifications(upgrade_ops):
         name, schema = table_ops.table_name, table_ops.schema
         for operation in table_ops.ops:
@@ -199,7 +185,6 @@ def _missing_checks(
     """Offer the CHECK constraint where the table was made before there was one."""
     for column in columns:
         table = column.table
-        assert isinstance(table, Table)
         if has_check(column, connection.dialect) and not find_check(
             connection, table.name, column.name, table.schema
         ):
@@ -252,9 +237,7 @@ def _take_conversions(connection: Connection, upgrade_ops: UpgradeOps) -> Iterat
 
 
 def _take_drops(
-    autogen_context: AutogenContext,
-    upgrade_ops: UpgradeOps,
-    conversions: Iterable[ConvertColumnOp],
+    autogen_context: AutogenContext, upgrade_ops: UpgradeOps, conversions: Iterable[ConvertColumnOp]
 ) -> Iterator[MigrateOperation]:
     """Take out what drops an index or constraint of a table that is converted.
 
@@ -316,21 +299,18 @@ def _work_on_values(connection: Connection, column: Column[Any]) -> Iterator[Col
     """Give the operation that the values of a column need, if any."""
     type_ = column.type
     assert isinstance(type_, EncryptedJSON)
-    table = column.table
-    assert isinstance(table, Table)
-    bound = _bound_to_with_types(column)
+    (target,) = resolve_targets(column, connection)
+    shared: dict[str, Any] = {
+        "schema": column.table.schema,
+        "context": type_.explicit_context,
+        "bound_to": _bound_to_with_types(column),
+    }
     if needs_rotation(connection, column):
         logger.info("Detected values of %s that are not under the primary key", column)
         yield RotateEncryptedColumnOp(
-            table.name,
-            column.name,
-            schema=table.schema,
-            context=type_.explicit_context,
-            accept_contexts=type_.accept_contexts,
-            bound_to=bound,
+            column.table.name, column.name, accept_contexts=type_.accept_contexts, **shared
         )
         return
-    (target,) = resolve_targets(column, connection)
     job = Rebind(target, default_keyring(), connection.dialect)
     read = read_on(connection)
     # While a column accepts earlier contexts, open all values, not only the first: when none of
@@ -339,12 +319,7 @@ def _work_on_values(connection: Connection, column: Column[Any]) -> Iterator[Col
     if earlier is not None:
         logger.info("Detected values of %s in the context %s", column, earlier)
         yield RebindEncryptedColumnOp(
-            table.name,
-            column.name,
-            from_context=earlier,
-            context=type_.explicit_context,
-            schema=table.schema,
-            bound_to=bound,
+            column.table.name, column.name, from_context=earlier, **shared
         )
         return
     found = list(job.contexts(read, _SAMPLE))
@@ -380,12 +355,6 @@ _LOOKS_SECRET: Final = re.compile(
 )
 
 
-def _setup_lint(plugin: Plugin) -> None:
-    plugin.add_autogenerate_comparator(
-        _warn_of_plain_secrets, "autogenerate", "lucent_lint", priority=DispatchPriority.LAST
-    )
-
-
 def _warn_of_plain_secrets(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> Any:
     """Warn of columns that are named like secrets and hold JSON, text or bytes as they are."""
     for column in _included_columns(autogen_context):
@@ -400,4 +369,6 @@ def _warn_of_plain_secrets(autogen_context: AutogenContext, upgrade_ops: Upgrade
 
 
 setup(Plugin(PLUGIN_NAME))
-_setup_lint(Plugin(LINT_PLUGIN_NAME))
+Plugin(LINT_PLUGIN_NAME).add_autogenerate_comparator(
+    _warn_of_plain_secrets, "autogenerate", "lucent_lint", priority=DispatchPriority.LAST
+)

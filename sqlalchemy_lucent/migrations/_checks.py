@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import AbstractContextManager
 from typing import Any, Final, NamedTuple
 
-from alembic.operations import Operations
+from alembic.operations import BatchOperations, Operations
 from sqlalchemy import (
     CheckConstraint,
     Column,
@@ -26,10 +27,11 @@ from sqlalchemy import table as table_clause
 from sqlalchemy.engine.interfaces import ReflectedCheckConstraint
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import conv
-from sqlalchemy.types import NullType, TypeEngine, _Binary
+from sqlalchemy.types import TypeEngine
 
 from .. import _sql
 from .._database.reflection import dotted, reflect_columns
+from .._database.relations import is_binary
 from .._database.visibility import require_full_visibility
 from ..exceptions import RotationError
 from ..types import EncryptedJSON
@@ -78,7 +80,7 @@ class SealedCheck(NamedTuple):
         connection = self.operations.get_bind()
         columns = reflect_columns(connection, self.table_name, self.schema, [self.column_name])
         type_ = columns[self.column_name]["type"]
-        if not isinstance(type_, (_Binary, NullType)):
+        if not is_binary(type_):
             raise not_encrypted(self.full_name, type_)
         found = self.find()
         if found and not found.get("dialect_options", {}).get("not_valid"):
@@ -103,9 +105,7 @@ class SealedCheck(NamedTuple):
         name = conv(str(check.name))
         dialect = connection.dialect
         if dialect.name == "sqlite":
-            with copied_table(
-                self.operations, self.table_name, self.schema, **self._about_copy
-            ) as batch:
+            with self._copied() as batch:
                 batch.create_check_constraint(name, condition_of(self.column_name, dialect))
             return
         if found is None:
@@ -123,22 +123,24 @@ class SealedCheck(NamedTuple):
             return
         name = conv(found["name"])
         if self.operations.get_bind().dialect.name == "sqlite":
-            with copied_table(
-                self.operations, self.table_name, self.schema, loses="CHECK", **self._about_copy
-            ) as batch:
+            with self._copied(loses="CHECK") as batch:
                 batch.drop_constraint(name, type_="check")
         else:
             self.operations.drop_constraint(
                 name, self.table_name, type_="check", schema=self.schema
             )
 
-    @property
-    def _about_copy(self) -> dict[str, str]:
-        return {
-            "because": f"SQLite changes the CHECK constraints of {self.table_name}",
-            "instead": "Nothing was changed. Copy the table in a revision of your own, or pass "
+    def _copied(self, loses: str | None = None) -> AbstractContextManager[BatchOperations]:
+        """Give a batch that changes SQLite's table by a copy, which has to lack `loses` only."""
+        return copied_table(
+            self.operations,
+            self.table_name,
+            self.schema,
+            because=f"SQLite changes the CHECK constraints of {self.table_name}",
+            instead="Nothing was changed. Copy the table in a revision of your own, or pass "
             "create_constraint=False to the column's type",
-        }
+            loses=loses,
+        )
 
     def _refuse_unsealed(self, connection: Connection) -> None:
         require_full_visibility(connection, self.table_name, self.schema)

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any, Final, Literal
 
 from alembic.operations import Operations
@@ -28,7 +28,6 @@ from sqlalchemy import (
     Connection,
     Dialect,
     MetaData,
-    Table,
     Text,
     cast,
     column,
@@ -37,7 +36,6 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy import table as table_clause
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import TypeEngine, _Binary
 
@@ -85,32 +83,25 @@ class _Conversion:
         self._connection: Connection = operations.get_bind()
         self._dialect: Dialect = self._connection.dialect
         self._keyring = cache(default_keyring)
-        self._columns: Mapping[str, Any] = {}
-        self._owner = Table(plan.table_name, MetaData(), schema=plan.schema)
+        self._look()
 
     def run(self) -> None:
         plan = self._plan
-        self._look()
-        has_through = plan.second in self._columns
+        has_second = plan.second in self._columns
         content = self._content(plan.column_name)
+        content_of_second = self._content(plan.second) if has_second else None
         wanted, other = _contents(plan)
-        if has_through:
-            beside = self._content(plan.second)
-            if content is not None and content == beside:
-                raise RotationError(
-                    f"{plan.full_name} and {plan.second} both hold {content} values; one of them "
-                    "was not made by this operation. Give another name as through="
-                )
-            if content == wanted or (content is None and beside == other):
-                self._drop_what_is_left()
-                return
-        elif content == wanted:
-            logger.info("%s is %s already; nothing to do", plan.full_name, wanted)
-            self._finish_check()
+        if content is not None and content == content_of_second:
+            raise RotationError(
+                f"{plan.full_name} and {plan.second} both hold {content} values; one of them was "
+                "not made by this operation. Give another name as through="
+            )
+        if content == wanted or (content is None and content_of_second == other):
+            self._finish()
             return
         self._refuse_values_that_are_not_json()
         self._refuse_what_would_be_lost(plan.column_name)
-        if not has_through:
+        if not has_second:
             self._add()
         if plan.swap:
             began = time.monotonic()
@@ -122,21 +113,18 @@ class _Conversion:
             self._stop_if_failed(self._fill(compare=True))
             logger.info("%s is filled from %s", plan.second, plan.full_name)
 
-    # -- preconditions -----------------------------------------------------------------------------
-
     def _look(self) -> None:
         """Read the table's columns; refuse a column that cannot be converted."""
         plan = self._plan
-        needed = (plan.column_name, *plan.bound_types)
-        reflected = reflect_table(self._connection, plan.table_name, plan.schema, needed)
+        self._columns, self._owner = reflect_table(
+            self._connection, plan.table_name, plan.schema, plan.column_name, plan.bound_types
+        )
         if len(plan.second.encode("utf-8")) > self._dialect.max_identifier_length:
             raise RotationError(
                 f"the name of {plan.full_name} is too long for a second column beside it, "
                 f"{plan.second}; rename the column in a revision before this one"
             )
-        self._columns = reflected.columns
-        keys = reflected.primary_key
-        if plan.column_name in keys or plan.column_name in plan.bound_types:
+        if plan.column_name in self._owner.columns:
             raise RotationError(f"{plan.full_name} is a column that identifies its row")
         if plan.reader is None and plan.writer is not None and not plan.to_sealed:
             raise RotationError(
@@ -145,12 +133,6 @@ class _Conversion:
             )
         if plan.batch_size < 1:
             raise RotationError("batch_size is a whole number of rows, 1 or more")
-        self._owner = Table(
-            plan.table_name,
-            MetaData(),
-            *reflected.identity(self._connection, plan.bound_types),
-            schema=plan.schema,
-        )
         key = tuple(self._owner.primary_key.columns)
         Rows(self._owner.fullname, self._owner, key, self._dialect).check_keys(self._connection)
 
@@ -174,8 +156,7 @@ class _Conversion:
         return "sealed" if has or not plain_is_binary else None
 
     def _any(self, *conditions: Any) -> bool:
-        owner = table_clause(self._plan.table_name, schema=self._plan.schema)
-        return has_row(self._connection, owner, *conditions)
+        return has_row(self._connection, self._owner, *conditions)
 
     def _refuse_what_would_be_lost(self, name: str) -> None:
         """Refuse a column that something depends on: a drop would lose it."""
@@ -208,10 +189,8 @@ class _Conversion:
 
     def _kind_of_values(self, plain: PlainColumn) -> str | None:
         """Return the name of the type of the first values, if none of them is a JSON value."""
-        plan = self._plan
-        owner = table_clause(plan.table_name, schema=plan.schema)
-        statement = select(plain.expression()).select_from(owner).limit(_SAMPLE)
-        values = self._connection.scalars(statement.where(column(plan.column_name).is_not(None)))
+        statement = select(plain.expression()).select_from(self._owner).limit(_SAMPLE)
+        values = self._connection.scalars(statement.where(column(plain.name).is_not(None)))
         kinds = [plain.kind_unless_json(value) for value in values]
         return kinds[0] if kinds and all(kinds) else None
 
@@ -223,8 +202,6 @@ class _Conversion:
         """Add the column's constraint, and have PostgreSQL validate it for existing rows."""
         if self._plan.wants_check:
             self._check(self._plan.column_name).create()
-
-    # -- filling -----------------------------------------------------------------------------------
 
     def _add(self) -> None:
         plan = self._plan
@@ -246,11 +223,8 @@ class _Conversion:
         plain, sealed = (
             (plan.column_name, plan.second) if plan.to_sealed else (plan.second, plan.column_name)
         )
-        columns: list[Column[Any]] = [
-            *(Column(c.name, c.type, primary_key=c.primary_key) for c in self._owner.columns),
-            Column(sealed, plan.sealed_type),
-        ]
-        owner = Table(plan.table_name, MetaData(), *columns, schema=plan.schema)
+        owner = self._owner.to_metadata(MetaData())
+        owner.append_column(Column(sealed, plan.sealed_type))
         (target,) = resolve_targets(owner.c[sealed], self._connection)
         return Backfill(
             target,
@@ -274,30 +248,22 @@ class _Conversion:
 
         Unless this is `final`, a row that is not filled is no failure: it may be new.
         """
+        plan = self._plan
         failures = Failures()
-        columns = [self._plan.column_name, *([self._plan.second] if compare else [])]
+        columns = [plan.column_name, *([plan.second] if compare else [])]
         if not any(self._any(column(name).is_not(None)) for name in columns):
             return failures
         report = run_jobs(
             self._connection,
             [self._job(compare=compare)],
             self._keyring(),
-            batch_size=self._plan.batch_size,
-            on_progress=self._log,
+            batch_size=plan.batch_size,
+            on_progress=partial(log_progress, plan.verb, plan.full_name),
             passes=passes,
         )
         failures.named += report.failed
         failures.count = max(report.failed_count, report.remaining if final else 0)
         return failures
-
-    def _log(self, progress: RotationProgress) -> None:
-        logger.info(
-            "%s %d of %d values of %s so far",
-            self._plan.verb,
-            progress.rotated,
-            max(progress.total, progress.rotated),
-            self._plan.full_name,
-        )
 
     def _stop_if_failed(self, failures: Failures) -> None:
         if not failures.count:
@@ -310,8 +276,6 @@ class _Conversion:
             f"are kept in {plan.second}. The revision is not stamped: mend these rows, or pass the "
             "reader= that they need, and run it again"
         )
-
-    # -- the swap ----------------------------------------------------------------------------------
 
     def _compare_beforehand(self, *, patience: float) -> ColumnElement[bool] | None:
         """Compare every row before the lock; return the condition of those written since.
@@ -391,16 +355,22 @@ class _Conversion:
         failures.count = max(failures.count, unfilled)
         return failures
 
-    def _drop_what_is_left(self) -> None:
+    def _finish(self) -> None:
         """Finish after the swap: drop the other column, unless `drop` or `swap` is off."""
         plan = self._plan
-        if plan.swap and plan.drop:
+        if plan.second in self._columns and plan.swap and plan.drop:
             self._refuse_what_would_be_lost(plan.second)
             Swap(self._operations, plan, self._columns).drop_column(plan.second)
             logger.info("dropped %s, which %s had replaced", plan.second, plan.full_name)
         else:
             logger.info("%s is %s already; nothing to do", plan.full_name, _contents(plan)[0])
         self._finish_check()
+
+
+def log_progress(verb: str, name: str, progress: RotationProgress) -> None:
+    """Log how many values are done."""
+    total = max(progress.total, progress.rotated)  # writers may have added values since the count
+    logger.info("%s %d of %d values of %s so far", verb, progress.rotated, total, name)
 
 
 def log_failures(name: str, what: str, failed: Sequence[FailedRow], count: int) -> None:

@@ -26,13 +26,9 @@ def dependents(
     """
     dialect = connection.dialect.name
     names = {"table": table_name, "schema": schema, "column": column_name, "ours": ours}
-    if dialect == "postgresql":
-        found = _on_postgresql(connection, names)
-    elif dialect == "sqlite":
-        found = _on_sqlite(connection, names)
-    else:
-        found = _on_mysql(connection, names)
-    return list(dict.fromkeys([*_constraints(connection, table_name, schema, column_name), *found]))
+    others = {"postgresql": _on_postgresql, "sqlite": _on_sqlite}.get(dialect, _on_mysql)
+    constraints = _constraints(connection, table_name, schema, column_name)
+    return list(dict.fromkeys([*constraints, *others(connection, names)]))
 
 
 def _constraints(
@@ -79,8 +75,7 @@ WHERE NOT t.tgisinternal AND t.tgrelid = to_regclass(
 
 def _on_postgresql(connection: Connection, names: Mapping[str, Any]) -> Iterator[str]:
     yield from connection.scalars(_DEPENDS_ON_COLUMN, names)
-    owner = {name: names[name] for name in ("table", "schema")}
-    for trigger, body, arguments in connection.execute(_TRIGGER_FUNCTIONS, owner):
+    for trigger, body, arguments in connection.execute(_TRIGGER_FUNCTIONS, names):
         # Its arguments may name columns. A NUL ends each argument.
         words = arguments.replace("\\000", " ")
         if names["column"].lower() in _tokens(f"{body} {words}"):
@@ -126,9 +121,7 @@ def _on_mysql(connection: Connection, names: Mapping[str, Any]) -> Iterator[str]
     table, column = names["table"].lower(), names["column"].lower()
 
     def rows(statement: TextClause) -> Sequence[Any]:
-        wanted = {"is_mariadb": is_mariadb, **names}
-        parameters = {name: wanted[name] for name in statement.compile().params}
-        return connection.execute(statement, parameters).all()
+        return connection.execute(statement, {"is_mariadb": is_mariadb, **names}).all()
 
     for name, generation, default in rows(_MYSQL_COLUMNS):
         if name.lower() == column:

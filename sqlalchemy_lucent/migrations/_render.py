@@ -21,10 +21,7 @@ from .operations import LucentOp
 def _render_operation(autogen_context: AutogenContext, operation: LucentOp) -> str:
     """Render the call, with the arguments that differ from their defaults."""
     arguments = []
-    declared: Any = operation
-    for field in sorted(
-        fields(declared), key=lambda field: field.kw_only and field.default is not MISSING
-    ):
+    for field in sorted(fields(operation), key=_is_option):
         value = getattr(operation, field.name)
         # A `reader` or `writer` is a function and has no text: add it by hand.
         if value == field.default or callable(value):

@@ -6,19 +6,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from typing import Any, TypeVar
 
 from alembic.operations import Operations, ops, toimpl
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import (
-    Column,
-    ColumnElement,
-    Connection,
-    MetaData,
-    Table,
-    func,
-    select,
-)
+from sqlalchemy import Column, ColumnElement, Connection, MetaData, func, select
 from sqlalchemy import column as column_clause
 from sqlalchemy import table as table_clause
 from sqlalchemy.types import TypeEngine, to_instance
@@ -32,12 +25,12 @@ from .._statements import refuse_server_default
 from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
-from ..rotation import RotationProgress, RotationReport, needs_rotation, rotate, run_jobs
+from ..rotation import RotationReport, needs_rotation, rotate, run_jobs
 from ..rotation.jobs import Rebind
 from ..rotation.targets import resolve_targets
 from ..types import EncryptedJSON
 from ._checks import SealedCheck, has_row, not_encrypted
-from ._convert import convert_column, log_failures
+from ._convert import convert_column, log_failures, log_progress
 from .operations import (
     ColumnOp,
     ConvertColumnOp,
@@ -103,11 +96,7 @@ def _in_batches(implementation: _Implementation[_Op]) -> _Implementation[_Op]:
             with _autocommit_block(context):
                 return implementation(operations, translated_operation)
         except errors as error:
-            fault = (
-                error
-                if isinstance(error, Fault)
-                else fault_of(error, connection.dialect, lost=connection.invalidated)
-            )
+            fault = fault_of(error, connection.dialect, lost=connection.invalidated)
             message = (
                 f"the database ended {what}: {fault.message}. Committed batches stay, and the "
                 f"revision is not stamped. {fault.next_step()}"
@@ -134,7 +123,8 @@ def _rotate_encrypted_column(operations: Operations, operation: RotateEncryptedC
                 "checks. Re-encrypt them with sqlalchemy_lucent.rotate(), then run it again"
             )
         return
-    report = rotate(connection, column, batch_size=operation.batch_size, on_progress=_log)
+    on_progress = partial(log_progress, "re-encrypted", name)
+    report = rotate(connection, column, batch_size=operation.batch_size, on_progress=on_progress)
     _finish(report, name, connection, column)
     logger.info(
         "re-encrypted %d values of %s under key version %s",
@@ -160,7 +150,7 @@ def _rebind_encrypted_column(operations: Operations, operation: RebindEncryptedC
         [Rebind(target, keyring, connection.dialect)],
         keyring,
         batch_size=operation.batch_size,
-        on_progress=_log,
+        on_progress=partial(log_progress, "re-sealed", name),
     )
     _finish(report, name, connection, column)
     logger.info(
@@ -267,17 +257,8 @@ def _is_plain(connection: Connection, operation: ColumnOp, type_: TypeEngine[Any
     # SQLite keeps values of any type in any column.
     value: ColumnElement[Any] = column_clause(operation.column_name)
     owner = table_clause(operation.table_name, schema=operation.schema)
-    if has_row(connection, owner, _sql.key_version(value).is_not(None)):
-        return False
-    return has_row(connection, owner, value.is_not(None))
-
-
-def _log(progress: RotationProgress) -> None:
-    # Writers may have added values since the count.
-    total = max(progress.total, progress.rotated)
-    logger.info(
-        "re-encrypted %d of %d values of %s so far", progress.rotated, total, progress.table
-    )
+    has_sealed = has_row(connection, owner, _sql.key_version(value).is_not(None))
+    return not has_sealed and has_row(connection, owner, value.is_not(None))
 
 
 def _refuse_where_batches_cannot_commit(context: MigrationContext, what: str) -> None:
@@ -298,9 +279,11 @@ def _reflect(
     connection: Connection, operation: ValuesOp, accept_contexts: Iterable[str]
 ) -> Column[Any]:
     """Return the column with the operation's type, in its table as the database has it."""
-    needed = (operation.column_name, *operation.bound_to)
-    reflected = reflect_table(connection, operation.table_name, operation.schema, needed)
-    type_ = reflected.columns[operation.column_name]["type"]
+    name = operation.column_name
+    columns, table = reflect_table(
+        connection, operation.table_name, operation.schema, name, operation.bound_types
+    )
+    type_ = columns[name]["type"]
     if _is_plain(connection, operation, type_):
         raise not_encrypted(operation.full_name, type_)
     sealed_type = EncryptedJSON(
@@ -308,14 +291,8 @@ def _reflect(
         accept_contexts=accept_contexts,
         bound_to=tuple(operation.bound_to),
     )
-    table = Table(
-        operation.table_name,
-        MetaData(),
-        *reflected.identity(connection, operation.bound_types),
-        Column(operation.column_name, sealed_type),
-        schema=operation.schema,
-    )
-    return table.c[operation.column_name]
+    table.append_column(Column(name, sealed_type))
+    return table.c[name]
 
 
 @Operations.implementation_for(ops.AlterColumnOp, replace=True)

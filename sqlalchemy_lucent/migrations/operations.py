@@ -23,6 +23,7 @@ BoundTo = Iterable[str] | Mapping[str, TypeEngine[Any]]
 """The columns that a row-bound value is bound to, in order; or the type of each by its name."""
 
 
+@dataclass(eq=False)
 class LucentOp(MigrateOperation):
     """What the operations share. The fields of a subclass are its arguments.
 
@@ -32,7 +33,9 @@ class LucentOp(MigrateOperation):
     name: ClassVar[str]
 
     table_name: str
-    schema: str | None
+    _: KW_ONLY
+    schema: str | None = None
+    operations: InitVar[AbstractOperations | None] = None
 
     @classmethod
     def invoke(cls, operations: Operations, *args: Any, **kw: Any) -> None:
@@ -46,10 +49,11 @@ class LucentOp(MigrateOperation):
 
     def to_diff_tuple(self) -> tuple[Any, ...]:
         """Return what ``alembic check`` shows: the names and the required arguments."""
-        shown = [f.name for f in _fields(self) if not f.kw_only or f.default is MISSING]
+        shown = [f.name for f in fields(self) if not f.kw_only or f.default is MISSING]
         return (self.name, self.schema, *(getattr(self, name) for name in shown))
 
 
+@dataclass(eq=False)
 class ColumnOp(LucentOp):
     """An operation on one column."""
 
@@ -58,8 +62,8 @@ class ColumnOp(LucentOp):
     @classmethod
     def invoke_in_batch(cls, operations: BatchOperations, column_name: str, **kw: Any) -> None:
         """Run the operation on the table of a batch."""
-        batch, create = operations.impl, _unchecked(cls)
-        operations.invoke(create(batch.table_name, column_name, schema=batch.schema, **kw))
+        batch = operations.impl
+        operations.invoke(cls(batch.table_name, column_name, schema=batch.schema, **kw))
 
     @property
     def full_name(self) -> str:
@@ -67,12 +71,13 @@ class ColumnOp(LucentOp):
         return dotted(self.schema, self.table_name, self.column_name)
 
 
+@dataclass(eq=False, kw_only=True)
 class ValuesOp(ColumnOp):
     """An operation on the values of one column."""
 
-    context: str | None
-    bound_to: BoundTo
-    batch_size: int
+    context: str | None = None
+    bound_to: BoundTo = ()
+    batch_size: int = DEFAULT_BATCH_SIZE
 
     def __post_init__(self, operations: AbstractOperations | None) -> None:
         bound_to = self.bound_to
@@ -92,14 +97,6 @@ class ValuesOp(ColumnOp):
 
 _Op = TypeVar("_Op", bound=LucentOp)
 _P = ParamSpec("_P")
-
-
-def _fields(operation: Any) -> tuple[Any, ...]:
-    return fields(operation)
-
-
-def _unchecked(operation: type[_Op]) -> Callable[..., _Op]:
-    return operation
 
 
 def _registered(operation: type[_Op]) -> type[_Op]:
@@ -124,13 +121,12 @@ def _typed(operation: Callable[_P, LucentOp]) -> Callable[_P, None]:
     described: Any = operation
     function.__name__ = function.__qualname__ = described.name
     function.__doc__ = described.__doc__
-    signature = inspect.signature(described)
-    parameters = [
-        parameter.replace(annotation=parameter.annotation.removeprefix("InitVar[")[:-1])
-        if name == "operations"
-        else parameter
-        for name, parameter in signature.parameters.items()
-    ]
+    parameters = sorted(
+        inspect.signature(described).parameters.values(),
+        key=lambda p: (p.default is not p.empty, p.name == "operations"),
+    )
+    annotation = parameters[-1].annotation.removeprefix("InitVar[")[:-1]
+    parameters[-1] = parameters[-1].replace(annotation=annotation)
     function.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": "None"}
     function.__signature__ = inspect.Signature(parameters, return_annotation="None")  # type: ignore[attr-defined]
     return function
@@ -152,9 +148,6 @@ class CreateLucentSecretsOp(LucentOp):
     name = "create_lucent_secrets"
 
     table_name: str = "lucent_secrets"
-    _: KW_ONLY
-    schema: str | None = None
-    operations: InitVar[AbstractOperations | None] = None
 
     def reverse(self) -> DropLucentSecretsOp:
         """Return the operation that drops the table if it is empty."""
@@ -179,9 +172,7 @@ class DropLucentSecretsOp(LucentOp):
 
     table_name: str = "lucent_secrets"
     _: KW_ONLY
-    schema: str | None = None
     force: bool = False
-    operations: InitVar[AbstractOperations | None] = None
 
     def reverse(self) -> CreateLucentSecretsOp:
         """Return the operation that creates the table."""
@@ -202,20 +193,12 @@ class CreateSealedCheckOp(ColumnOp):
     left alone. PostgreSQL reads the rows while others write; MariaDB, MySQL and SQLite copy the
     table, and nobody can write to it meanwhile.
 
-    :param table_name: the table.
     :param column_name: its :class:`EncryptedJSON` column.
-    :param schema: the table's schema.
     :raises RotationError: some values are not sealed, or SQLite's copy of the table would lose
         something. Nothing was changed.
     """
 
     name = "create_sealed_check"
-
-    table_name: str
-    column_name: str
-    _: KW_ONLY
-    schema: str | None = None
-    operations: InitVar[AbstractOperations | None] = None
 
     def reverse(self) -> DropSealedCheckOp:
         """Return the operation that drops the constraint."""
@@ -229,19 +212,13 @@ class DropSealedCheckOp(ColumnOp):
 
     name = "drop_sealed_check"
 
-    table_name: str
-    column_name: str
-    _: KW_ONLY
-    schema: str | None = None
-    operations: InitVar[AbstractOperations | None] = None
-
     def reverse(self) -> CreateSealedCheckOp:
         """Return the operation that adds the constraint."""
         return CreateSealedCheckOp(self.table_name, self.column_name, schema=self.schema)
 
 
 @_registered
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class RotateEncryptedColumnOp(ValuesOp):
     """Re-encrypt a column under the keyring's primary key, as ``op.rotate_encrypted_column()``.
 
@@ -253,9 +230,7 @@ class RotateEncryptedColumnOp(ValuesOp):
     A migration that was killed continues where it stopped when it is run again. Its revision is
     stamped only after a count finds nothing left to do. A column without values needs no key.
 
-    :param table_name: the table.
     :param column_name: its :class:`EncryptedJSON` column.
-    :param schema: the table's schema.
     :param context: the column's context, if it is not ``table.column``.
     :param accept_contexts: earlier contexts whose values still open.
     :param bound_to: the columns that a row-bound value is bound to, in order; or a dict with the
@@ -271,16 +246,8 @@ class RotateEncryptedColumnOp(ValuesOp):
 
     name = "rotate_encrypted_column"
 
-    table_name: str
-    column_name: str
-    _: KW_ONLY
-    schema: str | None = None
-    context: str | None = None
     accept_contexts: Iterable[str] = ()
-    bound_to: BoundTo = ()
-    batch_size: int = DEFAULT_BATCH_SIZE
     assert_only: bool = False
-    operations: InitVar[AbstractOperations | None] = None
 
     def __post_init__(self, operations: AbstractOperations | None) -> None:
         super().__post_init__(operations)
@@ -291,27 +258,19 @@ class RotateEncryptedColumnOp(ValuesOp):
         return self
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class ConvertColumnOp(ValuesOp):
     """What encryption and decryption of a column share."""
 
     to_sealed: ClassVar[bool]
 
-    table_name: str
-    column_name: str
-    _: KW_ONLY
     existing_type: TypeEngine[Any] | type[TypeEngine[Any]]
-    schema: str | None = None
-    context: str | None = None
-    bound_to: BoundTo = ()
     reader: Reader | None = None
     writer: Writer | None = None
     through: str | None = None
     swap: bool = True
     drop: bool = True
     create_constraint: bool = True
-    batch_size: int = DEFAULT_BATCH_SIZE
-    operations: InitVar[AbstractOperations | None] = None
 
     def __post_init__(self, operations: AbstractOperations | None) -> None:
         super().__post_init__(operations)
@@ -348,7 +307,7 @@ class ConvertColumnOp(ValuesOp):
 
     def _undone_by(self, operation: Callable[..., _Op]) -> _Op:
         # Whatever part of the way this went, the reverse goes back to where it began.
-        arguments = {f.name: getattr(self, f.name) for f in _fields(self)}
+        arguments = {f.name: getattr(self, f.name) for f in fields(self)}
         return operation(**{**arguments, "swap": True, "drop": True})
 
 
@@ -375,11 +334,9 @@ class EncryptColumnOp(ConvertColumnOp):
 
     A document in a text column is sealed to the letter; other values as their type reads them.
 
-    :param table_name: the table.
     :param column_name: its plaintext column.
     :param existing_type: what the column is: JSON, text that holds JSON, or any other type, such
         as another library's encrypted one, whose Python values are sealed.
-    :param schema: the table's schema.
     :param context: the context of the column from now on, if it is not ``table.column``.
     :param bound_to: the columns that a row-bound value is bound to, in order; or a dict with the
         type of each, for columns whose type the database does not tell (``sa.Uuid()``).
@@ -436,7 +393,7 @@ class DecryptColumnOp(ConvertColumnOp):
 
 
 @_registered
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class RebindEncryptedColumnOp(ValuesOp):
     """Re-seal values in their new context after a rename, as ``op.rebind_encrypted_column()``.
 
@@ -452,7 +409,6 @@ class RebindEncryptedColumnOp(ValuesOp):
     :param column_name: its :class:`EncryptedJSON` column, by its current name.
     :param from_context: the context that values were sealed in: ``table.column`` of the old names.
     :param context: the context to seal them in, if it is not ``table.column``.
-    :param schema: the table's schema.
     :param bound_to: as for :func:`encrypt_column`.
     :param batch_size: rows per transaction.
     :raises RotationError: as for :func:`rotate_encrypted_column`.
@@ -461,15 +417,7 @@ class RebindEncryptedColumnOp(ValuesOp):
 
     name = "rebind_encrypted_column"
 
-    table_name: str
-    column_name: str
-    _: KW_ONLY
     from_context: str
-    context: str | None = None
-    schema: str | None = None
-    bound_to: BoundTo = ()
-    batch_size: int = DEFAULT_BATCH_SIZE
-    operations: InitVar[AbstractOperations | None] = None
 
     def reverse(self) -> RebindEncryptedColumnOp:
         """Return the operation with the contexts exchanged."""

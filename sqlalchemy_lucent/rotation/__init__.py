@@ -1,8 +1,8 @@
 """Rotation: re-encrypt under the primary key, count values per key, prove that every value opens.
 
-``targets`` finds the columns, ``rows`` reads their rows, ``jobs`` says what becomes of them,
-``_updates`` writes them back, and ``_run`` drives all that in batches. ``_status`` counts and
-verifies; ``report`` has what all of them return; ``plain`` reads and writes plaintext columns.
+``_rotate`` has the entry points, ``_status`` counts and verifies. ``targets`` finds the columns,
+``rows`` reads their rows, ``jobs`` computes new values, ``_updates`` writes them, and ``_run``
+repeats that in batches, at the pace of ``throttle``. ``plain`` reads and writes plaintext columns.
 """
 
 from ._options import DEFAULT_BATCH_SIZE

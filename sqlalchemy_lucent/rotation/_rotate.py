@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import Connection, Engine
 
-from .._database.async_bridge import run_sync, sleep_in_async
+from .._database.async_bridge import run_sync
 from .._database.connection import DEFAULT_RETRIES, ManagedConnection
 from ..exceptions import hide_locals
 from ..keyring import Keyring
@@ -83,7 +82,7 @@ def rotate(
         stop_when=stop_when,
         dry_run=dry_run,
     )
-    return _rotate(bind, targets, keyring_of(keyring), options, time.sleep)
+    return _rotate(bind, targets, keyring_of(keyring), options)
 
 
 @hide_locals
@@ -104,7 +103,7 @@ async def arotate(
         raise TypeError(f"arotate() got an unexpected keyword argument {min(unknown)!r}")
     checked = RotationOptions(**options)
     own = keyring_of(keyring)
-    return await run_sync(bind, lambda sync: _rotate(sync, targets, own, checked, sleep_in_async))
+    return await run_sync(bind, lambda sync: _rotate(sync, targets, own, checked))
 
 
 def _rotate(
@@ -112,9 +111,8 @@ def _rotate(
     targets: Target | Iterable[Target] | None,
     keyring: Keyring,
     options: RotationOptions,
-    sleep: Callable[[float], object],
 ) -> RotationReport:
-    database = ManagedConnection(bind, retries=options.retries, sleep=sleep)
+    database = ManagedConnection(bind, retries=options.retries)
     tables = resolve_targets(targets, bind)
     run = Run(database, keyring, options)
     return database.run(lambda: run.rotate_tables(tables), run.describe)

@@ -8,23 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Engine,
-    Row,
-    String,
-    column,
-    func,
-    inspect,
-    select,
-)
+from sqlalchemy import ColumnElement, Connection, Engine, Row, String, column, func, inspect, select
 
-from .._database.async_bridge import run_sync, sleep_in_async
+from .._database.async_bridge import run_sync, sleep
 from .._database.connection import ManagedConnection
-from .._database.faults import Fault
 from .._envelope import VERSION_PATTERN
 from .._sql import key_id, key_version
 from ..exceptions import (
@@ -52,8 +41,10 @@ from .targets import (
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+_T = TypeVar("_T")
+
 _BEARABLE: Final = 2.0
-"""Seconds that SQLite's writers may be kept waiting for once."""
+"""Seconds for which one count may keep SQLite's writers waiting."""
 
 _MAX_COUNTS: Final = 5
 """Times that a table is counted by ranges while others write to it."""
@@ -70,38 +61,35 @@ def status(
     :param targets: as for :func:`rotate`.
     :raises RotationError: `targets` has no encrypted column.
     """
-    return _status(bind, targets, time.sleep)
+
+    def work(database: ManagedConnection, known: Survey) -> StatusReport:
+        rows = tuple(row for table in known.tables for row in _count(database, table))
+        return StatusReport(rows, known.left_out)
+
+    return _examine(bind, targets, work)
 
 
 async def astatus(
     bind: AsyncEngine | AsyncConnection, targets: Target | Iterable[Target] | None = None
 ) -> StatusReport:
     """Do what :func:`status` does, over an async engine or connection."""
-    return await run_sync(bind, lambda sync: _status(sync, targets, sleep_in_async))
+    return await run_sync(bind, lambda sync: status(sync, targets))
 
 
-def _status(
+def _examine(
     bind: Engine | Connection,
     targets: Target | Iterable[Target] | None,
-    sleep: Callable[[float], object],
-) -> StatusReport:
-    database = ManagedConnection(bind, sleep=sleep, read_only=True)
+    work: Callable[[ManagedConnection, Survey], _T],
+) -> _T:
+    """Do `work`, which only reads, on what the database has of `targets`."""
+    database = ManagedConnection(bind, read_only=True)
     tables = resolve_targets(targets, bind)
-
-    def work() -> StatusReport:
-        known = _survey(database, tables)
-        rows = tuple(row for table in known.tables for row in _count(database, table))
-        return StatusReport(rows, known.left_out)
-
-    return database.run(work, _describe)
-
-
-def _survey(database: ManagedConnection, tables: Sequence[TargetTable]) -> Survey:
-    return database.read(lambda connection: survey(connection, tables))
-
-
-def _describe(fault: Fault) -> str:
-    return f"the database ended the count: {fault.message}. {fault.next_step('Run it again')}"
+    return database.run(
+        lambda: work(database, database.read(lambda connection: survey(connection, tables))),
+        lambda fault: (
+            f"the database ended the count: {fault.message}. {fault.next_step('Run it again')}"
+        ),
+    )
 
 
 def _rows(database: ManagedConnection, target: TargetTable) -> Rows:
@@ -129,10 +117,7 @@ def _count_keys(
 ) -> Sequence[Row[Any]]:
     value = rows.clause.c[name]
     counted = (
-        select(
-            key_version(value).label("version"),
-            key_id(value).label("fingerprint"),
-        )
+        select(key_version(value).label("version"), key_id(value).label("fingerprint"))
         .select_from(rows.clause)
         .where(value.is_not(None), *rows.in_range(bounds))
         .subquery()
@@ -157,18 +142,15 @@ def needs_rotation(
         one if left out.
     :raises RotationError: `targets` has no encrypted column.
     """
-    keyring = keyring_of(keyring)
-    database = ManagedConnection(bind, read_only=True)
-    tables = resolve_targets(targets, bind)
+    own = keyring_of(keyring)
 
-    def work() -> bool:
-        known = _survey(database, tables)
-        jobs = [Reseal(table, keyring, database.dialect) for table in known.tables]
+    def work(database: ManagedConnection, known: Survey) -> bool:
+        jobs = [Reseal(table, own, database.dialect) for table in known.tables]
         for job in jobs:
             database.read(job.rows.find_order)
         return any(job.count_left(database.read) for job in jobs)
 
-    return database.run(work, _describe)
+    return _examine(bind, targets, work)
 
 
 @hide_locals
@@ -209,7 +191,36 @@ def retire_check(
         show less than there is, the server is a replica or read-only, nothing knows `version`, or
         an argument is wrong.
     """
-    _retire_check(bind, version, targets, settle, keyring, exclude, time.sleep)
+    if not isinstance(version, str) or not VERSION_PATTERN.fullmatch(version):
+        raise RotationError("retire_check() takes a key version, such as 'v1'")
+    if isinstance(settle, bool) or not isinstance(settle, (int, float)) or settle < 0:
+        raise RotationError("settle is a number of seconds, 0 or more")
+    if settle and isinstance(bind, Connection) and bind.in_transaction():
+        raise RotationError(
+            "the connection is inside a transaction, which may not see what others commit while "
+            "retire_check() waits. End it first, or pass the engine"
+        )
+    own = None if keyring is None else keyring_of(keyring)
+    rest = own.without(version) if own is not None and version in own.versions else own
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    fingerprint = _fingerprint(version, own)
+    _raise_if_needed(bind, version, targets, rest, exclude)
+    if fingerprint is None:
+        raise RotationError(
+            f"neither the keyring nor any value of the targets has key version {version!r}: is it "
+            "misspelt? Leave the key in the keyring until this check has passed"
+        )
+    for row in status(bind, targets).rows:
+        if row.fingerprint == fingerprint and row.key_version != version:
+            raise KeyInUseError(
+                f"the key of version {version!r} is still needed: {row.count} values in "
+                f"{row.table}.{row.column} are sealed with it under the name {row.key_version!r} "
+                f"(fingerprint {fingerprint}). Give {row.key_version!r} a key of its own, from "
+                "generate_master_key(), as a new version, and rotate to it"
+            )
+    if settle:
+        sleep(settle, bind.dialect)
+        _raise_if_needed(bind, version, targets, rest, exclude)
 
 
 @hide_locals
@@ -228,44 +239,10 @@ async def aretire_check(
     """
     await run_sync(
         bind,
-        lambda sync: _retire_check(
-            sync, version, targets, settle, keyring, exclude, sleep_in_async
+        lambda sync: retire_check(
+            sync, version, targets, settle=settle, keyring=keyring, exclude=exclude
         ),
     )
-
-
-def _retire_check(
-    bind: Engine | Connection,
-    version: str,
-    targets: Target | Iterable[Target] | None,
-    settle: float,
-    keyring: Keyring | Callable[[], Keyring] | None,
-    exclude: Iterable[str],
-    sleep: Callable[[float], object],
-) -> None:
-    if not isinstance(version, str) or not VERSION_PATTERN.fullmatch(version):
-        raise RotationError("retire_check() takes a key version, such as 'v1'")
-    if isinstance(settle, bool) or not isinstance(settle, (int, float)) or settle < 0:
-        raise RotationError("settle is a number of seconds, 0 or more")
-    if settle and isinstance(bind, Connection) and bind.in_transaction():
-        raise RotationError(
-            "the connection is inside a transaction, which may not see what others commit while "
-            "retire_check() waits. End it first, or pass the engine"
-        )
-    own = None if keyring is None else keyring_of(keyring)
-    rest = own.without(version) if own is not None and version in own.versions else own
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    fingerprint = _fingerprint(version, own)
-    _raise_if_needed(bind, version, targets, rest, exclude, sleep)
-    if fingerprint is None:
-        raise RotationError(
-            f"neither the keyring nor any value of the targets has key version {version!r}: is it "
-            "misspelt? Leave the key in the keyring until this check has passed"
-        )
-    _raise_if_key_has_another_name(_status(bind, targets, sleep), version, fingerprint)
-    if settle:
-        sleep(settle)
-        _raise_if_needed(bind, version, targets, rest, exclude, sleep)
 
 
 def _fingerprint(version: str, keyring: Keyring | None) -> str | None:
@@ -276,30 +253,14 @@ def _fingerprint(version: str, keyring: Keyring | None) -> str | None:
     return next((k.fingerprint(version) for k in keyrings if version in k.versions), None)
 
 
-def _raise_if_key_has_another_name(report: StatusReport, version: str, fingerprint: str) -> None:
-    for row in report.rows:
-        if row.fingerprint == fingerprint and row.key_version != version:
-            raise KeyInUseError(
-                f"the key of version {version!r} is still needed: {row.count} values in "
-                f"{row.table}.{row.column} are sealed with it under the name {row.key_version!r} "
-                f"(fingerprint {fingerprint}). Give {row.key_version!r} a key of its own, from "
-                "generate_master_key(), as a new version, and rotate to it"
-            )
-
-
 def _raise_if_needed(
     bind: Engine | Connection,
     version: str,
     targets: Target | Iterable[Target] | None,
     rest: Keyring | None,
     exclude: Sequence[str],
-    sleep: Callable[[float], object],
 ) -> None:
-    database = ManagedConnection(bind, sleep=sleep, read_only=True)
-    tables = resolve_targets(targets, bind)
-
-    def work() -> dict[str, int]:
-        known = _survey(database, tables)
+    def work(database: ManagedConnection, known: Survey) -> dict[str, int]:
         database.read(lambda connection: refuse_left_out(connection, known, exclude))
         counts: dict[str, int] = {}
         for table in known.tables:
@@ -309,7 +270,7 @@ def _raise_if_needed(
                 counts[name] = _count_version(database, rows, each, version)
         return counts
 
-    needing = database.run(work, _describe)
+    needing = _examine(bind, targets, work)
     if any(needing.values()):
         counts = ", ".join(f"{count} in {name}" for name, count in needing.items() if count)
         raise KeyInUseError(
@@ -319,7 +280,7 @@ def _raise_if_needed(
         )
     if rest is None:
         return
-    report = _verify(bind, targets, rest, None, sleep)
+    report = verify(bind, targets, keyring=rest)
     if not report.ok:
         first = report.failed[0]
         raise KeyInUseError(
@@ -367,11 +328,8 @@ def _has_version(
     if found.version_column is not None:
         # Trust the column only if the database computes it; otherwise anybody may have written it.
         columns = inspect(connection).get_columns(str(rows.clause.name), rows.clause.schema)
-        if any(
-            each["name"] == found.version_column
-            and found.name in each.get("computed", {"sqltext": ""})["sqltext"]
-            for each in columns
-        ):
+        computed = {c["name"]: c["computed"]["sqltext"] for c in columns if "computed" in c}
+        if found.name in computed.get(found.version_column, ""):
             known = column(found.version_column, String())
     return known == version
 
@@ -409,40 +367,13 @@ def verify(
     :param sample: look at the first so many rows of each table only, in primary-key order.
     :raises RotationError: `targets` has no encrypted column, or `sample` is below 1.
     """
-    return _verify(bind, targets, keyring, sample, time.sleep)
-
-
-@hide_locals
-async def averify(
-    bind: AsyncEngine | AsyncConnection,
-    targets: Target | Iterable[Target] | None = None,
-    *,
-    keyring: Keyring | Callable[[], Keyring] | None = None,
-    sample: int | None = None,
-) -> VerifyReport:
-    """Do what :func:`verify` does, over an async engine or connection."""
-    return await run_sync(
-        bind, lambda sync: _verify(sync, targets, keyring, sample, sleep_in_async)
-    )
-
-
-def _verify(
-    bind: Engine | Connection,
-    targets: Target | Iterable[Target] | None,
-    keyring: Keyring | Callable[[], Keyring] | None,
-    sample: int | None,
-    sleep: Callable[[float], object],
-) -> VerifyReport:
     if sample is not None and (
         isinstance(sample, bool) or not isinstance(sample, int) or sample < 1
     ):
         raise RotationError("sample is a whole number of rows, 1 or more")
     own = keyring_of(keyring)
-    database = ManagedConnection(bind, sleep=sleep, read_only=True)
-    tables = resolve_targets(targets, bind)
 
-    def work() -> VerifyReport:
-        known = _survey(database, tables)
+    def work(database: ManagedConnection, known: Survey) -> VerifyReport:
         failures = Failures()
         opened = 0
         for table in known.tables:
@@ -457,4 +388,16 @@ def _verify(
                         failures.add([job.failure(row, each.name, error)])
         return VerifyReport(opened, tuple(failures.named), failures.count, known.left_out)
 
-    return database.run(work, _describe)
+    return _examine(bind, targets, work)
+
+
+@hide_locals
+async def averify(
+    bind: AsyncEngine | AsyncConnection,
+    targets: Target | Iterable[Target] | None = None,
+    *,
+    keyring: Keyring | Callable[[], Keyring] | None = None,
+    sample: int | None = None,
+) -> VerifyReport:
+    """Do what :func:`verify` does, over an async engine or connection."""
+    return await run_sync(bind, lambda sync: verify(sync, targets, keyring=keyring, sample=sample))

@@ -1,7 +1,7 @@
 """Write changed values back where the row still holds what was read: one form per database.
 
-Each form was chosen by measurement (``tests/bench/bench_rotation.py``). All of them compare the old
-header and nonce, and return how many values they wrote.
+Each form was chosen by measurement (``tests/bench/bench_rotation.py``). All of them compare how the
+old value began, and return how many values they wrote.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from sqlalchemy import (
@@ -37,6 +38,7 @@ from .._sql import is_mysql
 from .rows import Rows
 
 
+@dataclass(slots=True, repr=False)
 class Changes:
     """New values for the same columns of some rows, and how the old ones began; a list per column.
 
@@ -44,19 +46,10 @@ class Changes:
     object per row, because the garbage collector does not look into them.
     """
 
-    __slots__ = ("keys", "names", "new", "old")
-
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        keys: Sequence[list[Any]],
-        old: Sequence[list[bytes | None]],
-        new: Sequence[list[Any]],
-    ) -> None:
-        self.names = names
-        self.keys = keys
-        self.old = old
-        self.new = new
+    names: tuple[str, ...]
+    keys: Sequence[list[Any]]
+    old: Sequence[list[bytes | None]]
+    new: Sequence[list[Any]]
 
     def __len__(self) -> int:
         return len(self.old[0])
@@ -71,10 +64,9 @@ class Changes:
 
 
 class Writer(Protocol):
-    """Writes changes by compare-and-swap."""
+    """Writes changes by compare-and-swap; returns how many values were written."""
 
-    def write(self, connection: Connection, changes: Changes) -> int:
-        """Write `changes`; return how many values were written."""
+    def write(self, connection: Connection, changes: Changes) -> int: ...
 
 
 def writer_for(
@@ -150,9 +142,17 @@ def _sizes(old: Sequence[bytes | None]) -> list[int]:
     return [1 if prefix is None else len(prefix) for prefix in old]
 
 
+def _numbered(**lists: Iterable[Any]) -> dict[str, Any]:
+    """Name each member of some lists, one per column, by its list and position."""
+    return {
+        f"lucent_{kind}_{position}": member
+        for kind, members in lists.items()
+        for position, member in enumerate(members)
+    }
+
+
 class RowWriter:
-    """SQLite, MySQL and MariaDB, and columns that are not sealed: one UPDATE a row, sent together
-    as the driver can.
+    """SQLite, MySQL and MariaDB, and columns that are not sealed: one UPDATE a row, in one call.
 
     The parameters go to the driver as they are. SQLAlchemy would make a dict of each row, and one
     more object of each value.
@@ -173,23 +173,17 @@ class RowWriter:
         self._statements: dict[tuple[str, ...], tuple[str, Sequence[str] | None]] = {}
 
     def write(self, connection: Connection, changes: Changes) -> int:
-        """Write `changes`."""
         dialect, names = self._rows.dialect, changes.names
         if names not in self._statements:
             compiled: Any = self._statement(names).compile(dialect=dialect)
             self._statements[names] = str(compiled), compiled.positiontup
         statement, order = self._statements[names]
-        columns: dict[str, Iterable[list[Any]]] = {
-            "key": _bind(self._rows.key_types, dialect, changes.keys),
-            "old": changes.old,
-            "size": map(_sizes, changes.old),
-            "new": _bind(map(self._types.get, names), dialect, changes.new),
-        }
-        named = {
-            f"lucent_{kind}_{position}": values
-            for kind, lists in columns.items()
-            for position, values in enumerate(lists)
-        }
+        named = _numbered(
+            key=_bind(self._rows.key_types, dialect, changes.keys),
+            old=changes.old,
+            size=map(_sizes, changes.old),
+            new=_bind(map(self._types.get, names), dialect, changes.new),
+        )
         rows: list[Any] = list(zip(*(named[name] for name in order or named), strict=True))
         if order is None:  # the driver takes parameters by name
             rows = [dict(zip(named, row, strict=True)) for row in rows]
@@ -234,19 +228,12 @@ class ArrayWriter:
         self._statements: dict[tuple[str, ...], Update] = {}
 
     def write(self, connection: Connection, changes: Changes) -> int:
-        """Write `changes`."""
-        if changes.names not in self._statements:
-            self._statements[changes.names] = self._statement(changes.names)
-        parameters: dict[str, Any] = {
-            f"lucent_{kind}_{position}": values
-            for kind, columns in (("key", changes.keys), ("old", changes.old), ("new", changes.new))
-            for position, values in enumerate(columns)
-        }
-        for position, values in enumerate(changes.keys):
-            parameters[f"lucent_first_{position}"] = values[0]
-            parameters[f"lucent_last_{position}"] = values[-1]
-        rows = self._execute(connection, self._statements[changes.names], parameters)
-        return rows * len(changes.names)
+        names, keys = changes.names, changes.keys
+        if names not in self._statements:
+            self._statements[names] = self._statement(names)
+        ends = {"first": [values[0] for values in keys], "last": [values[-1] for values in keys]}
+        parameters = _numbered(key=keys, old=changes.old, new=changes.new, **ends)
+        return self._execute(connection, self._statements[names], parameters) * len(names)
 
     def _execute(
         self, connection: Connection, statement: Update, parameters: dict[str, Any]
@@ -255,12 +242,8 @@ class ArrayWriter:
 
     def _statement(self, names: tuple[str, ...]) -> Update:
         clause = self._rows.clause
-        types: dict[str, TypeEngine[Any]] = {
-            f"lucent_key_{position}": type_ for position, type_ in enumerate(self._rows.key_types)
-        }
-        for position in range(len(names)):
-            types[f"lucent_old_{position}"] = LargeBinary()
-            types[f"lucent_new_{position}"] = LargeBinary()
+        of_values = [LargeBinary()] * len(names)
+        types = _numbered(key=self._rows.key_types, old=of_values, new=of_values)
         arrays = (bindparam(name, type_=ARRAY(type_)) for name, type_ in types.items())
         renewed = (
             func.unnest(*arrays)
@@ -298,10 +281,10 @@ class ArrayWriter:
 
 
 class BinaryArrayWriter(ArrayWriter):
-    """The same for psycopg, which by default sends bytes in a list as hexadecimal text.
+    """The same for psycopg, which would send bytes in a list as hexadecimal text.
 
-    SQLAlchemy has no option for it, so the compiled statement is given to the driver. Large values
-    are written three times as fast for it.
+    SQLAlchemy has no option for binary parameters, so the driver gets the compiled statement. That
+    writes large values three times as fast.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -325,12 +308,11 @@ class BinaryArrayWriter(ArrayWriter):
         if text is None:
             # The type of a key may be in a schema of its own.
             schemas = connection.get_execution_options().get("schema_translate_map")
-            options = (
-                {"schema_translate_map": schemas, "render_schema_translate": True}
-                if schemas
-                else {}
+            compiled = statement.compile(
+                dialect=self._rows.dialect,
+                schema_translate_map=schemas,
+                render_schema_translate=bool(schemas),
             )
-            compiled = statement.compile(dialect=self._rows.dialect, **options)
             text = _BYTES_PARAMETER.sub(r"\1b", str(compiled))
             self._texts[statement] = text
         for name, process in self._processors.items():
@@ -376,14 +358,13 @@ class JoinWriter:
         # The first row gives each column its type; some versions of the driver send bytes as text
         # of the connection's character set.
         self._casts = {
-            f"k{i}": "CAST(%s AS BINARY)"
+            f"lucent_key_{i}": "CAST(%s AS BINARY)"
             for i, type_ in enumerate(rows.key_types)
             if isinstance(type_.dialect_impl(rows.dialect), _Binary)
         }
         self._of_long_values = RowWriter(rows, pinned)
 
     def write(self, connection: Connection, changes: Changes) -> int:
-        """Write `changes`."""
         long, short = [], {}
         for number, new in enumerate(zip(*changes.new, strict=True)):
             sizes = [len(value or b"") for value in new]
@@ -414,9 +395,8 @@ class JoinWriter:
 
     def _statement(self, changes: Changes, *, hide_keys: bool) -> tuple[str, tuple[Any, ...]]:
         keys, parameters = self._keys(changes, hide_keys=hide_keys)
-        columns = {f"k{i}": texts for i, texts in enumerate(keys)}
-        columns |= {f"o{i}": _literals(old) for i, old in enumerate(changes.old)}
-        columns |= {f"n{i}": _literals(new) for i, new in enumerate(changes.new)}
+        old, new = map(_literals, changes.old), map(_literals, changes.new)
+        columns = _numbered(key=keys, old=old, new=new)
         first, *others = zip(*columns.values(), strict=True)
         named = ", ".join(
             f"{self._casts.get(name, value)} AS {name}"
@@ -426,16 +406,17 @@ class JoinWriter:
         values = [self._column(name) for name in changes.names]
         compared = " AND ".join(
             f"SUBSTRING({value}, 1, COALESCE(LENGTH({old}), 1)) <=> {old}"
-            for value, old in ((value, f"lucent_changes.o{i}") for i, value in enumerate(values))
+            for value, old in ((v, f"lucent_changes.lucent_old_{i}") for i, v in enumerate(values))
         )
-        assigned = [f"{value} = lucent_changes.n{i}" for i, value in enumerate(values)]
+        assigned = [f"{value} = lucent_changes.lucent_new_{i}" for i, value in enumerate(values)]
         assigned += [f"{own} = {own}" for own in self._pinned]
         joined = " AND ".join(
-            f"{self._column(part.name)} = lucent_changes.k{i}"
+            f"{self._column(part.name)} = lucent_changes.lucent_key_{i}"
             for i, part in enumerate(self._rows.primary_key)
         )
         # Every part is a literal, a placeholder, or quoted by the dialect.
-        statement = f"UPDATE {self._table} JOIN ({source}) AS lucent_changes ON {joined}"
+        # The changes come first: a scan of the table would wait for rows that others have locked.
+        statement = f"UPDATE ({source}) AS lucent_changes STRAIGHT_JOIN {self._table} ON {joined}"
         return f"{statement} SET {', '.join(assigned)} WHERE {compared}", tuple(parameters)
 
     def _column(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a rotation, a count and a verification return: plain data, never a value of a row."""
+"""The results of a rotation, a count and a verification: plain data, without values of rows."""
 
 from __future__ import annotations
 
@@ -8,49 +8,49 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 MAX_FAILED: Final = 1000
-"""Failures that a report names one by one. All of them are counted: memory stays constant."""
+"""Failures that a report names. It counts all of them, in constant memory."""
 
 
 @dataclass(frozen=True)
 class FailedRow:
-    """A value that did not open, and was left as it is."""
+    """A value that did not open and was left unchanged."""
 
     table: str
     column: str
     primary_key: tuple[Any, ...]
     error: str
-    """Name of the error's class, such as ``TamperedError``."""
+    """The name of the error's class, such as ``TamperedError``."""
     key_version: str | None = None
     """The key version that it is sealed under; ``None`` if it is not sealed."""
     fingerprint: str | None = None
     """The fingerprint of that key."""
     reason: str | None = None
-    """What the database said, if it refused to change the row; or why no rotation helps it."""
+    """Why the database refused to change the row, or why no rotation can."""
 
 
 class Failures:
-    """Failures in order: the first ones by name, all by number."""
+    """The first failures, and the number of all."""
 
     def __init__(self) -> None:
         self.named: list[FailedRow] = []
         self.count = 0
 
     def add(self, failed: Iterable[FailedRow]) -> None:
-        """Count `failed`, and keep as many as there is room for."""
+        """Count `failed`, and name them while there is room."""
         for row in failed:
             self.count += 1
             if len(self.named) < MAX_FAILED:
                 self.named.append(row)
 
     def merge(self, other: Failures) -> None:
-        """Add those of `other`."""
+        """Add the failures of `other`."""
         self.named += other.named[: MAX_FAILED - len(self.named)]
         self.count += other.count
 
 
 @dataclass(frozen=True)
 class RotationProgress:
-    """Where a rotation stands after a batch."""
+    """The state of a rotation after a batch."""
 
     table: str
     rotated: int
@@ -58,20 +58,19 @@ class RotationProgress:
     failed: int
     """Values in this table that did not open, in the current pass."""
     total: int
-    """Values that were to be re-encrypted when the run began, over all tables: an estimate, as
-    writers go on meanwhile."""
+    """Values to re-encrypt when the run began, over all tables. Writers may have changed it."""
     rate: float
     """Values re-encrypted per second, since the run began."""
     seconds_left: float | None
-    """What `total` and `rate` make of the rest; ``None`` as long as nothing was re-encrypted."""
+    """An estimate from `total` and `rate`; ``None`` until something was re-encrypted."""
 
 
 @dataclass(frozen=True)
 class RotationReport:
-    """The end of a rotation."""
+    """The result of a rotation."""
 
     key_version: str
-    """The version that everything is sealed under now, but for what failed or remains."""
+    """The primary key's version."""
     rotated: int
     """Values re-encrypted by this run; in a dry run, those that would be."""
     failed: tuple[FailedRow, ...]
@@ -79,14 +78,13 @@ class RotationReport:
     failed_count: int
     """How many values did not open."""
     remaining: int
-    """Values that are still not under the primary key, those that failed included; in a dry run,
-    those that a rotation would leave so."""
+    """Values that are not under the primary key, including those that failed; in a dry run, those
+    that a rotation would leave so."""
     stopped: bool = False
     """Whether ``stop_when`` ended the run."""
     dry_run: bool = False
     left_out: tuple[str, ...] = ()
-    """Targets that are no tables, but views, materialized views or foreign tables: nothing behind
-    them was looked at."""
+    """Targets that are views, materialized views or foreign tables, which were not read."""
 
     @property
     def ok(self) -> bool:
@@ -119,7 +117,7 @@ class StatusReport:
 
     rows: tuple[StatusRow, ...]
     left_out: tuple[str, ...] = ()
-    """Targets that are no tables, as in :class:`RotationReport`."""
+    """As in :class:`RotationReport`."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as data that :func:`json.dumps` takes."""
@@ -128,7 +126,7 @@ class StatusReport:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The end of a verification."""
+    """The result of a verification."""
 
     opened: int
     """Values that opened."""
@@ -137,7 +135,7 @@ class VerifyReport:
     failed_count: int
     """How many values did not open."""
     left_out: tuple[str, ...] = ()
-    """Targets that are no tables, as in :class:`RotationReport`."""
+    """As in :class:`RotationReport`."""
 
     @property
     def ok(self) -> bool:
@@ -162,5 +160,5 @@ def _json_ready(value: Any) -> Any:
         return [_json_ready(member) for member in value]
     if isinstance(value, (bytes, memoryview)):
         return bytes(value).hex()
-    # A primary key may be a UUID, a date, a decimal … : its text says which row it is.
+    # A primary key may be a UUID, a date, a decimal …: its text identifies the row.
     return value if value is None or isinstance(value, (str, int, float)) else str(value)

@@ -1,7 +1,8 @@
-"""Find the encrypted columns of what the caller names, table by table."""
+"""Find the encrypted columns in what the caller passes as targets, table by table."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -11,6 +12,7 @@ from sqlalchemy.orm import ColumnProperty, Mapper, QueryableAttribute, registry
 from sqlalchemy.sql.expression import ColumnClause, TableClause
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from .._database.reflection import no_primary_key
 from .._database.relations import Relation, binary_columns, relation_of, tables_beneath
 from .._pagination import key_type
 from .._sql import key_version
@@ -21,9 +23,9 @@ from ..types import EncryptedJSON
 Target: TypeAlias = (
     "MetaData | registry | type[Any] | Table | Column[Any] | QueryableAttribute[Any]"
 )
-"""What may be named: all tables of a MetaData; all tables of each MetaData that the classes of a
-registry or Declarative base have; the tables of a mapped class and of those that derive from it, or
-of a mixin's; a Table; or one column."""
+"""What may be a target: a MetaData, with all its tables; a registry or Declarative base, with the
+tables of each MetaData that its classes use; a mapped class or a mixin, with the tables of the
+classes that derive from it; a Table; or one column."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,17 @@ class TargetColumn:
     name: str
     type: EncryptedJSON
     bound_to: tuple[str, ...]
-    """Names in the database of the columns that its values are bound to."""
+    """The database's names of the columns that its values are bound to."""
     version_column: str | None = None
-    """The name of a column that the database computes the key version into, as the model says."""
+    """The generated column that, by the model, has the key version."""
 
 
 @dataclass(frozen=True)
 class TargetTable:
     """A table with the encrypted columns to work on.
 
-    `clause` is a light copy of the table, whose sealed columns are what the driver gives: it has
-    no ``onupdate``, so that writing through it changes nothing but what is named.
+    `clause` is a bare copy of the table. Its sealed columns have no type, so they hold what the
+    driver gives; and it has no ``onupdate``, so an UPDATE sets only the columns that it names.
     """
 
     name: str
@@ -55,10 +57,10 @@ class TargetTable:
 def resolve_targets(
     targets: Target | Iterable[Target] | None, bind: Engine | Connection
 ) -> list[TargetTable]:
-    """Return the tables to work on; the metadata of :class:`LucentBase` if `targets` is ``None``.
+    """Return the tables to work on; ``None`` stands for the metadata of :class:`LucentBase`.
 
-    :param bind: its option ``schema_translate_map`` says which schemas are meant.
-    :raises RotationError: there is no encrypted column among them, or a table has no primary key.
+    :param bind: its option ``schema_translate_map`` applies.
+    :raises RotationError: `targets` has no encrypted column, or a table has no primary key.
     """
     columns = list(columns_in(LucentBase.metadata if targets is None else targets))
     if not columns:
@@ -75,25 +77,27 @@ def resolve_targets(
         _target_table(owner, list(named.values()), schemas.get(owner.schema, owner.schema))
         for owner, named in by_table.items()
     ]
-    known: set[tuple[str | None, str]] = set()
-    for target in tables:
-        if (target.clause.schema, target.clause.name) in known:
-            raise RotationError(
-                f"the targets have two tables {target.name}, each in a MetaData of its own. If "
-                "they are one table, name one of them; if they are in two databases, call this "
-                "once for each database, with its engine and its MetaData"
-            )
-        known.add((target.clause.schema, target.clause.name))
+    known = Counter((target.clause.schema, target.clause.name) for target in tables)
+    ((_, name), number) = known.most_common(1)[0]
+    if number > 1:
+        raise RotationError(
+            f"the targets have two tables {name}, each in a MetaData of its own. If they are one "
+            "table, pass one of them. If they are in two databases, call this once for each "
+            "database, with its engine and its MetaData"
+        )
     return tables
 
 
 def columns_in(target: Any) -> Iterator[Column[Any]]:
-    """Give the encrypted columns of `target`; a table that is named and has none is an error.
+    """Yield the encrypted columns of `target`.
 
-    :raises RotationError: a table of a base or registry is in another database than others.
+    :raises RotationError: a table or mapped class has none, or the tables of a base or registry are
+        in several databases.
     """
     if isinstance(target, QueryableAttribute):
-        target = _column_of(target)
+        if not isinstance(target.property, ColumnProperty):
+            raise RotationError(f"{target} is not a column attribute")
+        target = target.property.columns[0]
     if isinstance(target, Column):
         if not isinstance(target.type, EncryptedJSON):
             raise RotationError(f"column {target} is not an EncryptedJSON column")
@@ -120,9 +124,9 @@ def columns_in(target: Any) -> Iterator[Column[Any]]:
 
 
 def tables_in(target: MetaData | registry | type[Any]) -> list[Table]:
-    """Return the tables that `target` stands for, with and without encrypted columns.
+    """Return the tables of `target`, with and without encrypted columns.
 
-    :raises RotationError: it is a class that has none.
+    :raises RotationError: it is a class without a table.
     """
     if isinstance(target, MetaData):
         return target.sorted_tables
@@ -132,7 +136,7 @@ def tables_in(target: MetaData | registry | type[Any]) -> list[Table]:
         return _tables_of(mapper.self_and_descendants)
     if isinstance(target, registry):
         return _with_all_beside([target.metadata], _tables_of(target.mappers))
-    # SQLModel keeps its registry under the second name only.
+    # SQLModel has the second name only.
     classes = [target, *_classes_below(target)]
     registries = [vars(c).get(n) for c in classes for n in ("registry", "_sa_registry")]
     mappers = {m for found in registries if isinstance(found, registry) for m in found.mappers}
@@ -157,9 +161,9 @@ def _tables_of(mappers: Iterable[Mapper[Any]]) -> list[Table]:
 
 
 def _with_all_beside(metadatas: list[MetaData], tables: list[Table]) -> list[Table]:
-    """Return all tables of `metadatas` and of those that `tables` are in.
+    """Return all tables of `metadatas` and of those of `tables`, mapped or not.
 
-    Beside those that are mapped, a MetaData has others that the classes use: an association's.
+    A table that is not mapped may be an association's.
     """
     every = dict.fromkeys([*metadatas, *(owner.metadata for owner in tables)])
     beside = (owner for metadata in every for owner in metadata.sorted_tables)
@@ -167,7 +171,7 @@ def _with_all_beside(metadatas: list[MetaData], tables: list[Table]) -> list[Tab
 
 
 def _bind_key(owner: Any) -> object:
-    """Return by which name Flask-SQLAlchemy keeps the database of a table."""
+    """Return Flask-SQLAlchemy's name of the table's database."""
     return owner.info.get("bind_key", owner.metadata.info.get("bind_key"))
 
 
@@ -178,17 +182,10 @@ def _refuse_other_databases(tables: Iterable[Table], key: object) -> None:
         other = next(iter(others.values()))
         raise RotationError(
             f"the targets have tables in another database: {named}. Call this once for each "
-            "database, with its MetaData and its engine: of Flask-SQLAlchemy, "
+            "database, with its MetaData and its engine: in Flask-SQLAlchemy, "
             f"db.metadatas[{other!r}] with db.engines[{other!r}], and db.metadatas[{key!r}] with "
             f"db.engines[{key!r}]"
         )
-
-
-def _column_of(attribute: QueryableAttribute[Any]) -> object:
-    property_ = attribute.property
-    if not isinstance(property_, ColumnProperty):
-        raise RotationError(f"{attribute} is not a column attribute")
-    return property_.columns[0]
 
 
 def _columns_of(tables: list[Table], named: str) -> Iterator[Column[Any]]:
@@ -202,15 +199,15 @@ def _encrypted(owner: Table) -> list[Column[Any]]:
     for found in owner.columns:
         if _seals_beneath(found.type):
             raise RotationError(
-                f"{found} seals its values through a type that hides it (a variant, a "
-                "TypeDecorator over EncryptedJSON, or an ARRAY of it), which cannot be rotated; "
-                "declare the column as EncryptedJSON itself"
+                f"{found} seals its values through a type that cannot be rotated: a variant, an "
+                "ARRAY or a TypeDecorator over EncryptedJSON. Declare the column as EncryptedJSON "
+                "itself"
             )
     return [column for column in owner.columns if isinstance(column.type, EncryptedJSON)]
 
 
 def _seals_beneath(type_: TypeEngine[Any]) -> bool:
-    """Say whether the type seals some values in a way that it does not tell itself."""
+    """Say whether the type seals values by another type inside it."""
     if isinstance(type_, EncryptedJSON):
         variants = type_._variant_mapping.values()
         return any(
@@ -236,9 +233,7 @@ def _not_a_target(type_: type[Any]) -> RotationError:
 def _target_table(owner: Table, columns: list[Column[Any]], schema: str | None) -> TargetTable:
     name = owner.fullname
     if not owner.primary_key.columns:
-        raise RotationError(
-            f"table {name} has no primary key; a rotation needs one to go through the rows in order"
-        )
+        raise no_primary_key(name)
     encrypted = tuple(_target_column(owner, column) for column in columns)
     plain = {c.name: c for c in owner.primary_key.columns}
     for target in encrypted:
@@ -257,9 +252,7 @@ def _target_column(owner: Table, column: Column[Any]) -> TargetColumn:
     assert isinstance(column.type, EncryptedJSON)
     missing = [key for key in column.type.bound_to if key not in owner.columns]
     if missing:
-        raise RotationError(
-            f"{column} is bound to {', '.join(missing)}, which its table does not have"
-        )
+        raise RotationError(f"{column} is bound to {missing[0]!r}, which its table does not have")
     bound_to = tuple(owner.columns[key].name for key in column.type.bound_to)
     version_columns = (c.name for c in owner.columns if _computes_version_of(c, column.name))
     return TargetColumn(column.name, column.type, bound_to, next(version_columns, None))
@@ -277,25 +270,25 @@ def _computes_version_of(candidate: Column[Any], name: str) -> bool:
 
 
 class Survey(NamedTuple):
-    """What the database finds under the names of the targets."""
+    """The targets, and what each name means in the database."""
 
     found: list[tuple[TargetTable, Relation]]
 
     @property
     def tables(self) -> list[TargetTable]:
-        """Those that are tables."""
+        """The targets that are tables."""
         return [target for target, relation in self.found if relation.is_table]
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """The names of those that are none: views and foreign tables."""
+        """The names of views and foreign tables, which are not read."""
         return tuple(target.name for target, relation in self.found if not relation.is_table)
 
 
 def survey(connection: Connection, targets: Iterable[TargetTable]) -> Survey:
-    """Find the tables among `targets`; what is none is not read.
+    """Look `targets` up in the database.
 
-    :raises RotationError: one is not in this database, or none is a table.
+    :raises RotationError: one is missing, or none is a table.
     """
     found, missing = [], []
     for target in targets:
@@ -307,22 +300,21 @@ def survey(connection: Connection, targets: Iterable[TargetTable]) -> Survey:
     if missing:
         raise RotationError(
             f"not in this database: {', '.join(missing)}. Run your migrations (alembic upgrade "
-            "head), or name the right database; what is in another database takes a call of its "
-            "own, with its engine"
+            "head), or pass the right engine; tables in two databases take two calls"
         )
     known = Survey(found)
     if not known.tables:
         raise RotationError(
-            f"no table is left: {', '.join(known.left_out)} is a view or foreign table, and what "
-            "is behind it is not known. Name the table itself"
+            f"no table is left: {', '.join(known.left_out)} is a view or foreign table. Pass the "
+            "table that has the values"
         )
     return known
 
 
 def refuse_left_out(connection: Connection, known: Survey, exclude: Iterable[str]) -> None:
-    """Refuse a view unless all that it may show is a target, or `exclude` has its name.
+    """Refuse a view, unless every sealed column that it may show is a target or it is excluded.
 
-    :raises RotationError: there is one, or `exclude` names what was not left out.
+    :raises RotationError: there is such a view, or `exclude` names something else.
     """
     excluded = set(exclude)
     wrong = excluded.difference(known.left_out)
@@ -340,7 +332,7 @@ def refuse_left_out(connection: Connection, known: Survey, exclude: Iterable[str
         if relation.is_table or target.name in excluded:
             continue
         beneath = tables_beneath(connection, relation)
-        unknown = [] if beneath else ["what it reads cannot be told"]
+        unknown = [] if beneath else ["the tables that it reads are not known"]
         for schema, name in sorted(beneath or ()):
             sealed = {fold(column) for column in binary_columns(connection, schema, name)}
             unknown += [
@@ -349,7 +341,7 @@ def refuse_left_out(connection: Connection, known: Survey, exclude: Iterable[str
             ]
         if unknown:
             raise RotationError(
-                f"{target.name} is a {relation.kind}, and values behind it may need the key: "
-                f"{unknown[0]}. Make the tables behind it targets, or pass "
-                f"exclude=[{target.name!r}] if you know that no value there was sealed under it"
+                f"{target.name} is a {relation.kind}, and values that it shows may need the key: "
+                f"{unknown[0]}. Make the tables that it reads targets, or pass "
+                f"exclude=[{target.name!r}] if you know that none of its values needs the key"
             )

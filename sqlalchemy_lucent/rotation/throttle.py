@@ -6,31 +6,26 @@ from collections.abc import Callable
 from typing import Final
 
 _FIRST_BATCH: Final = 100
-"""Rows of a table's first batch at most: nothing is known yet of how large its values are."""
+"""Rows of a table's first batch at most, while the size of its values is unknown."""
 
 BATCH_BYTES: Final = 16 << 20
-"""Bytes of values that a batch aims at: they are held in memory, some copies of each."""
+"""Bytes of values in a batch at most. Memory holds several copies of each."""
 
 _REST_AFTER: Final = 1.0
-"""Seconds of work after which a rotation lets others write, on a database with one writer."""
+"""Seconds of work before a rest, on a database with one writer."""
 
 _REST: Final = 0.12
-"""Seconds of that rest. Who waits for SQLite's lock looks again every 100 ms
-(``sqliteDefaultBusyCallback``), and would else find it taken until it gives up."""
+"""Seconds of that rest. A connection that waits for SQLite's lock tries again every 100 ms
+(``sqliteDefaultBusyCallback``). Without a rest, it would give up."""
 
 _LARGEST_BATCH: Final = 50_000
-"""Rows up to which a batch time may let batches grow."""
+"""Rows of a batch at most, if its size follows from a batch time."""
 
 
 class Throttle:
-    """The throttle of a rotation.
+    """Sets the size of batches, and waits between them. Most parameters are those of `rotate()`.
 
-    :param batch_size: rows per batch; where it begins, if there is a batch time.
-    :param batch_time: seconds that a batch should take; its size follows.
-    :param max_rate: rows per second at most.
-    :param pause: seconds to wait after each batch.
-    :param sleep: waits so many seconds.
-    :param has_one_writer: whether others cannot write while a batch does.
+    :param has_one_writer: whether nobody else can write while a batch does.
     """
 
     def __init__(
@@ -53,7 +48,7 @@ class Throttle:
         self._most = _FIRST_BATCH
 
     def begin_table(self) -> None:
-        """Forget how large the values are."""
+        """Forget the size of values."""
         self._most = _FIRST_BATCH
 
     @property
@@ -68,7 +63,7 @@ class Throttle:
         """Adapt to a batch of `rows` rows and `size` bytes that took `seconds`, and wait."""
         if self._batch_time is not None and rows:
             factor = min(max(self._batch_time / max(seconds, 1e-6), 0.5), 2.0)
-            # A batch that something else kept small says nothing about larger ones.
+            # A batch that something else kept small tells nothing about larger ones.
             if factor < 1 or rows >= int(self._rows):
                 self._rows = min(max(rows * factor, 1), _LARGEST_BATCH)
         self._most = max(1, BATCH_BYTES * rows // max(size, 1))

@@ -452,7 +452,7 @@ def test_binding_column_needs_its_type_where_the_database_does_not_tell_its_valu
         connection.execute(plain.insert().values(id=1, owner=value, credentials={"a": 1}))
     # SQLite tells of an Enum that it is a VARCHAR, as of any other text.
     if stored and not (engine.dialect.name == "sqlite" and isinstance(type_, sa.Enum)):
-        with pytest.raises(LucentError, match="as the model has it"):
+        with pytest.raises(LucentError, match="Give the model's type"):
             encrypt(engine, sa.JSON(), bound_to=["owner"])
         with engine.connect() as connection:
             assert connection.scalars(sa.select(plain.c.credentials)).one() == {"a": 1}

@@ -283,7 +283,7 @@ def test_a_base_of_two_databases_is_refused_by_what_is_missing(tmp_path: Any) ->
     with Session(binds={Local: here, Remote: there}) as session:
         session.add_all([Local(payload=1), Remote(payload=1)])
         session.commit()
-    with pytest.raises(RotationError, match=r"remote\..*another database"):
+    with pytest.raises(RotationError, match=r"not in this database: remote\."):
         rotate(here, Root)
     assert rotate(here, Local).ok
     assert rotate(there, Remote).ok
@@ -338,6 +338,8 @@ def test_a_column_bound_to_what_its_table_lacks_is_refused() -> None:
         Column("secret", EncryptedJSON(bound_to=["tenant"])),
     )
     engine = create_engine("sqlite://")
-    with pytest.raises(RotationError, match=r"t\.secret is bound to tenant, which its table does"):
+    with pytest.raises(
+        RotationError, match=r"t\.secret is bound to 'tenant', which its table does"
+    ):
         verify(engine, table)
     engine.dispose()
