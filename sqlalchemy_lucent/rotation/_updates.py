@@ -86,7 +86,11 @@ def writer_for(
         )
         if can_join and not types:
             packet = connection.scalar(text("SELECT @@max_allowed_packet"))
-            return JoinWriter(rows, pinned, packet)
+            primary = {name.lower() for name in connection.scalars(_PRIMARY_KEY, names)}
+            rows_first = bool(getattr(dialect, "is_mariadb", False)) and primary == {
+                part.name.lower() for part in rows.primary_key
+            }
+            return JoinWriter(rows, pinned, packet, rows_first=rows_first)
         return RowWriter(rows, pinned, types)
     if dialect.name == "postgresql" and not types:
         in_psycopg = dialect.driver in ("psycopg", "psycopg_async")
@@ -111,6 +115,12 @@ def check_rights(connection: Connection, rows: Rows, names: Sequence[str]) -> No
 _ON_UPDATE_COLUMNS: Final = text(
     "SELECT column_name AS name FROM information_schema.columns WHERE table_name = :name"
     " AND table_schema = coalesce(:schema, database()) AND extra LIKE '%on update%'"
+)
+
+
+_PRIMARY_KEY: Final = text(
+    "SELECT column_name AS name FROM information_schema.statistics WHERE table_name = :name"
+    " AND table_schema = coalesce(:schema, database()) AND index_name = 'PRIMARY'"
 )
 
 
@@ -335,10 +345,14 @@ class JoinWriter:
     them costs the database. The text holds the sealed values, because the drivers escape bytes in
     Python, which takes longer than sending and reading twice the bytes. It also holds integer keys,
     unless the engine hides parameters; other keys may say more of the row than a log should.
+
+    :param rows_first: have MariaDB look up the rows by primary key and change each as it finds it,
+        1.3 times as fast (small values): by itself, it writes the changes to a temporary table.
     """
 
     _MAX_ROWS: Final = 500
-    """Rows of a statement."""
+    """Rows of a statement. MariaDB turns a list of 1,000 keys into a subquery
+    (``in_predicate_conversion_threshold``)."""
 
     _MAX_BYTES: Final = 1 << 20
     """Bytes of the values of a statement, roughly; as text they take twice as many."""
@@ -347,9 +361,12 @@ class JoinWriter:
     """Bytes of a value. MariaDB (10.11) silently truncates one of 65,536 or more in a derived table
     to its length modulo 65,536. Longer values have an UPDATE of their own."""
 
-    def __init__(self, rows: Rows, pinned: Sequence[str], max_allowed_packet: int) -> None:
+    def __init__(
+        self, rows: Rows, pinned: Sequence[str], max_allowed_packet: int, *, rows_first: bool
+    ) -> None:
         self._max_bytes = min(self._MAX_BYTES, max_allowed_packet // 4)
         self._rows = rows
+        self._rows_first = rows_first
         preparer = rows.dialect.identifier_preparer
         self._quote = preparer.quote
         # No alias: a table that is locked (LOCK TABLES) may be used by its own name only.
@@ -402,7 +419,7 @@ class JoinWriter:
             f"{self._casts.get(name, value)} AS {name}"
             for value, name in zip(first, columns, strict=True)
         )
-        source = " UNION ALL SELECT ".join([f"SELECT {named}", *map(", ".join, others)])
+        source, rows = f"SELECT {named}", list(map(", ".join, others))
         values = [self._column(name) for name in changes.names]
         compared = " AND ".join(
             f"SUBSTRING({value}, 1, COALESCE(LENGTH({old}), 1)) <=> {old}"
@@ -414,9 +431,21 @@ class JoinWriter:
             f"{self._column(part.name)} = lucent_changes.lucent_key_{i}"
             for i, part in enumerate(self._rows.primary_key)
         )
-        # Every part is a literal, a placeholder, or quoted by the dialect.
-        # The changes come first: a scan of the table would wait for rows that others have locked.
-        statement = f"UPDATE ({source}) AS lucent_changes STRAIGHT_JOIN {self._table} ON {joined}"
+        # Every part is a literal, a placeholder, or quoted by the dialect. The order of the join is
+        # given: a scan of the table would wait for rows that others have locked.
+        if self._rows_first:
+            source += f" UNION ALL VALUES ({'), ('.join(rows)})" if rows else ""
+            key = ", ".join(self._column(part.name) for part in self._rows.primary_key)
+            among = "), (".join(map(", ".join, zip(*keys, strict=True)))
+            compared += f" AND ({key}) IN (({among}))"
+            parameters *= 2  # for the keys in `among`
+            tables = (
+                f"{self._table} FORCE INDEX (PRIMARY) STRAIGHT_JOIN ({source}) AS lucent_changes"
+            )
+        else:
+            source = " UNION ALL SELECT ".join([source, *rows])
+            tables = f"({source}) AS lucent_changes STRAIGHT_JOIN {self._table}"
+        statement = f"UPDATE {tables} ON {joined}"
         return f"{statement} SET {', '.join(assigned)} WHERE {compared}", tuple(parameters)
 
     def _column(self, name: str) -> str:
