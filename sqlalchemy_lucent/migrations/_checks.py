@@ -7,23 +7,8 @@ import re
 from contextlib import AbstractContextManager
 from typing import Any, Final, NamedTuple
 
+import sqlalchemy as sa
 from alembic.operations import BatchOperations, Operations
-from sqlalchemy import (
-    CheckConstraint,
-    Column,
-    ColumnElement,
-    Connection,
-    Dialect,
-    FromClause,
-    TextClause,
-    func,
-    inspect,
-    literal,
-    select,
-    text,
-)
-from sqlalchemy import column as column_clause
-from sqlalchemy import table as table_clause
 from sqlalchemy.engine.interfaces import ReflectedCheckConstraint
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import conv
@@ -58,14 +43,14 @@ class SealedCheck(NamedTuple):
         connection = self.operations.get_bind()
         return find_check(connection, self.table_name, self.column_name, self.schema)
 
-    def declared(self, *, validated: bool = True) -> CheckConstraint:
+    def declared(self, *, validated: bool = True) -> sa.CheckConstraint:
         """Return the constraint that a new table would have, named by the target's convention.
 
         :param validated: ``False`` has PostgreSQL add it without reading the rows.
         """
-        column: Column[Any] = Column(self.column_name, EncryptedJSON())
+        column: sa.Column[Any] = sa.Column(self.column_name, EncryptedJSON())
         table = self.operations.schema_obj.table(self.table_name, column, schema=self.schema)
-        (check,) = (c for c in table.constraints if isinstance(c, CheckConstraint))
+        (check,) = (c for c in table.constraints if isinstance(c, sa.CheckConstraint))
         # Its name is final, also in a batch, which copies the table under another name.
         preparer = self.operations.get_context().dialect.identifier_preparer
         check.name = conv(str(preparer.format_constraint(check, _alembic_quote=False)))
@@ -99,7 +84,7 @@ class SealedCheck(NamedTuple):
             "to go on"
         )
 
-    def _add(self, connection: Connection, found: ReflectedCheckConstraint | None) -> None:
+    def _add(self, connection: sa.Connection, found: ReflectedCheckConstraint | None) -> None:
         # PostgreSQL reads the rows afterwards, under a lock that lets others write.
         check = self.declared(validated=False)
         name = conv(str(check.name))
@@ -142,12 +127,12 @@ class SealedCheck(NamedTuple):
             loses=loses,
         )
 
-    def _refuse_unsealed(self, connection: Connection) -> None:
+    def _refuse_unsealed(self, connection: sa.Connection) -> None:
         require_full_visibility(connection, self.table_name, self.schema)
-        value: ColumnElement[Any] = column_clause(self.column_name)
+        value: sa.ColumnElement[Any] = sa.column(self.column_name)
         count = connection.scalar(
-            select(func.count())
-            .select_from(table_clause(self.table_name, schema=self.schema))
+            sa.select(sa.func.count())
+            .select_from(sa.table(self.table_name, schema=self.schema))
             .where(value.is_not(None), _sql.key_version(value).is_(None))
         )
         if count:
@@ -159,11 +144,11 @@ class SealedCheck(NamedTuple):
 
 
 def find_check(
-    connection: Connection, table_name: str, column_name: str, schema: str | None
+    connection: sa.Connection, table_name: str, column_name: str, schema: str | None
 ) -> ReflectedCheckConstraint | None:
     """Find the constraint by its condition, since a renamed table or column keeps its name."""
     own = re.compile(rf"(?<!\w){re.escape(column_name)}(?!\w)")
-    for check in inspect(connection).get_check_constraints(table_name, schema=schema):
+    for check in sa.inspect(connection).get_check_constraints(table_name, schema=schema):
         if _SIGNATURE.search(check["sqltext"]) and own.search(check["sqltext"]):
             return check
     return None
@@ -175,15 +160,17 @@ _SIGNATURE: Final = re.compile(
 """What only :class:`._sql.is_sealed` has, as each database writes it."""
 
 
-def has_row(connection: Connection, owner: FromClause, *conditions: ColumnElement[bool]) -> bool:
+def has_row(
+    connection: sa.Connection, owner: sa.FromClause, *conditions: sa.ColumnElement[bool]
+) -> bool:
     """Say whether a table has a row that meets `conditions`."""
-    statement = select(literal(1)).select_from(owner).where(*conditions).limit(1)
+    statement = sa.select(sa.literal(1)).select_from(owner).where(*conditions).limit(1)
     return connection.execute(statement).first() is not None
 
 
-def condition_of(column_name: str, dialect: Dialect) -> TextClause:
+def condition_of(column_name: str, dialect: sa.Dialect) -> sa.TextClause:
     """Return the condition of the constraint, for a column that is in no table."""
-    return text(str(_sql.is_sealed(column_clause(column_name)).compile(dialect=dialect)))
+    return sa.text(str(_sql.is_sealed(sa.column(column_name)).compile(dialect=dialect)))
 
 
 def not_encrypted(name: str, type_: TypeEngine[Any]) -> RotationError:

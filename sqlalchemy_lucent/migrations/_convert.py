@@ -19,23 +19,8 @@ from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any, Final, Literal
 
+import sqlalchemy as sa
 from alembic.operations import Operations
-from sqlalchemy import (
-    BigInteger,
-    CheckConstraint,
-    Column,
-    ColumnElement,
-    Connection,
-    Dialect,
-    MetaData,
-    Text,
-    cast,
-    column,
-    func,
-    literal,
-    select,
-    text,
-)
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import TypeEngine, _Binary
 
@@ -80,8 +65,8 @@ class _Conversion:
     def __init__(self, operations: Operations, plan: ConvertColumnOp) -> None:
         self._operations = operations
         self._plan = plan
-        self._connection: Connection = operations.get_bind()
-        self._dialect: Dialect = self._connection.dialect
+        self._connection: sa.Connection = operations.get_bind()
+        self._dialect: sa.Dialect = self._connection.dialect
         self._keyring = cache(default_keyring)
         self._look()
 
@@ -142,7 +127,7 @@ class _Conversion:
         type_ = self._columns[name]["type"]
         if not isinstance(type_, _Binary):
             return "plain"
-        value: ColumnElement[Any] = column(name)
+        value: sa.ColumnElement[Any] = sa.column(name)
         has = self._any(value.is_not(None))
         has_unsealed = self._any(value.is_not(None), _sql.key_version(value).is_(None))
         plain_is_binary = isinstance(_implemented(plan.plain_type, self._dialect), _Binary)
@@ -189,8 +174,8 @@ class _Conversion:
 
     def _kind_of_values(self, plain: PlainColumn) -> str | None:
         """Return the name of the type of the first values, if none of them is a JSON value."""
-        statement = select(plain.expression()).select_from(self._owner).limit(_SAMPLE)
-        values = self._connection.scalars(statement.where(column(plain.name).is_not(None)))
+        statement = sa.select(plain.expression()).select_from(self._owner).limit(_SAMPLE)
+        values = self._connection.scalars(statement.where(sa.column(plain.name).is_not(None)))
         kinds = [plain.kind_unless_json(value) for value in values]
         return kinds[0] if kinds and all(kinds) else None
 
@@ -212,19 +197,25 @@ class _Conversion:
             type_.create_constraint = False  # it would be named after the second column
             if plan.wants_check and self._dialect.name == "sqlite":
                 name = self._check(plan.column_name).declared().name
-                checks.append(CheckConstraint(condition_of(plan.second, self._dialect), name=name))
+                checks.append(
+                    sa.CheckConstraint(condition_of(plan.second, self._dialect), name=name)
+                )
         comment = self._columns[plan.column_name].get("comment")
-        added: Column[Any] = Column(plan.second, type_, *checks, nullable=True, comment=comment)
+        added: sa.Column[Any] = sa.Column(
+            plan.second, type_, *checks, nullable=True, comment=comment
+        )
         self._operations.add_column(plan.table_name, added, schema=plan.schema)
         self._look()
 
-    def _job(self, *, compare: bool, written_since: ColumnElement[bool] | None = None) -> Backfill:
+    def _job(
+        self, *, compare: bool, written_since: sa.ColumnElement[bool] | None = None
+    ) -> Backfill:
         plan = self._plan
         plain, sealed = (
             (plan.column_name, plan.second) if plan.to_sealed else (plan.second, plan.column_name)
         )
-        owner = self._owner.to_metadata(MetaData())
-        owner.append_column(Column(sealed, plan.sealed_type))
+        owner = self._owner.to_metadata(sa.MetaData())
+        owner.append_column(sa.Column(sealed, plan.sealed_type))
         (target,) = resolve_targets(owner.c[sealed], self._connection)
         return Backfill(
             target,
@@ -251,7 +242,7 @@ class _Conversion:
         plan = self._plan
         failures = Failures()
         columns = [plan.column_name, *([plan.second] if compare else [])]
-        if not any(self._any(column(name).is_not(None)) for name in columns):
+        if not any(self._any(sa.column(name).is_not(None)) for name in columns):
             return failures
         report = run_jobs(
             self._connection,
@@ -277,7 +268,7 @@ class _Conversion:
             "reader= that they need, and run it again"
         )
 
-    def _compare_beforehand(self, *, patience: float) -> ColumnElement[bool] | None:
+    def _compare_beforehand(self, *, patience: float) -> sa.ColumnElement[bool] | None:
         """Compare every row before the lock; return the condition of those written since.
 
         Only PostgreSQL can tell: ``xmin`` is the transaction that wrote a row. If every transaction
@@ -302,18 +293,18 @@ class _Conversion:
                 break
             time.sleep(min(patience, 0.1))
         self._stop_if_failed(self._fill(compare=True, passes=1, final=False))
-        current = cast(cast(func.pg_current_xact_id(), Text), BigInteger)
-        return func.age(column("xmin")) <= current - literal(oldest, BigInteger)
+        current = sa.cast(sa.cast(sa.func.pg_current_xact_id(), sa.Text), sa.BigInteger)
+        return sa.func.age(sa.column("xmin")) <= current - sa.literal(oldest, sa.BigInteger)
 
     def _end_of_snapshot(self, name: str) -> int:
         """Return the oldest transaction that has not ended, or the next one to begin."""
-        end = text(f"SELECT CAST(CAST({name}(pg_current_snapshot()) AS text) AS bigint)")
+        end = sa.text(f"SELECT CAST(CAST({name}(pg_current_snapshot()) AS text) AS bigint)")
         return int(self._connection.execute(end).scalar_one())
 
-    def _swap(self, written_since: ColumnElement[bool] | None) -> None:
+    def _swap(self, written_since: sa.ColumnElement[bool] | None) -> None:
         plan = self._plan
         swap = Swap(self._operations, plan, self._columns)
-        if self._any(column(plan.column_name).is_not(None)):
+        if self._any(sa.column(plan.column_name).is_not(None)):
             self._keyring()  # raise a missing keyring once, not for every row
         try:
             with ManagedConnection(self._connection) as database, swap.locked(database):
@@ -338,7 +329,7 @@ class _Conversion:
             "column is as it was. Run it again to go on"
         )
 
-    def _reconcile(self, written_since: ColumnElement[bool] | None) -> Failures:
+    def _reconcile(self, written_since: sa.ColumnElement[bool] | None) -> Failures:
         """Fill again where a row differs from its source: all rows, or those `written_since`."""
         job = self._job(compare=True, written_since=written_since)
         pending = job.rows.count(self._connection, job.rows.pending)
@@ -388,7 +379,7 @@ def _contents(plan: ConvertColumnOp) -> tuple[Content, Content]:
     return ("sealed", "plain") if plan.to_sealed else ("plain", "sealed")
 
 
-def _implemented(type_: TypeEngine[Any], dialect: Dialect) -> object:
+def _implemented(type_: TypeEngine[Any], dialect: sa.Dialect) -> object:
     """Return the database's type of a decorator."""
     impl = type_.dialect_impl(dialect)
     return getattr(impl, "impl_instance", impl)

@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import (
-    CHAR,
-    NCHAR,
-    Connection,
-    Dialect,
-    Enum,
-    Float,
-    Numeric,
-    String,
-    TypeDecorator,
-    text,
-)
+import sqlalchemy as sa
 from sqlalchemy.sql.expression import TableClause
 from sqlalchemy.types import TypeEngine
 
@@ -23,28 +12,30 @@ from .._sql import is_mysql
 from ..exceptions import RotationError
 
 
-def without_limits(type_: TypeEngine[Any], dialect: Dialect) -> TypeEngine[Any]:
+def without_limits(type_: TypeEngine[Any], dialect: sa.Dialect) -> TypeEngine[Any]:
     """Return the type that PostgreSQL casts a key to, without a length or precision.
 
     The column in the database may be wider than the model says. A cast to the model's type would
     cut the key off, or round it.
     """
-    if dialect.name != "postgresql" or isinstance(type_, TypeDecorator):
+    if dialect.name != "postgresql" or isinstance(type_, sa.TypeDecorator):
         return type_
     from sqlalchemy.dialects import postgresql  # with that database only
 
     implementation = type_.dialect_impl(dialect)
-    if isinstance(implementation, String) and not isinstance(implementation, (CHAR, NCHAR, Enum)):
+    if isinstance(implementation, sa.String) and not isinstance(
+        implementation, (sa.CHAR, sa.NCHAR, sa.Enum)
+    ):
         # Without a length it may be CITEXT, or another type with an equality of its own.
-        return String() if implementation.length is not None else type_
-    if isinstance(implementation, Numeric) and not isinstance(implementation, Float):
-        return Numeric() if implementation.asdecimal else Numeric(asdecimal=False)
+        return sa.String() if implementation.length is not None else type_
+    if isinstance(implementation, sa.Numeric) and not isinstance(implementation, sa.Float):
+        return sa.Numeric() if implementation.asdecimal else sa.Numeric(asdecimal=False)
     if isinstance(type_, postgresql.TIMESTAMP):
         return postgresql.TIMESTAMP(timezone=type_.timezone)
     return type_
 
 
-def check_character_sets(connection: Connection, name: str, clause: TableClause) -> None:
+def check_character_sets(connection: sa.Connection, name: str, clause: TableClause) -> None:
     """Refuse keys that the connection cannot read without loss.
 
     MySQL and MariaDB send a question mark for each character that the connection's character set
@@ -69,10 +60,10 @@ def check_character_sets(connection: Connection, name: str, clause: TableClause)
         )
 
 
-_CONNECTION_SETS: Final = text(
+_CONNECTION_SETS: Final = sa.text(
     "SELECT @@character_set_client, @@character_set_connection, @@character_set_results"
 )
-_CHARACTER_SETS: Final = text(
+_CHARACTER_SETS: Final = sa.text(
     "SELECT column_name AS name, character_set_name AS set_ FROM information_schema.columns"
     " WHERE table_name = :name AND table_schema = coalesce(:schema, database())"
     " AND character_set_name IS NOT NULL"

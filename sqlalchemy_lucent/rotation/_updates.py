@@ -12,25 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from sqlalchemy import (
-    ARRAY,
-    ColumnElement,
-    Connection,
-    Dialect,
-    Integer,
-    LargeBinary,
-    String,
-    Update,
-    bindparam,
-    cast,
-    column,
-    func,
-    literal_column,
-    or_,
-    text,
-    tuple_,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.sql.expression import ColumnClause
 from sqlalchemy.types import TypeEngine, _Binary
 
@@ -66,11 +48,11 @@ class Changes:
 class Writer(Protocol):
     """Writes changes by compare-and-swap; returns how many values were written."""
 
-    def write(self, connection: Connection, changes: Changes) -> int: ...
+    def write(self, connection: sa.Connection, changes: Changes) -> int: ...
 
 
 def writer_for(
-    connection: Connection, rows: Rows, types: Mapping[str, TypeEngine[Any]] | None = None
+    connection: sa.Connection, rows: Rows, types: Mapping[str, TypeEngine[Any]] | None = None
 ) -> Writer:
     """Return the fastest form that the table allows on this database.
 
@@ -85,7 +67,7 @@ def writer_for(
             _compares_alike(type_, dialect) for type_ in rows.key_types
         )
         if can_join and not types:
-            packet = connection.scalar(text("SELECT @@max_allowed_packet"))
+            packet = connection.scalar(sa.text("SELECT @@max_allowed_packet"))
             primary = {name.lower() for name in connection.scalars(_PRIMARY_KEY, names)}
             rows_first = bool(getattr(dialect, "is_mariadb", False)) and primary == {
                 part.name.lower() for part in rows.primary_key
@@ -98,33 +80,33 @@ def writer_for(
     return RowWriter(rows, types=types)
 
 
-def check_rights(connection: Connection, rows: Rows, names: Sequence[str]) -> None:
+def check_rights(connection: sa.Connection, rows: Rows, names: Sequence[str]) -> None:
     """Fail now, by an error of the database, if this user may not update these columns.
 
     It has the statement explained, which fires no trigger and does not wait for a lock of a row.
     """
     if connection.dialect.name == "sqlite":
         return
-    values: dict[str, ColumnClause[Any]] = {name: column(name) for name in names}
-    statement = update(rows.clause).values(values).compile(dialect=connection.dialect)
+    values: dict[str, ColumnClause[Any]] = {name: sa.column(name) for name in names}
+    statement = sa.update(rows.clause).values(values).compile(dialect=connection.dialect)
     connection.exec_driver_sql(f"EXPLAIN {statement}").close()
 
 
 # MySQL sets such columns at each UPDATE that does not set them, whatever the metadata says. To keep
 # their values, an UPDATE sets them to themselves.
-_ON_UPDATE_COLUMNS: Final = text(
+_ON_UPDATE_COLUMNS: Final = sa.text(
     "SELECT column_name AS name FROM information_schema.columns WHERE table_name = :name"
     " AND table_schema = coalesce(:schema, database()) AND extra LIKE '%on update%'"
 )
 
 
-_PRIMARY_KEY: Final = text(
+_PRIMARY_KEY: Final = sa.text(
     "SELECT column_name AS name FROM information_schema.statistics WHERE table_name = :name"
     " AND table_schema = coalesce(:schema, database()) AND index_name = 'PRIMARY'"
 )
 
 
-def _compares_alike(type_: TypeEngine[Any], dialect: Dialect) -> bool:
+def _compares_alike(type_: TypeEngine[Any], dialect: sa.Dialect) -> bool:
     """Say whether MySQL uses the index to join a column of `type_` with a derived table.
 
     Where the connection's collation is not the column's, it fails or reads the whole table. Nor
@@ -132,14 +114,14 @@ def _compares_alike(type_: TypeEngine[Any], dialect: Dialect) -> bool:
     have the same bytes in both.
     """
     implementation = type_.dialect_impl(dialect)
-    if isinstance(implementation, String):
+    if isinstance(implementation, sa.String):
         collation = implementation.collation or ""
         return collation.startswith(("utf8mb4_", "ascii_")) and collation.endswith("_bin")
-    return isinstance(implementation, (Integer, _Binary))
+    return isinstance(implementation, (sa.Integer, _Binary))
 
 
 def _bind(
-    types: Iterable[TypeEngine[Any] | None], dialect: Dialect, columns: Iterable[list[Any]]
+    types: Iterable[TypeEngine[Any] | None], dialect: sa.Dialect, columns: Iterable[list[Any]]
 ) -> Iterator[list[Any]]:
     """Give the parameters of each column as SQLAlchemy gives them to the driver."""
     for type_, values in zip(types, columns, strict=True):
@@ -176,13 +158,13 @@ class RowWriter:
     ) -> None:
         self._rows = rows
         self._types = types or {}
-        self._pinned: dict[str, ColumnClause[Any]] = {name: column(name) for name in pinned}
+        self._pinned: dict[str, ColumnClause[Any]] = {name: sa.column(name) for name in pinned}
         for own in self._pinned.values():
             if own.name not in rows.clause.c:
                 rows.clause.append_column(own)
         self._statements: dict[tuple[str, ...], tuple[str, Sequence[str] | None]] = {}
 
-    def write(self, connection: Connection, changes: Changes) -> int:
+    def write(self, connection: sa.Connection, changes: Changes) -> int:
         dialect, names = self._rows.dialect, changes.names
         if names not in self._statements:
             compiled: Any = self._statement(names).compile(dialect=dialect)
@@ -201,32 +183,34 @@ class RowWriter:
         # Some drivers do not count; there the rows are locked, so none can have been missed.
         return (written if written >= 0 else len(rows)) * len(names)
 
-    def _statement(self, names: tuple[str, ...]) -> Update:
+    def _statement(self, names: tuple[str, ...]) -> sa.Update:
         rows = self._rows
         parts = zip(rows.primary_key, rows.key_types, strict=True)
-        statement = update(rows.clause).where(
+        statement = sa.update(rows.clause).where(
             *(
-                part == bindparam(f"lucent_key_{position}", type_=type_)
+                part == sa.bindparam(f"lucent_key_{position}", type_=type_)
                 for position, (part, type_) in enumerate(parts)
             )
         )
         for position, name in enumerate(names):
             type_ = self._types.get(name)
-            old = bindparam(f"lucent_old_{position}", type_=LargeBinary)
-            size = bindparam(f"lucent_size_{position}", type_=Integer)
-            new = bindparam(f"lucent_new_{position}", type_=type_ or LargeBinary())
+            old = sa.bindparam(f"lucent_old_{position}", type_=sa.LargeBinary)
+            size = sa.bindparam(f"lucent_size_{position}", type_=sa.Integer)
+            new = sa.bindparam(f"lucent_new_{position}", type_=type_ or sa.LargeBinary())
             statement = statement.where(
                 _begins_with(rows.clause.c[name], size, old)
                 if type_ is None
-                else or_(cast(old, LargeBinary).is_not(None), rows.clause.c[name].is_(None))
+                else sa.or_(
+                    sa.cast(old, sa.LargeBinary).is_not(None), rows.clause.c[name].is_(None)
+                )
             ).values({name: new})
         return statement.values(self._pinned) if self._pinned else statement
 
 
 def _begins_with(
-    value: ColumnElement[Any], size: ColumnElement[Any], old: ColumnElement[Any]
-) -> ColumnElement[bool]:
-    prefix = func.substr(value, literal_column("1"), size, type_=LargeBinary)
+    value: sa.ColumnElement[Any], size: sa.ColumnElement[Any], old: sa.ColumnElement[Any]
+) -> sa.ColumnElement[bool]:
+    prefix = sa.func.substr(value, sa.literal_column("1"), size, type_=sa.LargeBinary)
     return prefix.is_not_distinct_from(old)
 
 
@@ -235,9 +219,9 @@ class ArrayWriter:
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
-        self._statements: dict[tuple[str, ...], Update] = {}
+        self._statements: dict[tuple[str, ...], sa.Update] = {}
 
-    def write(self, connection: Connection, changes: Changes) -> int:
+    def write(self, connection: sa.Connection, changes: Changes) -> int:
         names, keys = changes.names, changes.keys
         if names not in self._statements:
             self._statements[names] = self._statement(names)
@@ -246,21 +230,23 @@ class ArrayWriter:
         return self._execute(connection, self._statements[names], parameters) * len(names)
 
     def _execute(
-        self, connection: Connection, statement: Update, parameters: dict[str, Any]
+        self, connection: sa.Connection, statement: sa.Update, parameters: dict[str, Any]
     ) -> int:
         return connection.execute(statement, parameters).rowcount
 
-    def _statement(self, names: tuple[str, ...]) -> Update:
+    def _statement(self, names: tuple[str, ...]) -> sa.Update:
         clause = self._rows.clause
-        of_values = [LargeBinary()] * len(names)
+        of_values = [sa.LargeBinary()] * len(names)
         types = _numbered(key=self._rows.key_types, old=of_values, new=of_values)
-        arrays = (bindparam(name, type_=ARRAY(type_)) for name, type_ in types.items())
+        arrays = (sa.bindparam(name, type_=sa.ARRAY(type_)) for name, type_ in types.items())
         renewed = (
-            func.unnest(*arrays)
-            .table_valued(*(column(name, type_) for name, type_ in types.items()), name="renewed")
+            sa.func.unnest(*arrays)
+            .table_valued(
+                *(sa.column(name, type_) for name, type_ in types.items()), name="renewed"
+            )
             .render_derived()
         )
-        statement = update(clause).where(
+        statement = sa.update(clause).where(
             *(
                 part == renewed.c[f"lucent_key_{position}"]
                 for position, part in enumerate(self._rows.primary_key)
@@ -269,25 +255,25 @@ class ArrayWriter:
         )
         for position, name in enumerate(names):
             old = renewed.c[f"lucent_old_{position}"]
-            size = func.coalesce(func.octet_length(old), literal_column("1"))
+            size = sa.func.coalesce(sa.func.octet_length(old), sa.literal_column("1"))
             statement = statement.where(_begins_with(clause.c[name], size, old)).values(
                 {name: renewed.c[f"lucent_new_{position}"]}
             )
         return statement
 
-    def _range(self) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    def _range(self) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
         # Without it, PostgreSQL may read the whole table to hash it, for each batch.
         primary_key = self._rows.primary_key
         first, last = (
-            tuple_(
+            sa.tuple_(
                 *(
-                    bindparam(f"lucent_{end}_{position}", type_=type_)
+                    sa.bindparam(f"lucent_{end}_{position}", type_=type_)
                     for position, type_ in enumerate(self._rows.key_types)
                 )
             )
             for end in ("first", "last")
         )
-        return tuple_(*primary_key) >= first, tuple_(*primary_key) <= last
+        return sa.tuple_(*primary_key) >= first, sa.tuple_(*primary_key) <= last
 
 
 class BinaryArrayWriter(ArrayWriter):
@@ -302,17 +288,17 @@ class BinaryArrayWriter(ArrayWriter):
         dialect = rows.dialect
         self._processors: dict[str, Callable[[Any], Any] | None] = {}
         for position, key in enumerate(rows.primary_key):
-            of_array = ARRAY(key.type).dialect_impl(dialect).bind_processor(dialect)
+            of_array = sa.ARRAY(key.type).dialect_impl(dialect).bind_processor(dialect)
             of_key = key.type.dialect_impl(dialect)
             # psycopg takes three times as long to write an array of integers.
-            is_integer = isinstance(of_key, Integer)
+            is_integer = isinstance(of_key, sa.Integer)
             self._processors[f"lucent_key_{position}"] = _array_literal if is_integer else of_array
             for end in ("first", "last"):
                 self._processors[f"lucent_{end}_{position}"] = of_key.bind_processor(dialect)
-        self._texts: dict[Update, str] = {}
+        self._texts: dict[sa.Update, str] = {}
 
     def _execute(
-        self, connection: Connection, statement: Update, parameters: dict[str, Any]
+        self, connection: sa.Connection, statement: sa.Update, parameters: dict[str, Any]
     ) -> int:
         text = self._texts.get(statement)
         if text is None:
@@ -381,7 +367,7 @@ class JoinWriter:
         }
         self._of_long_values = RowWriter(rows, pinned)
 
-    def write(self, connection: Connection, changes: Changes) -> int:
+    def write(self, connection: sa.Connection, changes: Changes) -> int:
         long, short = [], {}
         for number, new in enumerate(zip(*changes.new, strict=True)):
             sizes = [len(value or b"") for value in new]

@@ -10,19 +10,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Dialect,
-    LargeBinary,
-    Row,
-    and_,
-    cast,
-    column,
-    func,
-    literal,
-    or_,
-)
+import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import TypeEngine
 
@@ -64,10 +52,10 @@ class Job(ABC):
     def __init__(
         self,
         target: TargetTable,
-        dialect: Dialect,
-        values: Sequence[ColumnElement[Any]],
-        pending: ColumnElement[bool],
-        sizes: Sequence[ColumnElement[int]],
+        dialect: sa.Dialect,
+        values: Sequence[sa.ColumnElement[Any]],
+        pending: sa.ColumnElement[bool],
+        sizes: Sequence[sa.ColumnElement[int]],
         *,
         skips_locked: bool = True,
     ) -> None:
@@ -86,12 +74,12 @@ class Job(ABC):
             sizes=sizes,
             skips_locked=skips_locked,
         )
-        self.changers: Mapping[str, Callable[[Sequence[Row[Any]]], Changed]] = {}
+        self.changers: Mapping[str, Callable[[Sequence[sa.Row[Any]]], Changed]] = {}
         """For each column that is written, the function that changes it in some rows."""
         self._types: Mapping[str, TypeEngine[Any]] = {}
         self._writer: Writer | None = None
 
-    def prepare(self, connection: Connection, *, lock: bool = True) -> None:
+    def prepare(self, connection: sa.Connection, *, lock: bool = True) -> None:
         """Fail now if something is missing, or may not be locked or updated; write nothing."""
         check_rights(connection, self.rows, list(self.changers))
         self._writer = writer_for(connection, self.rows, self._types)
@@ -101,7 +89,7 @@ class Job(ABC):
     def count_left(self, read: Read) -> int:
         """Count the values that are left to do."""
 
-    def apply(self, rows: Sequence[Row[Any]]) -> Outcome:
+    def apply(self, rows: Sequence[sa.Row[Any]]) -> Outcome:
         """Compute the changes of `rows`."""
         changed = {name: change(rows) for name, change in self.changers.items()}
         changes = []
@@ -121,15 +109,15 @@ class Job(ABC):
         return Outcome(changes, [row for _, row in failed], size)
 
     def write(
-        self, connection: Connection, bounds: BatchBounds, outcome: Outcome
+        self, connection: sa.Connection, bounds: BatchBounds, outcome: Outcome
     ) -> tuple[int, list[FailedRow]]:
         """Write the changes; return how many values were written, and what failed by it."""
         assert self._writer is not None
         return sum(self._writer.write(connection, each) for each in outcome.changes), []
 
     def refused(
-        self, connection: Connection, bounds: BatchBounds, error: DBAPIError, reason: str
-    ) -> tuple[Sequence[Row[Any]], list[FailedRow]]:
+        self, connection: sa.Connection, bounds: BatchBounds, error: DBAPIError, reason: str
+    ) -> tuple[Sequence[sa.Row[Any]], list[FailedRow]]:
         """Return the rows within `bounds`, which the database does not let change, as failures."""
         # Without its values: the driver may have failed to read them.
         rows = self.rows.read(connection, bounds, lock=True, keys_only=True)
@@ -175,7 +163,7 @@ class Reseal(Job):
         self,
         target: TargetTable,
         keyring: Keyring,
-        dialect: Dialect,
+        dialect: sa.Dialect,
         *,
         stale_only: bool = True,
     ) -> None:
@@ -186,14 +174,14 @@ class Reseal(Job):
             for each in target.columns
         }
         self.stale = [_is_stale(value, headers[value.name], dialect) for value in values]
-        has_value = or_(*(value.is_not(None) for value in values))
+        has_value = sa.or_(*(value.is_not(None) for value in values))
         super().__init__(
             target,
             dialect,
             [_sealed_value(value, dialect) for value in values],
-            or_(*self.stale) if stale_only else has_value,
+            sa.or_(*self.stale) if stale_only else has_value,
             # The length of bytes is known without reading them, also where they are out of the row.
-            [func.length(value) for value in values],
+            [sa.func.length(value) for value in values],
         )
         names = [*self._names, *headers]
         self.sealed = [SealedColumn(each, keyring, names) for each in target.columns]
@@ -204,8 +192,8 @@ class Reseal(Job):
         return sum(self.rows.count_all(read, condition) for condition in self.stale)
 
     def refused(
-        self, connection: Connection, bounds: BatchBounds, error: DBAPIError, reason: str
-    ) -> tuple[Sequence[Row[Any]], list[FailedRow]]:
+        self, connection: sa.Connection, bounds: BatchBounds, error: DBAPIError, reason: str
+    ) -> tuple[Sequence[sa.Row[Any]], list[FailedRow]]:
         """Return the stale values within `bounds` as failures, with what they are sealed under."""
         rows = self.rows.read(connection, bounds, lock=True)
         failures = [
@@ -238,7 +226,7 @@ class Rebind(Reseal):
     Only opening a value tells its context: each pass opens all of them.
     """
 
-    def __init__(self, target: TargetTable, keyring: Keyring, dialect: Dialect) -> None:
+    def __init__(self, target: TargetTable, keyring: Keyring, dialect: sa.Dialect) -> None:
         super().__init__(target, keyring, dialect, stale_only=False)
         self._keyring = keyring
         (self._target,), (self._sealed,) = target.columns, self.sealed
@@ -291,29 +279,29 @@ class Backfill(Job):
         target: TargetTable,
         plain: PlainColumn,
         keyring: Callable[[], Keyring],
-        dialect: Dialect,
+        dialect: sa.Dialect,
         *,
         to_sealed: bool,
         compare: bool = False,
-        written_since: ColumnElement[bool] | None = None,
+        written_since: sa.ColumnElement[bool] | None = None,
     ) -> None:
         (self._sealed,) = target.columns
         if plain.name not in target.clause.c:
-            target.clause.append_column(column(plain.name))
+            target.clause.append_column(sa.column(plain.name))
         sealed_value, plain_value = target.clause.c[self._sealed.name], target.clause.c[plain.name]
         source, filled = (plain_value, sealed_value) if to_sealed else (sealed_value, plain_value)
-        self.unfilled = and_(source.is_not(None), filled.is_(None))
-        pending: ColumnElement[bool] = self.unfilled
+        self.unfilled = sa.and_(source.is_not(None), filled.is_(None))
+        pending: sa.ColumnElement[bool] = self.unfilled
         if compare:
-            pending = or_(source.is_not(None), filled.is_not(None))
+            pending = sa.or_(source.is_not(None), filled.is_not(None))
         if written_since is not None:
-            pending = and_(pending, written_since)
+            pending = sa.and_(pending, written_since)
         super().__init__(
             target,
             dialect,
             [plain.expression(), _sealed_value(sealed_value, dialect)],
             pending,
-            [plain.size() if to_sealed else func.length(sealed_value)],
+            [plain.size() if to_sealed else sa.func.length(sealed_value)],
             # A row that is not filled yet is found again; one that was passed over is not.
             skips_locked=not compare,
         )
@@ -332,7 +320,7 @@ class Backfill(Job):
         return self.rows.count_all(read, self.unfilled)
 
     def write(
-        self, connection: Connection, bounds: BatchBounds, outcome: Outcome
+        self, connection: sa.Connection, bounds: BatchBounds, outcome: Outcome
     ) -> tuple[int, list[FailedRow]]:
         """Write the changes, and when comparing, read again what was written: the database may have
         turned it into something else.
@@ -386,18 +374,20 @@ class Backfill(Job):
         return encode_row(parts, self._sealed.type.bound_to)
 
 
-def _sealed_value(value: ColumnElement[Any], dialect: Dialect) -> ColumnElement[Any]:
+def _sealed_value(value: sa.ColumnElement[Any], dialect: sa.Dialect) -> sa.ColumnElement[Any]:
     """Return what to select of a sealed column."""
     # SQLite's driver would decode text that was never sealed, and fail if it is not UTF-8.
-    return cast(value, LargeBinary) if dialect.name == "sqlite" else value
+    return sa.cast(value, sa.LargeBinary) if dialect.name == "sqlite" else value
 
 
-def _is_stale(value: ColumnElement[Any], header: bytes, dialect: Dialect) -> ColumnElement[bool]:
+def _is_stale(
+    value: sa.ColumnElement[Any], header: bytes, dialect: sa.Dialect
+) -> sa.ColumnElement[bool]:
     """Return the condition that a value does not begin with `header`."""
     if dialect.name == "sqlite":
         # The same without a call per row. Bytes sort after everything that is not bytes.
         next_header = (int.from_bytes(header) + 1).to_bytes(len(header))
-        first, end = (literal(bound, LargeBinary) for bound in (header, next_header))
-        return or_(value < first, value >= end)
-    prefix = func.substr(value, 1, len(header), type_=LargeBinary)
-    return and_(value.is_not(None), prefix != literal(header, LargeBinary))
+        first, end = (sa.literal(bound, sa.LargeBinary) for bound in (header, next_header))
+        return sa.or_(value < first, value >= end)
+    prefix = sa.func.substr(value, 1, len(header), type_=sa.LargeBinary)
+    return sa.and_(value.is_not(None), prefix != sa.literal(header, sa.LargeBinary))

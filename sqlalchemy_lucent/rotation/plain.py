@@ -9,20 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from sqlalchemy import (
-    ARRAY,
-    JSON,
-    ColumnElement,
-    Dialect,
-    Enum,
-    LargeBinary,
-    String,
-    Text,
-    cast,
-    column,
-    func,
-    type_coerce,
-)
+import sqlalchemy as sa
 from sqlalchemy.types import NullType, TypeDecorator, TypeEngine
 
 from .._json import Codec, JSONValue, same_value
@@ -75,10 +62,10 @@ class _DeferredRead(TypeDecorator[Any]):
         super().__init__()
         self._type = type_
 
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+    def load_dialect_impl(self, dialect: sa.Dialect) -> TypeEngine[Any]:
         return self._type.dialect_impl(dialect)
 
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any]:
+    def result_processor(self, dialect: sa.Dialect, coltype: object) -> Callable[[Any], Any]:
         process = self._type.dialect_impl(dialect).result_processor(dialect, coltype)
         return lambda value: None if value is None else _Unread(value, process)
 
@@ -90,9 +77,9 @@ _UNTOLD: Final = frozenset({"YEAR", "OID", "MACADDR", "MACADDR8", "MONEY", "HSTO
 
 def _has_json_values(type_: TypeEngine[Any]) -> bool | None:
     """Say whether a type's Python values are JSON values; ``None`` if only the values can tell."""
-    if isinstance(type_, JSON) or type_.__visit_name__ in _UNTOLD:
+    if isinstance(type_, sa.JSON) or type_.__visit_name__ in _UNTOLD:
         return True
-    if isinstance(type_, ARRAY):
+    if isinstance(type_, sa.ARRAY):
         return _has_json_values(type_.item_type)
     if type_.__visit_name__ == "SET":  # says str, and gives a set
         return False
@@ -117,7 +104,7 @@ class PlainColumn:
         name: str,
         type_: TypeEngine[Any],
         codec: Codec,
-        dialect: Dialect,
+        dialect: sa.Dialect,
         reader: Reader | None = None,
         writer: Writer | None = None,
     ) -> None:
@@ -129,30 +116,30 @@ class PlainColumn:
         self._dialect = dialect
         self._reader = reader
         self._writer = writer
-        self._is_json = isinstance(type_, JSON)
-        names_members = isinstance(type_, Enum) or self.has_json_values is False
-        self._is_text = isinstance(type_, String) and not names_members
+        self._is_json = isinstance(type_, sa.JSON)
+        names_members = isinstance(type_, sa.Enum) or self.has_json_values is False
+        self._is_text = isinstance(type_, sa.String) and not names_members
         # Drivers read JSON in their own ways. SQLite's fails on text that is not UTF-8, and gives a
         # number where the JSON is one.
         self._cast: type[TypeEngine[Any]] | None = None
         if dialect.name == "sqlite":
-            self._cast = LargeBinary if self._is_json or self._is_text else None
+            self._cast = sa.LargeBinary if self._is_json or self._is_text else None
         elif self._is_json:
-            self._cast = Text
+            self._cast = sa.Text
         self._bind = type_.dialect_impl(dialect).bind_processor(dialect)
 
-    def expression(self) -> ColumnElement[Any]:
+    def expression(self) -> sa.ColumnElement[Any]:
         """What to select."""
-        raw: ColumnElement[Any] = column(self.name)
+        raw: sa.ColumnElement[Any] = sa.column(self.name)
         if self._cast is None:
-            return type_coerce(raw, _DeferredRead(self.type))
-        return type_coerce(cast(raw, self._cast), _DeferredRead(self._cast()))
+            return sa.type_coerce(raw, _DeferredRead(self.type))
+        return sa.type_coerce(sa.cast(raw, self._cast), _DeferredRead(self._cast()))
 
-    def size(self) -> ColumnElement[int]:
+    def size(self) -> sa.ColumnElement[int]:
         """How many bytes a value has, roughly."""
         # PostgreSQL has a length() for few types.
-        length = func.pg_column_size if self._dialect.name == "postgresql" else func.length
-        return length(column(self.name))
+        length = sa.func.pg_column_size if self._dialect.name == "postgresql" else sa.func.length
+        return length(sa.column(self.name))
 
     def kind_unless_json(self, stored: _Unread) -> str | None:
         """Return the name of a value's type if the value can be read and is not a JSON value."""
@@ -208,11 +195,11 @@ class PlainColumn:
         value = self._codec.loads(document)
         if self._writer is not None:
             value = self._writer(value)
-        return JSON.NULL if value is None and self._is_json else value
+        return sa.JSON.NULL if value is None and self._is_json else value
 
     def _fits(self, value: Any) -> bool:
         """Say whether text fits into the column: some databases would truncate it."""
-        length = self.type.length if isinstance(self.type, String) else None
+        length = self.type.length if isinstance(self.type, sa.String) else None
         return length is None or not isinstance(value, str) or len(value) <= length
 
     def agree(self, one: bytes, other: bytes) -> bool:

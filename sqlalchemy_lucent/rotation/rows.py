@@ -11,23 +11,7 @@ from functools import partial, reduce
 from operator import add
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Dialect,
-    Function,
-    Integer,
-    Row,
-    Select,
-    bindparam,
-    event,
-    func,
-    literal,
-    not_,
-    or_,
-    select,
-    true,
-)
+import sqlalchemy as sa
 from sqlalchemy.sql.expression import ColumnClause, TableClause
 
 from .._database.visibility import require_full_visibility
@@ -83,14 +67,14 @@ NULL_KEYS: Final = BatchBounds((), ())
 class Read(Protocol):
     """Runs a function that reads from the database, in whatever transaction the caller chose."""
 
-    def __call__(self, work: Callable[[Connection], _T], /) -> _T:
+    def __call__(self, work: Callable[[sa.Connection], _T], /) -> _T:
         """Return what `work` returns."""
 
 
-def read_on(connection: Connection) -> Read:
+def read_on(connection: sa.Connection) -> Read:
     """Return a :class:`Read` that reads on `connection`, whatever transaction it is in."""
 
-    def read(work: Callable[[Connection], _T], /) -> _T:
+    def read(work: Callable[[sa.Connection], _T], /) -> _T:
         return work(connection)
 
     return read
@@ -113,11 +97,11 @@ class Rows:
         name: str,
         clause: TableClause,
         primary_key: Sequence[ColumnClause[Any]],
-        dialect: Dialect,
+        dialect: sa.Dialect,
         *,
-        selects: Sequence[ColumnElement[Any]] = (),
-        pending: ColumnElement[bool] | None = None,
-        sizes: Sequence[ColumnElement[int]] = (),
+        selects: Sequence[sa.ColumnElement[Any]] = (),
+        pending: sa.ColumnElement[bool] | None = None,
+        sizes: Sequence[sa.ColumnElement[int]] = (),
         skips_locked: bool = True,
     ) -> None:
         self.name = name
@@ -125,19 +109,19 @@ class Rows:
         self.primary_key = tuple(primary_key)
         self.key_types = [without_limits(part.type, dialect) for part in primary_key]
         self.dialect = dialect
-        self.pending = true() if pending is None else pending
+        self.pending = sa.true() if pending is None else pending
         self._selects = selects or self.primary_key
-        self._sizes = sizes or [literal(0)]
+        self._sizes = sizes or [sa.literal(0)]
         self._skips_locked = skips_locked
-        self._order: Sequence[ColumnElement[Any]] = self.primary_key
+        self._order: Sequence[sa.ColumnElement[Any]] = self.primary_key
         self._in_binary = False
         self._lookahead = 1
         # Kept, because building a statement costs SQLAlchemy as much as running it.
-        self._statements: dict[tuple[object, ...], Select[Any]] = {}
+        self._statements: dict[tuple[object, ...], sa.Select[Any]] = {}
 
     # -- checks ------------------------------------------------------------------------------------
 
-    def prepare(self, connection: Connection, *, lock: bool) -> None:
+    def prepare(self, connection: sa.Connection, *, lock: bool) -> None:
         """Check the keys, and that the rows may be read and locked.
 
         :raises RotationError: see :meth:`check_keys`.
@@ -152,7 +136,7 @@ class Rows:
             self._in_binary = known and not hasattr(result.cursor, "mogrify")
         result.close()
 
-    def check_keys(self, connection: Connection) -> None:
+    def check_keys(self, connection: sa.Connection) -> None:
         """Refuse a table with rows that are hidden, or that cannot be found by primary key.
 
         SQLite allows NULL in a primary key. So does any database where the model declares a
@@ -162,14 +146,16 @@ class Rows:
         """
         self.find_order(connection)
         check_character_sets(connection, self.name, self.clause)
-        statement = select(literal(1)).select_from(self.clause).where(self._has_null_key).limit(1)
+        statement = (
+            sa.select(sa.literal(1)).select_from(self.clause).where(self._has_null_key).limit(1)
+        )
         if connection.execute(statement).first() is not None:
             raise RotationError(
                 f"table {self.name} has a row with NULL in its primary key; give such rows "
                 "a primary key, so that they can be read in order and named"
             )
 
-    def find_order(self, connection: Connection) -> None:
+    def find_order(self, connection: sa.Connection) -> None:
         """Find out how the database sorts the key.
 
         :raises RotationError: row-level security hides rows.
@@ -178,14 +164,14 @@ class Rows:
         self._order = sort_columns(connection, self.clause, self.primary_key)
 
     @property
-    def _has_null_key(self) -> ColumnElement[bool]:
-        return or_(*(part.is_(None) for part in self.primary_key))
+    def _has_null_key(self) -> sa.ColumnElement[bool]:
+        return sa.or_(*(part.is_(None) for part in self.primary_key))
 
     # -- reading -----------------------------------------------------------------------------------
 
     def find_bounds(
         self,
-        connection: Connection,
+        connection: sa.Connection,
         after: PrimaryKey | None,
         limit: int,
         max_bytes: int | None = BATCH_BYTES,
@@ -211,12 +197,12 @@ class Rows:
 
     def read(
         self,
-        connection: Connection,
+        connection: sa.Connection,
         bounds: BatchBounds,
         *,
         lock: bool = False,
         keys_only: bool = False,
-    ) -> Sequence[Row[Any]]:
+    ) -> Sequence[sa.Row[Any]]:
         """Return the pending rows within `bounds`, in order.
 
         :raises RotationError: a value of a key or binding column does not fit the column's type.
@@ -247,7 +233,7 @@ class Rows:
 
     def batches(
         self, read: Read, sample: int | None = None, limit: int = BATCH_ROWS
-    ) -> Iterator[Sequence[Row[Any]]]:
+    ) -> Iterator[Sequence[sa.Row[Any]]]:
         """Give all pending rows, or the first `sample` of them, in constant memory."""
         after: PrimaryKey | None = None
         left = sample
@@ -264,8 +250,8 @@ class Rows:
             left = None if left is None else left - len(rows)
 
     def _read_next(
-        self, connection: Connection, after: PrimaryKey | None, limit: int
-    ) -> tuple[BatchBounds, Sequence[Row[Any]]] | None:
+        self, connection: sa.Connection, after: PrimaryKey | None, limit: int
+    ) -> tuple[BatchBounds, Sequence[sa.Row[Any]]] | None:
         bounds = self.find_bounds(connection, after, limit)
         return None if bounds is None else (bounds, self.read(connection, bounds))
 
@@ -277,16 +263,16 @@ class Rows:
 
     def count(
         self,
-        connection: Connection,
-        condition: ColumnElement[bool],
+        connection: sa.Connection,
+        condition: sa.ColumnElement[bool],
         bounds: BatchBounds = EVERYTHING,
     ) -> int:
         """Count the rows within `bounds` that meet a condition."""
-        counted = select(func.count()).select_from(self.clause)
+        counted = sa.select(sa.func.count()).select_from(self.clause)
         counted = counted.where(condition, *self.in_range(bounds))
         return connection.scalar(counted, self.parameters(bounds)) or 0
 
-    def count_all(self, read: Read, condition: ColumnElement[bool]) -> int:
+    def count_all(self, read: Read, condition: sa.ColumnElement[bool]) -> int:
         """Count the rows that meet a condition, and keep no writer waiting for long."""
         # Only SQLite has its writers wait for readers.
         ranges = self.ranges(read) if self.dialect.name == "sqlite" else [EVERYTHING]
@@ -319,7 +305,7 @@ class Rows:
             factor = min(max(_RANGE_SECONDS / max(time.monotonic() - started, 1e-6), 0.5), 2.0)
             rows = max(1000, min(int(rows * factor), _LARGEST_RANGE))
 
-    def in_range(self, bounds: BatchBounds) -> list[ColumnElement[bool]]:
+    def in_range(self, bounds: BatchBounds) -> list[sa.ColumnElement[bool]]:
         """Return the conditions of a range that :meth:`ranges` gave."""
         return [self._has_null_key] if bounds is NULL_KEYS else self._within(bounds)
 
@@ -334,30 +320,32 @@ class Rows:
         }
         return parameters if bounds.limit is None else {**parameters, "lucent_limit": bounds.limit}
 
-    def _within(self, bounds: BatchBounds) -> list[ColumnElement[bool]]:
+    def _within(self, bounds: BatchBounds) -> list[sa.ColumnElement[bool]]:
         conditions = []
         if bounds.after is not None:
             conditions.append(self._is_after("after"))
         if bounds.upto is not None:
-            conditions.append(not_(self._is_after("upto")))
+            conditions.append(sa.not_(self._is_after("upto")))
         return conditions
 
-    def _is_after(self, name: str) -> ColumnElement[bool]:
+    def _is_after(self, name: str) -> sa.ColumnElement[bool]:
         key = [
-            as_sort_value(order, bindparam(f"lucent_{name}_{position}", type_=type_))
+            as_sort_value(order, sa.bindparam(f"lucent_{name}_{position}", type_=type_))
             for position, (type_, order) in enumerate(zip(self.key_types, self._order, strict=True))
         ]
         return row_after(self._order, key, self.dialect)
 
-    def _reading(self, bounds: BatchBounds, *, lock: bool, keys_only: bool = False) -> Select[Any]:
+    def _reading(
+        self, bounds: BatchBounds, *, lock: bool, keys_only: bool = False
+    ) -> sa.Select[Any]:
         is_open = (bounds.after is None, bounds.upto is None, bounds.limit is None)
         kind = ("rows", *is_open, lock, keys_only)
         if kind not in self._statements:
             selects = self.primary_key if keys_only else self._selects
-            statement = select(*selects).select_from(self.clause)
+            statement = sa.select(*selects).select_from(self.clause)
             statement = statement.where(self.pending, *self._within(bounds)).order_by(*self._order)
             if bounds.limit is not None:
-                statement = statement.limit(bindparam("lucent_limit"))
+                statement = statement.limit(sa.bindparam("lucent_limit"))
             if lock and self.dialect.name in ROW_LOCKING:
                 # `key_share` is PostgreSQL's lock that lets others insert rows with a foreign key
                 # to this one.
@@ -367,13 +355,13 @@ class Rows:
             self._statements[kind] = statement
         return self._statements[kind]
 
-    def _finding_bounds(self, after: PrimaryKey | None) -> Select[Any]:
+    def _finding_bounds(self, after: PrimaryKey | None) -> sa.Select[Any]:
         kind = ("bounds", after is None)
         if kind not in self._statements:
-            sizes = (func.coalesce(size, 0) for size in self._sizes)
+            sizes = (sa.func.coalesce(size, 0) for size in self._sizes)
             order = [each.label(f"lucent_order_{n}") for n, each in enumerate(self._order)]
             batch = (
-                select(
+                sa.select(
                     *(part.label(f"lucent_key_{n}") for n, part in enumerate(self.primary_key)),
                     *order,
                     reduce(add, sizes).label("lucent_size"),
@@ -381,24 +369,24 @@ class Rows:
                 .select_from(self.clause)
                 .where(*self._within(BatchBounds(after)))
                 .order_by(*self._order)
-                .limit(bindparam("lucent_limit"))
+                .limit(sa.bindparam("lucent_limit"))
                 .subquery()
             )
             keys = [batch.c[f"lucent_key_{n}"] for n in range(len(self.primary_key))]
-            counts: list[Function[Any]] = [func.count(), func.sum(batch.c.lucent_size)]
-            if len(keys) == 1 and isinstance(self._order[0].type, Integer):
-                statement = select(*map(func.max, keys), *counts)
+            counts: list[sa.Function[Any]] = [sa.func.count(), sa.func.sum(batch.c.lucent_size)]
+            if len(keys) == 1 and isinstance(self._order[0].type, sa.Integer):
+                statement = sa.select(*map(sa.func.max, keys), *counts)
             else:
                 # Several columns have no max(), nor has every type. This takes twice as long.
                 last_first = (batch.c[each.name].desc() for each in order)
-                statement = select(*keys, *(count.over() for count in counts)).limit(1)
+                statement = sa.select(*keys, *(count.over() for count in counts)).limit(1)
                 statement = statement.order_by(*last_first)
             self._statements[kind] = statement
         return self._statements[kind]
 
     def _execute(
-        self, connection: Connection, statement: Select[Any], parameters: dict[str, Any]
-    ) -> Sequence[Row[Any]]:
+        self, connection: sa.Connection, statement: sa.Select[Any], parameters: dict[str, Any]
+    ) -> Sequence[sa.Row[Any]]:
         try:
             return connection.execute(statement, parameters).all()
         except (LookupError, ValueError, TypeError) as error:
@@ -411,7 +399,7 @@ class Rows:
 
 
 @contextmanager
-def _binary_results(connection: Connection) -> Iterator[None]:
+def _binary_results(connection: sa.Connection) -> Iterator[None]:
     """Have psycopg fetch bytes as they are, rather than as hexadecimal text.
 
     SQLAlchemy has no option for it, but shows each cursor to event listeners.
@@ -420,8 +408,8 @@ def _binary_results(connection: Connection) -> Iterator[None]:
     def fetch_in_binary(_connection: Any, cursor: Any, *_rest: Any) -> None:
         cursor.format = 1
 
-    event.listen(connection, "before_cursor_execute", fetch_in_binary)
+    sa.event.listen(connection, "before_cursor_execute", fetch_in_binary)
     try:
         yield
     finally:
-        event.remove(connection, "before_cursor_execute", fetch_in_binary)
+        sa.event.remove(connection, "before_cursor_execute", fetch_in_binary)

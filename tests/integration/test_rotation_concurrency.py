@@ -313,16 +313,17 @@ def test_a_value_changed_since_it_was_read_is_not_overwritten(
     assert status(engine, table).rows[0].count == 1
 
 
+@pytest.mark.parametrize("rows_first", [True, False])
 @pytest.mark.parametrize("url", ["mysql"], indirect=True)
 def test_the_join_update_writes_several_statements_and_columns(
-    engine: Engine, promoted: Keyring
+    engine: Engine, promoted: Keyring, rows_first: bool
 ) -> None:
     fill(engine, 1100)  # a statement has 500 rows
     with engine.begin() as connection:
         connection.execute(update(ledger).where(ledger.c.id < 30).values(free=null()))
         (target,) = resolve_targets(ledger, engine)
         job = Reseal(target, promoted, engine.dialect)
-        writer = JoinWriter(job.rows, (), 16 << 20)
+        writer = JoinWriter(job.rows, (), 16 << 20, rows_first=rows_first)
         changes = job.apply(job.rows.read(connection, BatchBounds(limit=2000))).changes
         assert [change.names for change in changes] == [("bound",), ("free", "bound")]
         assert [writer.write(connection, change) for change in changes] == [30, 2 * 1070]
