@@ -22,6 +22,7 @@ from sqlalchemy_lucent import EncryptedJSON, set_default_keyring
 from tests.bench.documents import DOCUMENTS
 from tests.bench.measure import KEYS, Contender, Figure, at_most, in_turns, run_alone
 from tests.bench.servers import bench_database
+from tests.databases import with_driver
 
 TITLE = "Core and ORM beside plain JSON"
 ABOUT = """\
@@ -185,7 +186,7 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
     for label, driver in DRIVERS.items():
         with bench_database(driver.partition("+")[0]) as url:
             database = None if label == "SQLite" else url.database
-            with opened(url.set(drivername=driver, database=database)) as begin:
+            with opened(with_driver(url, driver).set(database=database)) as begin:
                 for size in ROWS:
                     yield from compare(begin, label, size, smoke=smoke)
 

@@ -23,7 +23,7 @@ FIGURES = {
     "columns": 2 * (5 + 3 * 10 + 2 * 5),
     "repository": 4 * 2 * 4,
     "rotation": 2 * 3 * 5,
-    "rotators": 2 * 2 * 2,
+    "rotators": 2 * 2,
     "codec": 3 * 2 * 2 + 2 * 2 * 5 + 3 * 4,
     "check": 3 * 2,
     "swap": 3 * 2,
@@ -53,14 +53,11 @@ def test_every_benchmark_runs_and_its_figures_are_written(tmp_path: Path) -> Non
     page.write_text(PAGE.read_text("utf-8"), "utf-8")
     update_page(page, results)
 
-    def lines(path: Path) -> list[str]:
-        return [line.partition(" | ")[0] for line in path.read_text("utf-8").splitlines()]
+    def rows_of(path: Path) -> list[str]:
+        lines = path.read_text("utf-8").splitlines()
+        return [line.partition(" | ")[0] for line in lines if line.startswith("|")]
 
     # The page in the documentation has the same tables, of a whole run.
-    of_prose = [
-        [line for line in lines(path) if not line[:2].isdigit() and "Goals met" not in line]
-        for path in (page, PAGE)
-    ]
-    assert of_prose[0] == of_prose[1]
+    assert rows_of(page) == rows_of(PAGE)
     for file, _ in PLOTS.values():
         assert f"](_static/{file})" in PAGE.read_text("utf-8")

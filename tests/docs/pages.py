@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -109,11 +110,13 @@ def named_tests(page: Path) -> Iterator[tuple[str, str | None]]:
             yield from ((path, name) for name in match["names"].split())
 
 
+@cache
 def functions(file: Path) -> dict[str, str]:
-    """Return the source of every function and method in `file`, by name."""
+    """Return the source lines of every function and method in `file`, by name."""
     source = file.read_text("utf-8")
+    lines = source.splitlines()
     return {
-        node.name: ast.get_source_segment(source, node) or ""
+        node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno])[node.col_offset :]
         for node in ast.walk(ast.parse(source))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     }
