@@ -48,6 +48,10 @@ def watch(dialect: Dialect) -> None:
 
     for execution in ("do_execute", "do_executemany", "do_execute_no_params"):
         event.listen(dialect, execution, refuse_statement)
+    if dialect.name == "postgresql" and dialect.driver in ("psycopg", "psycopg_async"):
+        from ._binary_results import read_in_binary  # with that driver only
+
+        read_in_binary(dialect)
     # Last: it tells another thread that the dialect is watched.
     event.listen(dialect, "handle_error", hide_values)
 

@@ -38,10 +38,6 @@ default."""
 _FIRST_RANGE: Final = 20_000
 _LARGEST_RANGE: Final = 200_000
 
-_BINARY_OIDS: Final = frozenset({16, 17, 20, 21, 23, 25, 1042, 1043, 2950})
-"""PostgreSQL types that psycopg reads to the same Python value in text and binary format: bool,
-bytea, int8, int2, int4, text, char, varchar, uuid."""
-
 _T = TypeVar("_T")
 
 
@@ -130,10 +126,10 @@ class Rows:
         nothing = BatchBounds(limit=0)
         result = connection.execute(self._reading(nothing, lock=lock), self.parameters(nothing))
         if self.dialect.driver == "psycopg" and not self.dialect.is_async:
-            described = result.cursor.description or ()
-            known = {column[1] for column in described} <= _BINARY_OIDS
+            from .._binary_results import reads_alike  # with that driver only
+
             # A cursor that puts parameters into the text has no binary results.
-            self._in_binary = known and not hasattr(result.cursor, "mogrify")
+            self._in_binary = reads_alike(result.cursor) and not hasattr(result.cursor, "mogrify")
         result.close()
 
     def check_keys(self, connection: sa.Connection) -> None:

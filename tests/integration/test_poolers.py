@@ -8,7 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import URL, Engine, NullPool, create_engine, text
+from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sqlalchemy_lucent import (
@@ -115,6 +115,55 @@ def test_several_at_once_share_the_servers_of_a_pooler(
         assert all(report.ok for report in reports)
 
     run_async(pooled, driver, work)
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg_async"])
+def test_values_are_read_in_binary_behind_a_pooler_in_transaction_mode(
+    pooled: URL, driver: str
+) -> None:
+    formats = []
+
+    def note(_connection: Any, cursor: Any, *_rest: Any) -> None:
+        formats.append(getattr(cursor, "_cursor", cursor).pgresult.fformat(0))
+
+    def read(connection: Connection) -> Any:
+        return connection.execute(select(ledger).order_by(*ledger.primary_key)).all()
+
+    def read_by(engine: Engine) -> list[Any]:
+        event.listen(engine, "after_cursor_execute", note)
+        with engine.connect() as connection, engine.connect() as other:
+            # Each transaction may get another connection of the pooler's.
+            results = []
+            for _ in range(3):
+                results += [read(connection), read(other)]
+                connection.commit()
+                other.commit()
+        return results
+
+    async def read_by_async(engine: AsyncEngine) -> list[Any]:
+        event.listen(engine.sync_engine, "after_cursor_execute", note)
+        async with engine.connect() as connection, engine.connect() as other:
+            results = []
+            for _ in range(3):
+                results += [await connection.run_sync(read), await other.run_sync(read)]
+                await connection.commit()
+                await other.commit()
+        return results
+
+    results: list[Any] = []
+    if driver == "psycopg":
+        engine = create_engine(pooled, poolclass=NullPool, connect_args=RECOMMENDED[driver])
+        results = read_by(engine)
+        engine.dispose()
+    else:
+
+        async def work(engine: AsyncEngine) -> None:
+            results.extend(await read_by_async(engine))
+
+        run_async(pooled, driver, work)
+    assert len(results[0]) == ROWS
+    assert all(result == results[0] for result in results)
+    assert formats == [0, 0, 0, 1, 1, 1]
 
 
 def test_no_setting_is_left_with_the_servers_of_a_pooler(direct: Engine, promoted: Keyring) -> None:
