@@ -70,9 +70,13 @@ def alembic_config() -> Config | None:
 
 
 def find_url(given: str | None) -> sa.URL:
-    """Return the URL of the database, with a synchronous driver.
+    """Return the URL of the database, with a synchronous driver."""
+    return _with_sync_driver(*named_url(given))
 
-    It is the option ``--url``, else DATABASE_URL, else Alembic's `sqlalchemy.url`.
+
+def named_url(given: str | None) -> tuple[sa.URL, str]:
+    """Return the URL of the database as it is named, and where: by the option ``--url``, else
+    DATABASE_URL, else Alembic's `sqlalchemy.url`.
     """
     source, text = "--url", given
     if not text:
@@ -80,7 +84,7 @@ def find_url(given: str | None) -> sa.URL:
     if not text:
         source, text = "sqlalchemy.url", _alembic_url()
     if text:
-        return _with_sync_driver(_parse(text, source), source)
+        return _parse(text, source), source
     raise CommandError(
         f"no database is named: set {URL_VARIABLE}, or sqlalchemy.url in alembic.ini, or pass --url"
     )
@@ -142,6 +146,8 @@ def _with_sync_driver(url: sa.URL, source: str) -> sa.URL:
                 query = {k: v for k, v in query.items() if not k.startswith("prepared_statement")}
                 if "ssl" in query:
                     query["sslmode"] = query.pop("ssl")
+            elif driver == "asyncmy":
+                query.pop("stmt_cache_size", None)
             return url.set(drivername=f"{backend}+{found}", query=query)
     wanted = f"{driver} is async, and the command needs a" if driver else "there is no"
     raise CommandError(

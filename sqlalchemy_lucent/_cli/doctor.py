@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from sqlalchemy import Engine, Inspector, Table, func, inspect, select
+from sqlalchemy import URL, Engine, Inspector, Table, func, inspect, select
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine, _Binary
 
@@ -23,7 +23,7 @@ from ..exceptions import ConfigurationError, RotationError
 from ..keyring import Keyring, default_keyring
 from ..rotation import StatusRow, status
 from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets
-from .database import Found, alembic_config, connected, holds_text, look_up, where
+from .database import Found, alembic_config, connected, holds_text, look_up, named_url, where
 from .terminal import counted
 from .unnamed import unnamed_values
 
@@ -65,6 +65,7 @@ def examine(targets: Sequence[Target], url: str | None) -> Iterator[Finding]:
     yield from _alembic()
     with connected(url) as engine:
         yield Finding("ok", f"database: {where(engine.url)}, by {engine.dialect.driver}")
+        yield from _driver(named_url(url)[0])
         yield from _clock(engine)
         models = {column.table.fullname: column.table for column in columns_in(targets)}
         tables = resolve_targets(targets, engine)
@@ -154,6 +155,19 @@ def _names_in(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names.add(node.value)
     return names
+
+
+# -- the driver ------------------------------------------------------------------------------------
+
+
+def _driver(url: URL) -> Iterator[Finding]:
+    if url.drivername.endswith("+asyncmy") and "stmt_cache_size" not in url.query:
+        yield Finding(
+            "note",
+            "database: the URL has no stmt_cache_size, without which asyncmy is slow at writing "
+            "bytes",
+            "add ?stmt_cache_size=128 to it, unless your code has it in connect_args=",
+        )
 
 
 # -- the clock -------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ One `connection.execute(insert(table), rows)` in a transaction, one
 `connection.execute(select(table)).all()`; `session.add_all(entities)` with `session.commit()`, and
 `session.scalars(select(Model)).all()` in a new session. *Lazy* is `EncryptedJSON(lazy=True)`, whose
 values stay sealed. The same table with a `JSON` column, and on PostgreSQL with a `JSONB` column, is
-beside it. SQLite is in memory, where the database costs least and the difference shows most. Async
-drivers run the work in `run_sync`."""
+beside it. *Prepared* is asyncmy with `stmt_cache_size=128`. SQLite is in memory, where the database
+costs least and the difference shows most. Async drivers run the work in `run_sync`."""
 
 DRIVERS = {
     "SQLite": "sqlite+pysqlite",
@@ -40,7 +40,9 @@ DRIVERS = {
     "PostgreSQL, asyncpg": "postgresql+asyncpg",
     "MariaDB, PyMySQL": "mysql+pymysql",
     "MariaDB, asyncmy": "mysql+asyncmy",
+    "MariaDB, asyncmy, prepared": "mysql+asyncmy",
 }
+OPTIONS = {"MariaDB, asyncmy, prepared": {"stmt_cache_size": "128"}}
 ROWS = {"small": 5000, "medium": 2500}
 GOAL = at_most(1.05)
 
@@ -186,7 +188,8 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
     for label, driver in DRIVERS.items():
         with bench_database(driver.partition("+")[0]) as url:
             database = None if label == "SQLite" else url.database
-            with opened(with_driver(url, driver).set(database=database)) as begin:
+            url = with_driver(url, driver).set(database=database)
+            with opened(url.update_query_dict(OPTIONS.get(label, {}))) as begin:
                 for size in ROWS:
                     yield from compare(begin, label, size, smoke=smoke)
 

@@ -20,7 +20,7 @@ with warnings.catch_warnings():
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 FIGURES = {
-    "columns": 2 * (5 + 3 * 10 + 2 * 5),
+    "columns": 2 * (5 + 3 * 10 + 3 * 5),
     "repository": 4 * 2 * 4,
     "rotation": 2 * 3 * 5,
     "rotators": 2 * 2,

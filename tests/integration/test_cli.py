@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy_lucent import Keyring, LucentBase, LucentSecrets
 from tests.command import COMMAND, ROOT, Lucent
 from tests.conftest import KEY_1, KEY_2, Databases
-from tests.databases import SYNC_DRIVERS, drop_everything
+from tests.databases import SYNC_DRIVERS, drop_everything, with_driver
 from tests.integration.workers import contents, fill, keys, ledger
 
 LEDGER = ("--metadata", "tests.integration.workers:metadata")
@@ -583,6 +583,20 @@ def test_the_url_of_an_async_driver_is_taken_too(async_url: URL, tmp_path: Path)
     engine.dispose()
     lucent = Lucent(tmp_path, async_url, keys("v2"))
     assert lucent("rotate", *LEDGER) == (0, "10 values re-encrypted; the primary is v2\n", "")
+
+
+def test_doctor_notes_that_asyncmy_has_no_statement_cache(
+    databases: Databases, tmp_path: Path
+) -> None:
+    url = databases.url("mysql")
+    for named, is_noted in (
+        (url, False),
+        (with_driver(url, "mysql+asyncmy"), True),
+        (with_driver(url, "mysql+asyncmy").update_query_dict({"stmt_cache_size": "128"}), False),
+    ):
+        done = Lucent(tmp_path, named, keys("v2"))("doctor")
+        assert f"by {url.drivername.partition('+')[2]}" in done.out
+        assert ("note\tdatabase: the URL has no stmt_cache_size" in done.out) is is_noted
 
 
 # -- secrets ---------------------------------------------------------------------------------------
