@@ -86,9 +86,12 @@ class _Cursor(psycopg.Cursor[Any]):
 
     def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
         format_ = _take_format(self, query, options)
-        super().execute(query, params, **options)
-        if format_ is not None and not format_.accepts(self) and options["binary"]:
-            super().execute(query, params, **options | {"binary": False})
+        if format_ is None:
+            return super().execute(query, params, **options)
+        in_binary = bool(format_.is_binary)
+        super().execute(query, params, binary=in_binary)
+        if not format_.accepts(self) and in_binary:
+            super().execute(query, params, binary=False)
         return self
 
 
@@ -99,24 +102,26 @@ class _AsyncCursor(psycopg.AsyncCursor[Any]):
 
     async def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
         format_ = _take_format(self, query, options)
-        await super().execute(query, params, **options)
-        if format_ is not None and not format_.accepts(self) and options["binary"]:
-            await super().execute(query, params, **options | {"binary": False})
+        if format_ is None:
+            return await super().execute(query, params, **options)
+        in_binary = bool(format_.is_binary)
+        await super().execute(query, params, binary=in_binary)
+        if not format_.accepts(self) and in_binary:
+            await super().execute(query, params, binary=False)
         return self
 
 
 def _take_format(
     cursor: _Cursor | _AsyncCursor, query: Any, options: dict[str, Any]
 ) -> _Format | None:
-    """Take the format offered for `query`, and put it into `options`.
+    """Take the format offered for `query`.
 
     A listener of the user may execute something else with this cursor, or choose the format.
     """
     offered = cursor.offered
-    if offered is None or offered[0] != query or cursor.format or options.get("binary") is not None:
+    if offered is None or offered[0] != query or options or cursor.format:
         return None
     cursor.offered = None
-    options["binary"] = bool(offered[1].is_binary)
     return offered[1]
 
 
@@ -125,18 +130,18 @@ _OURS: Final = {psycopg.Cursor: _Cursor, psycopg.AsyncCursor: _AsyncCursor}
 
 def read_in_binary(dialect: Dialect) -> None:
     """Have `dialect` read the results of statements that select sealed values in binary."""
-    formats: WeakKeyDictionary[Compiled, _Format | None] = WeakKeyDictionary()
+    formats: WeakKeyDictionary[Compiled, _Format] = WeakKeyDictionary()
 
     def offer_format(cursor: Any, statement: str, _parameters: Any, context: Any) -> None:
         compiled = context.compiled
         if compiled is None:
             return
-        if compiled not in formats:
-            formats[compiled] = _Format() if _selects_sealed_values(compiled) else None
-        format_ = formats[compiled]
-        if format_ is None or format_.is_binary is False:
-            return
-        if not context.execution_options.get(OPTION, True):
+        format_ = formats.get(compiled)
+        if format_ is None:
+            format_ = formats[compiled] = _Format()
+            if not _selects_sealed_values(compiled):
+                format_.is_binary = False
+        if format_.is_binary is False or not context.execution_options.get(OPTION, True):
             return
         cursor = getattr(cursor, "_cursor", cursor)  # what SQLAlchemy's async cursor drives
         if isinstance(cursor, (_Cursor, _AsyncCursor)):
