@@ -614,6 +614,22 @@ def test_a_listener_that_adds_a_comment_keeps_it_in_binary(url: URL) -> None:
         assert read_to_binary(engine, run) == [ROW]
 
 
+def test_a_pipeline_ends_it(url: URL) -> None:
+    with opened(url) as (engine, run):
+        read_to_binary(engine, run)
+
+        def work(connection: Connection) -> Any:
+            driver: Any = connection.connection.driver_connection
+            with driver.pipeline():
+                # SQLAlchemy sees no rows, because psycopg has not asked for them.
+                assert not connection.execute(READ).returns_rows
+            return connection.execute(READ).all()
+
+        with watched(engine) as formats:
+            assert [run(work) for _ in range(3)] == [[ROW]] * 3
+        assert formats == [TEXT] * 3
+
+
 def test_an_error_in_the_database_is_raised_as_ever(reader: tuple[Engine, Run], url: URL) -> None:
     _, run = reader
     alter(url, "UPDATE things SET name = 'x'", "ALTER TABLE things RENAME name TO title")
