@@ -141,3 +141,9 @@ def insert_or(table: sa.Table, dialect_name: str, *updated: str) -> Insert:
 def upsert(table: sa.Table, dialect_name: str) -> Insert:
     """Return the one-statement upsert; `created_at` stays that of the first write."""
     return insert_or(table, dialect_name, "payload", "updated_at")
+
+
+@lru_cache(maxsize=32)
+def any_update(table: sa.Table) -> sa.Update:
+    """Return an UPDATE of the table, which is never executed: it stands for whatever writes."""
+    return sa.update(table)

@@ -13,7 +13,7 @@ import functools
 import inspect as python_inspect
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Concatenate, Final, Literal, ParamSpec, TypeVar, overload
@@ -117,7 +117,7 @@ class LucentSecrets:
                 "on_access= takes a plain function, also with an AsyncSession: it gets the "
                 "synchronous session, and nothing would await a coroutine"
             )
-        self._session = session
+        self._given_session = session
         self._keyring = keyring
         self._model = model
         # An unmapped subclass inherits `__mapper__`, so compare `mapper.class_`.
@@ -129,6 +129,10 @@ class LucentSecrets:
             )
         self._mapper = mapper
         self._table: sa.Table = mapper.local_table  # type: ignore[assignment]
+        self._to_read: Mapping[str, Any] = {"mapper": mapper}
+        # A session that routes sends an UPDATE to its writer, but perhaps not an upsert, nor the
+        # SELECT that a write depends on. So all of these are routed as an UPDATE of the table.
+        self._to_write = {**self._to_read, "clause": _upsert.any_update(self._table)}
         self._on_access = on_access
 
     def __repr__(self) -> str:
@@ -149,7 +153,7 @@ class LucentSecrets:
         :raises ConflictError: the stored value is not the expected one.
         """
         key = SecretKey.of(key)
-        dialect = self._dialect
+        dialect = self._dialect(self._to_write)
         sealed = self._seal(key, value, self._keyring, dialect)
         with self._savepoint_if_audited():
             if expected is _UNSET:
@@ -200,8 +204,7 @@ class LucentSecrets:
 
     def exists(self, key: _Key) -> bool:
         """Say whether a secret is stored under `key`, without opening it."""
-        statement = sa.select(sa.literal(1)).where(self._begins_with(SecretKey.of(key)))
-        return self._execute(statement).first() is not None
+        return self._exists(SecretKey.of(key))
 
     def info(self, key: _Key) -> SecretInfo | None:
         """Return what is known about the secret under `key` without opening it, or ``None``."""
@@ -235,7 +238,8 @@ class LucentSecrets:
         :raises ConflictError: a secret is stored under `target`.
         """
         source, target = _two_keys(source, target)
-        self.set(target, self._read(source, self._load_required(source)), expected=None)
+        stored = self._load_required(source, to_write=True)
+        self.set(target, self._read(source, stored), expected=None)
 
     def move(self, source: _Key, target: _Key) -> None:
         """Move the secret of `source` to `target`, sealed for `target`, in one UPDATE.
@@ -246,9 +250,9 @@ class LucentSecrets:
         :raises sqlalchemy.exc.IntegrityError: another writer created `target` meanwhile.
         """
         source, target = _two_keys(source, target)
-        stored = self._load_required(source, lock=True)
+        stored = self._load_required(source, to_write=True, lock=True)
         sealed = self._seal(target, self._read(source, stored), self._keyring)
-        taken = self.exists(target)
+        taken = self._exists(target, to_write=True)
         with self._savepoint_if_audited():
             moved = not taken and self._replace(source, _prefix(bytes(stored)), sealed, target)
             outcome = "ok" if moved else "conflict"
@@ -285,7 +289,7 @@ class LucentSecrets:
             by_key[key] = value
         if not by_key:
             return
-        dialect = self._dialect
+        dialect = self._dialect(self._to_write)
         sealed = {
             key: self._seal(key, value, self._keyring, dialect) for key, value in by_key.items()
         }
@@ -324,7 +328,7 @@ class LucentSecrets:
         with self._savepoint_if_audited():
             waiting = wanted
             for _ in range(_ROTATE_ATTEMPTS):
-                stored = self._load_many(waiting, lock=True)
+                stored = self._load_many(waiting, to_write=True, lock=True)
                 missing = [key for key in waiting if key not in stored]
                 if missing:
                     raise _not_found(missing)
@@ -359,11 +363,12 @@ class LucentSecrets:
         else:
             # By their keys, so that exactly the deleted secrets are reported.
             selected = sa.select(*self._key_columns).where(condition).with_for_update()
-            keys = [_stored_key(row) for row in self._execute(selected)]
+            keys = [_stored_key(row) for row in self._execute(selected, to_write=True)]
             deleted = 0
+            on_mysql = is_mysql(self._dialect(self._to_write))
             with self._savepoint_if_audited():
                 for size, parameters in _upsert.batches(keys):
-                    one_of = _upsert.is_one_of(self._table, is_mysql(self._dialect), size)
+                    one_of = _upsert.is_one_of(self._table, on_mysql, size)
                     statement = sa.delete(self._table).where(one_of)
                     deleted += self._write((), statement, parameters).rowcount
                 for key in keys:
@@ -406,7 +411,7 @@ class LucentSecrets:
             columns, rest = self._key_columns[len(parts) :], last[len(parts) :]
             values = [sa.literal(part) for part in rest]
             statement = statement.where(
-                row_after(columns, values, self._dialect) if columns else sa.false()
+                row_after(columns, values, self._dialect(self._to_read)) if columns else sa.false()
             )
         return [_info(row) for row in self._execute(statement)]
 
@@ -455,34 +460,41 @@ class LucentSecrets:
             sa.func.substr(columns.payload, 1, LONGEST_PREFIX, type_=LargeBinary).label("prefix"),
         )
 
-    def _load(self, key: SecretKey, *, lock: bool = False) -> Sealed | None:
+    def _exists(self, key: SecretKey, *, to_write: bool = False) -> bool:
+        statement = sa.select(sa.literal(1)).where(self._begins_with(key))
+        return self._execute(statement, to_write=to_write).first() is not None
+
+    def _load(self, key: SecretKey, *, to_write: bool = False, lock: bool = False) -> Sealed | None:
         statement = _upsert.select_payload(self._table)
         if lock:
             statement = statement.with_for_update()
-        sealed: Sealed | None = self._execute(statement, key._asdict()).scalar()
+        result = self._execute(statement, key._asdict(), to_write=to_write)
+        sealed: Sealed | None = result.scalar()
         return sealed
 
-    def _load_required(self, key: SecretKey, *, lock: bool = False) -> Sealed:
-        sealed = self._load(key, lock=lock)
+    def _load_required(
+        self, key: SecretKey, *, to_write: bool = False, lock: bool = False
+    ) -> Sealed:
+        sealed = self._load(key, to_write=to_write, lock=lock)
         if sealed is None:
             self._tell("read", key, None, "missing")
             raise _not_found([key])
         return sealed
 
     def _load_many(
-        self, keys: Sequence[SecretKey], *, lock: bool = False
+        self, keys: Sequence[SecretKey], *, to_write: bool = False, lock: bool = False
     ) -> dict[SecretKey, Sealed]:
         found: dict[SecretKey, Sealed] = {}
         if not keys:
             return found
-        dialect = self._dialect
+        dialect = self._dialect(self._to_write if to_write else self._to_read)
         # In key order, so that two callers lock the same rows in the same order.
         for statement, parameters in _upsert.select_payloads(self._table, dialect, sorted(keys)):
             if lock:
                 # On PostgreSQL, the statement also selects from arrays, which take no lock.
                 locked = self._table if dialect.name == "postgresql" else None
                 statement = statement.order_by(*self._key_columns).with_for_update(of=locked)
-            for row in self._execute(statement, parameters):
+            for row in self._execute(statement, parameters, to_write=to_write):
                 found[_stored_key(row[:-1])] = row[-1]
         return found
 
@@ -504,14 +516,10 @@ class LucentSecrets:
 
     # -- writing ---------------------------------------------------------------------------------
 
-    @property
-    def _dialect(self) -> sa.Dialect:
-        return self._session.get_bind(self._mapper).dialect
-
     def _seal(
         self, key: SecretKey, value: Any, keyring: Keyring | None, dialect: sa.Dialect | None = None
     ) -> Sealed:
-        codec = _upsert.payload_codec(self._table, dialect or self._dialect)
+        codec = _upsert.payload_codec(self._table, dialect or self._dialect(self._to_write))
         row = encode_row(key)
         return Sealed(codec.seal(value, row, keyring), codec, row)
 
@@ -523,15 +531,16 @@ class LucentSecrets:
     def _insert_absent(self, key: SecretKey, sealed: Sealed) -> bool:
         """Insert the secret unless there is one; return whether it was inserted."""
         # SQLAlchemy keeps the row count of an INSERT only on request.
-        statement = _upsert.insert_or(self._table, self._dialect.name).execution_options(
+        dialect = self._dialect(self._to_write)
+        statement = _upsert.insert_or(self._table, dialect.name).execution_options(
             preserve_rowcount=True
         )
         count = self._write([key], statement, self._row(key, sealed)).rowcount
-        if not is_mysql(self._dialect):
+        if not is_mysql(dialect):
             return count > 0
         # MySQL counts 1 also for a row that it left alone. Compare what is stored: nobody else can
         # have sealed the same bytes.
-        stored = self._load(key)
+        stored = self._load(key, to_write=True)
         return stored is not None and bytes(stored) == bytes(sealed)
 
     def _replace(
@@ -579,18 +588,19 @@ class LucentSecrets:
         # asyncpg does not count, but PostgreSQL has locked the rows, so that none was missed.
         if count in (len(resealed), -1):
             return []
-        current = self._load_many(builtins.list(resealed))
+        current = self._load_many(builtins.list(resealed), to_write=True)
         return [key for key, sealed in resealed.items() if current.get(key) != sealed]
 
     def _write(
         self, keys: Iterable[SecretKey], statement: Executable, parameters: Any = None
     ) -> CursorResult[Any]:
-        result = self._execute(statement, parameters)
+        result = self._execute(statement, parameters, to_write=True)
         # Objects of these secrets that the session has loaded are out of date now.
-        if self._session.identity_map:
+        identity_map = self._session.identity_map
+        if identity_map:
             for key in keys:
                 identity = self._mapper.identity_key_from_primary_key(tuple(key))
-                loaded = self._session.identity_map.get(identity)
+                loaded = identity_map.get(identity)
                 if loaded is not None:
                     self._expire(loaded)
         return result
@@ -600,14 +610,28 @@ class LucentSecrets:
         if not inspect(loaded).modified:
             self._session.expire(loaded)
 
-    def _execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
-        # A session does not autoflush before Core statements.
-        if self._session.autoflush:
-            self._session.flush()
-        result: Any = self._session.execute(
-            statement, parameters, bind_arguments={"mapper": self._mapper}
-        )
+    def _execute(
+        self, statement: Executable, parameters: Any = None, *, to_write: bool = False
+    ) -> CursorResult[Any]:
+        """Execute a Core statement.
+
+        :param to_write: whether it writes, or reads what a write depends on.
+        """
+        # On SQLAlchemy 2.0, a session does not autoflush before Core statements.
+        session = self._session
+        if session.autoflush:
+            session.flush()
+        bind = self._to_write if to_write else self._to_read
+        result: Any = session.execute(statement, parameters, bind_arguments=dict(bind))
         return result  # type: ignore[no-any-return]
+
+    @property
+    def _session(self) -> Session:
+        given = self._given_session
+        return given() if isinstance(given, scoped_session) else given
+
+    def _dialect(self, bind_arguments: Mapping[str, Any]) -> sa.Dialect:
+        return self._session.get_bind(**bind_arguments).dialect
 
     # -- reporting -------------------------------------------------------------------------------
 
@@ -615,16 +639,15 @@ class LucentSecrets:
         if self._on_access is not None:
             version = None if value is None else value.key_version
             access = SecretAccess(action, key, version, utc_now(), outcome)
-            session = self._session
-            self._on_access(access, session() if isinstance(session, scoped_session) else session)
+            self._on_access(access, self._session)
+
+    def _savepoint_if_audited(self) -> AbstractContextManager[object]:
+        """With a handler, undo what is written inside if the handler raises."""
+        return nullcontext() if self._on_access is None else self._savepoint()
 
     @contextmanager
-    def _savepoint_if_audited(self) -> Iterator[None]:
-        """With a handler, undo what is written inside if the handler raises."""
-        if self._on_access is None:
-            yield
-            return
-        connection = self._session.connection(bind_arguments={"mapper": self._mapper})
+    def _savepoint(self) -> Iterator[None]:
+        connection = self._session.connection(bind_arguments=dict(self._to_write))
         if connection.dialect.name == "sqlite":
             # Python's sqlite3 begins a transaction before the first write but not before a
             # savepoint, so releasing the savepoint would commit.

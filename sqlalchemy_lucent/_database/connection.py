@@ -9,6 +9,7 @@ from typing import Any, Final, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool, QueuePool
 
 from .._sql import is_mysql
 from ..exceptions import RotationError
@@ -112,13 +113,37 @@ class ManagedConnection:
         assert self._connection is not None
         return self._connection
 
+    @contextmanager
+    def spare(self) -> Iterator[ManagedConnection | None]:
+        """Another connection of the engine, for another thread; ``None`` if it has none to spare.
+
+        A pool has one only within its size. What may overflow is for the application.
+        """
+        bind, own = self._bind, None
+        if isinstance(bind, Engine) and not self.dialect.is_async and bind.dialect.name != "sqlite":
+            pool = bind.pool
+            is_within = isinstance(pool, QueuePool) and pool.checkedout() < pool.size()
+            if is_within or isinstance(pool, NullPool):
+                own = ManagedConnection(bind, retries=0)
+        try:
+            if own is not None:
+                own.__enter__()
+        except (Fault, RotationError):
+            own = None
+        try:
+            yield own
+        finally:
+            if own is not None:
+                own.__exit__()
+
     def sleep(self, seconds: float) -> None:
         """Wait; with an async driver, while the event loop goes on."""
         sleep(seconds, self.dialect)
 
-    def retry(self, work: Callable[[int], _T], limit: int = 1) -> _T:
+    def retry(self, work: Callable[[int], _T], limit: int = 1, *, retries: int | None = None) -> _T:
         """Do `work` with `limit` rows at most; after a passing fault, retry with half the rows.
 
+        :param retries: further attempts, if not as many as those of this run.
         :raises Fault: the fault is not a passing one, or did not pass.
         """
         attempt = 0
@@ -128,7 +153,7 @@ class ManagedConnection:
                 return work(limit)
             except self._errors as error:
                 fault, is_retried = self._fault(error)
-            if attempt == self._retries or not is_retried:
+            if attempt == (self._retries if retries is None else retries) or not is_retried:
                 raise fault
             # A whole batch may never get through under contention; half of it does sooner.
             limit = max(1, limit // 2)

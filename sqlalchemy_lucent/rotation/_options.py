@@ -32,6 +32,12 @@ class RotationOptions:
     stop_when: Callable[[RotationProgress], object] | None = None
     dry_run: bool = False
 
+    @property
+    def may_read_ahead(self) -> bool:
+        """Whether a batch may begin before the last one has ended."""
+        is_throttled = self.pause or self.max_rate is not None or self.batch_time is not None
+        return not (is_throttled or self.dry_run or self.on_error == "raise")
+
     def __post_init__(self) -> None:
         if not _is_number(self.batch_size, int) or self.batch_size < 1:
             raise RotationError("batch_size is a whole number of rows, 1 or more")

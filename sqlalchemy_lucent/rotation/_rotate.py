@@ -43,7 +43,8 @@ def rotate(
     locked, so they share the work. On SQLite, which has one writer at a time, they take turns.
 
     :param bind: an engine, or a connection that is in no transaction. A run on an engine goes on
-        with another connection when its own is lost.
+        with another connection when its own is lost. It reads ahead on a second one if the pool
+        has one to spare and no other option slows the run down; not on SQLite.
     :param targets: what to rotate: a MetaData, registry, Declarative base, mapped class, Table,
         Column or an iterable of them; the metadata of :class:`LucentBase` if left out.
     :param keyring: opens with all its keys, seals with its primary; the default keyring if left

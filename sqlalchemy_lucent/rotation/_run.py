@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
@@ -19,12 +19,13 @@ from .._database.connection import ManagedConnection
 from .._database.faults import Fault, describe, refuses_a_row
 from ..exceptions import RotationError
 from ..keyring import Keyring
+from ._ahead import PassOn, ReadAhead
 from ._options import RotationOptions
-from .jobs import Job, Reseal
+from .jobs import Batch, Job, Reseal
 from .report import FailedRow, Failures, RotationProgress, RotationReport
 from .rows import BatchBounds, PrimaryKey
 from .targets import TargetTable, survey
-from .throttle import Throttle
+from .throttle import BATCH_BYTES, Throttle
 
 MAX_PASSES: Final = 20
 """Passes over a table. One finds everything, unless rows change meanwhile: a compare-and-swap that
@@ -37,20 +38,6 @@ itself, and each row costs ten transactions."""
 
 _FIRST_PAUSE: Final = 0.05  # seconds between passes over a table; doubled at each
 _LONGEST_PAUSE: Final = 4.0
-
-
-class Batch(NamedTuple):
-    """What became of one batch."""
-
-    rows: int
-    """Rows that were read."""
-    size: int
-    """Bytes of their values."""
-    written: int
-    """Values written."""
-    failed: Sequence[FailedRow]
-    next_after: PrimaryKey | None
-    """The key that the next batch begins after; ``None`` at the end of the table."""
 
 
 _END: Final = Batch(0, 0, 0, (), None)
@@ -92,13 +79,22 @@ def run_in_transaction(connection: Connection, job: Job, batch_size: int) -> tup
 
 
 def do_batch(
-    connection: Connection, job: Job, bounds: BatchBounds, *, dry_run: bool = False
+    connection: Connection,
+    job: Job,
+    bounds: BatchBounds,
+    *,
+    dry_run: bool = False,
+    has_read: PassOn = lambda _: None,
 ) -> Batch:
-    """Do the rows within `bounds`; in a dry run, lock nothing and write nothing."""
+    """Do the rows within `bounds`; in a dry run, lock nothing and write nothing.
+
+    :param has_read: called with the key that the next batch begins after, once that is known.
+    """
     rows = job.rows.read(connection, bounds, lock=not dry_run)
+    after = job.rows.next_after(bounds, rows)
+    has_read(after)
     outcome = job.apply(rows)
     written, failed = (outcome.values, []) if dry_run else job.write(connection, bounds, outcome)
-    after = job.rows.next_after(bounds, rows)
     return Batch(len(rows), outcome.size, written, [*outcome.failed, *failed], after)
 
 
@@ -116,6 +112,7 @@ class Run:
         self._database = database
         self._keyring = keyring
         self._options = options
+        self._may_read_ahead = options.may_read_ahead
         self._passes = 1 if options.dry_run else passes or MAX_PASSES
         self._throttle = Throttle(
             options.batch_size,
@@ -201,16 +198,52 @@ class Run:
         while not self._stopped:
             started = time.monotonic()
             batch = self._database.retry(partial(self._batch, job, after), self._throttle.limit)
+            self._account(job, failures, batch, time.monotonic() - started)
             after = batch.next_after
-            self._written += batch.written
-            failures.add(batch.failed)
-            if batch.rows or after is not None:  # a batch may search many rows and find none
-                self._report_progress(job, failures)
-            if batch.rows:
-                self._throttle.after(batch.rows, batch.size, time.monotonic() - started)
+            if after is not None and not self._stopped:
+                after = self._read_ahead(job, failures, after)
             if after is None:
                 break
         return failures
+
+    def _account(self, job: Job, failures: Failures, batch: Batch, seconds: float = 0.0) -> bool:
+        self._written += batch.written
+        failures.add(batch.failed)
+        if batch.rows or batch.next_after is not None:  # it may search many rows and find none
+            self._report_progress(job, failures)
+        if batch.rows:
+            self._throttle.after(batch.rows, batch.size, seconds)
+        return self._stopped
+
+    def _read_ahead(self, job: Job, failures: Failures, after: PrimaryKey) -> PrimaryKey | None:
+        """Go on with a second connection, if the engine has one; return the key to go on after.
+
+        At a fault, that is the key before it: the run meets the fault again, and deals with it.
+        """
+        if not self._may_read_ahead:
+            return after
+        with self._database.spare() as spare:
+            self._may_read_ahead = spare is not None
+            if spare is None:
+                return after
+            do_batch = partial(self._do_batch_in_turn, job)
+            ahead = ReadAhead(after, do_batch, partial(self._account, job, failures))
+            written = ahead.run(self._database, spare)
+        self._written += written  # what failed there is found again
+        return ahead.after
+
+    def _do_batch_in_turn(
+        self, job: Job, database: ManagedConnection, after: PrimaryKey, pass_on: PassOn
+    ) -> Batch:
+        def once(limit: int) -> Batch:
+            with database.reading() as connection:
+                bounds = job.rows.find_bounds(connection, after, limit, BATCH_BYTES // 2)
+            if bounds is None:
+                pass_on(None)
+                return _END
+            return self._do_batch(database, job, bounds, pass_on)
+
+        return database.retry(once, self._throttle.limit, retries=0)
 
     def _batch(self, job: Job, after: PrimaryKey | None, limit: int) -> Batch:
         """Do the next `limit` rows; a row that the database refuses to change, by itself."""
@@ -219,7 +252,7 @@ class Run:
         if bounds is None:
             return _END
         try:
-            batch = self._do_batch(job, bounds)
+            batch = self._do_batch(self._database, job, bounds)
         except DBAPIError as error:
             is_refused = refuses_a_row(error, self._database.dialect)
             if self._options.on_error == "raise" or not is_refused:
@@ -234,11 +267,16 @@ class Run:
         # One row of the batch breaks a rule of the table. Halving the batch finds it.
         return self._batch(job, after, max(1, min(limit, bounds.rows) // 2))
 
-    def _do_batch(self, job: Job, bounds: BatchBounds) -> Batch:
+    def _do_batch(
+        self,
+        database: ManagedConnection,
+        job: Job,
+        bounds: BatchBounds,
+        has_read: PassOn = lambda _: None,
+    ) -> Batch:
         dry_run = self._options.dry_run
-        database = self._database
         with database.reading() if dry_run else database.transaction() as connection:
-            batch = do_batch(connection, job, bounds, dry_run=dry_run)
+            batch = do_batch(connection, job, bounds, dry_run=dry_run, has_read=has_read)
             if batch.failed and self._options.on_error == "raise":
                 raise RotationError(_does_not_open(batch.failed[0]))
         return batch
@@ -268,7 +306,7 @@ class Run:
         )
         if options.on_progress is not None:
             options.on_progress(progress)
-        if options.stop_when is not None:
+        if options.stop_when is not None and not self._stopped:
             self._stopped = bool(options.stop_when(progress))
 
 

@@ -22,7 +22,7 @@ from ._sealed_column import Change, Changed, SealedColumn, change_each
 from ._updates import Changes, Writer, check_rights, writer_for
 from .plain import ConversionError, PlainColumn
 from .report import FailedRow
-from .rows import BatchBounds, Read, Rows
+from .rows import BatchBounds, PrimaryKey, Read, Rows
 from .targets import TargetTable
 
 
@@ -38,6 +38,20 @@ class Outcome(NamedTuple):
     def values(self) -> int:
         """How many values have changed."""
         return sum(len(each) * len(each.names) for each in self.changes)
+
+
+class Batch(NamedTuple):
+    """What became of one batch."""
+
+    rows: int
+    """Rows that were read."""
+    size: int
+    """Bytes of their values."""
+    written: int
+    """Values written."""
+    failed: Sequence[FailedRow]
+    next_after: PrimaryKey | None
+    """The key that the next batch begins after; ``None`` at the end of the table."""
 
 
 class Job(ABC):

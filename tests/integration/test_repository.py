@@ -687,12 +687,20 @@ def test_read_only_transaction_reads_and_writes_nothing(
 
 
 def test_integrity_error_of_a_raced_move_is_sqlalchemys_own(
-    session: Session, secrets: LucentSecrets, monkeypatch: pytest.MonkeyPatch
+    session: Session, secrets: LucentSecrets
 ) -> None:
-    secrets.set_many({KEY: 1, OTHER: 2})
+    secrets.set(KEY, 1)
     session.commit()
+    engine = session.get_bind()
+
+    def create_target(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        if statement.startswith("UPDATE"):
+            with Session(engine) as another:
+                LucentSecrets(another).set(OTHER, 2)
+                another.commit()
+
     # Another writer makes the target right after it was looked for.
-    monkeypatch.setattr(LucentSecrets, "exists", lambda self, key: False)
+    event.listen(engine, "before_cursor_execute", create_target)
     with pytest.raises(IntegrityError):
         secrets.move(KEY, OTHER)
     session.rollback()

@@ -7,7 +7,7 @@ import datetime as dt
 import json
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,14 @@ def counts(engine: Engine, targets: Any) -> dict[tuple[str, str | None], int]:
 # -- The main job ----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def alone(engine: Engine) -> Iterator[Engine]:
+    """An engine over the same database that has no second connection to read ahead with."""
+    alone = create_engine(engine.url, pool_size=1)
+    yield alone
+    alone.dispose()
+
+
 def test_every_row_is_re_encrypted_and_opens(engine: Engine, promoted: Keyring) -> None:
     table = documents_table()
     fill(engine, table)
@@ -123,7 +131,7 @@ def test_a_second_run_finds_nothing(engine: Engine, promoted: Keyring) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 7, 25, 26])
 def test_each_batch_is_committed_by_itself(
-    engine: Engine, promoted: Keyring, batch_size: int
+    engine: Engine, alone: Engine, promoted: Keyring, batch_size: int
 ) -> None:
     table = documents_table()
     fill(engine, table)
@@ -133,11 +141,13 @@ def test_each_batch_is_committed_by_itself(
         seen.append(counts(engine, table).get(("payload", "v2"), 0))
         assert seen[-1] == progress.rotated
 
-    rotate(engine, table, keyring=promoted, batch_size=batch_size, on_progress=count_from_elsewhere)
+    rotate(alone, table, keyring=promoted, batch_size=batch_size, on_progress=count_from_elsewhere)
     assert seen == [min(n, 25) for n in range(batch_size, 25 + batch_size, batch_size)]
 
 
-def test_a_run_that_broke_off_is_gone_on_with(engine: Engine, promoted: Keyring) -> None:
+def test_a_run_that_broke_off_is_gone_on_with(
+    engine: Engine, alone: Engine, promoted: Keyring
+) -> None:
     table = documents_table()
     fill(engine, table)
 
@@ -146,7 +156,7 @@ def test_a_run_that_broke_off_is_gone_on_with(engine: Engine, promoted: Keyring)
             raise ConnectionAbortedError
 
     with pytest.raises(ConnectionAbortedError):
-        rotate(engine, table, keyring=promoted, batch_size=10, on_progress=break_off)
+        rotate(alone, table, keyring=promoted, batch_size=10, on_progress=break_off)
     assert counts(engine, table) == {("payload", "v1"): 5, ("payload", "v2"): 20}
     assert rotate(engine, table, keyring=promoted, batch_size=10).rotated == 5
 
@@ -618,7 +628,9 @@ def test_columns_that_track_or_check_their_values_are_rotated(
     assert found == [{"n": 0}, {"n": 1}, {"n": 2}]
 
 
-def test_large_values_are_rotated_in_small_batches(engine: Engine, promoted: Keyring) -> None:
+def test_large_values_are_rotated_in_small_batches(
+    engine: Engine, alone: Engine, promoted: Keyring
+) -> None:
     table = documents_table()
     table.metadata.create_all(engine)
     with engine.begin() as connection:
@@ -628,7 +640,7 @@ def test_large_values_are_rotated_in_small_batches(engine: Engine, promoted: Key
     with engine.connect() as connection:
         connection.execute(text("SELECT 1"))
     report = rotate(
-        engine,
+        alone,
         table,
         keyring=promoted,
         batch_size=6,
@@ -636,6 +648,15 @@ def test_large_values_are_rotated_in_small_batches(engine: Engine, promoted: Key
     )
     assert (report.ok, report.rotated) == (True, 12)
     assert rotated == [5, 10, 12]  # 16 MiB hold five of them
+    rotated.clear()
+    back = promoted.with_primary("v1")
+    rotate(
+        engine, table, keyring=back, on_progress=lambda progress: rotated.append(progress.rotated)
+    )
+    if engine.dialect.name == "sqlite":
+        assert rotated == [5, 10, 12]
+    else:  # with a second connection, each has half of it
+        assert rotated == [5, 7, 9, 11, 12]
 
 
 # -- Targets ---------------------------------------------------------------------------------------
@@ -805,11 +826,13 @@ def spoil(engine: Engine, table: Table, identity: Any, value: bytes) -> None:
         )
 
 
-def test_stop_when_ends_the_run_after_a_batch(engine: Engine, promoted: Keyring) -> None:
+def test_stop_when_ends_the_run_after_a_batch(
+    engine: Engine, alone: Engine, promoted: Keyring
+) -> None:
     table = documents_table()
     fill(engine, table)
     report = rotate(
-        engine,
+        alone,
         table,
         keyring=promoted,
         batch_size=5,

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import (
+    URL,
     Column,
     Connection,
     Engine,
@@ -48,6 +49,7 @@ from sqlalchemy_lucent import (
 )
 from sqlalchemy_lucent.rotation.report import MAX_FAILED
 from tests.conftest import KEY_2, LONG
+from tests.databases import drop_everything
 from tests.integration.workers import contents, fill, finish, ledger, reap, start
 
 KILLS = 50 if LONG else 5
@@ -61,6 +63,18 @@ def count_under(engine: Engine, version: str, target: Any = ledger) -> int:
 
 def url_of(engine: Engine) -> str:
     return engine.url.render_as_string(hide_password=False)
+
+
+@pytest.fixture(params=["one connection", "reads ahead"])
+def engine(request: pytest.FixtureRequest, url: URL) -> Iterator[Engine]:
+    """An engine without a second connection to read ahead with, and one that has it."""
+    reads_ahead = request.param == "reads ahead"
+    if reads_ahead and url.get_backend_name() == "sqlite":
+        pytest.skip("on SQLite, nothing is read ahead")
+    engine = create_engine(url, pool_size=5 if reads_ahead else 1)
+    yield engine
+    drop_everything(engine)
+    engine.dispose()
 
 
 # -- Killed ----------------------------------------------------------------------------------------
@@ -120,6 +134,7 @@ def test_ctrl_c_rolls_the_batch_in_hand_back_and_leaves(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("where", ["opening", "committing"])
+@pytest.mark.parametrize("engine", ["one connection"], indirect=True)
 def test_an_interrupt_inside_a_batch_rolls_it_back(
     engine: Engine, promoted: Keyring, where: str
 ) -> None:
