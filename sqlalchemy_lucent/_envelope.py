@@ -42,9 +42,14 @@ class Envelope(NamedTuple):
     body: bytes
 
 
+def version_prefix(version: str) -> bytes:
+    """Return what every value under a key version begins with, in any format."""
+    return version.encode("ascii") + _SEPARATOR
+
+
 def pack_header(version: str, key_id: bytes) -> bytes:
     """Return everything before the nonce."""
-    return b"%s:%c%s" % (version.encode("ascii"), FORMAT_AES_256_GCM, key_id)
+    return b"%s%c%s" % (version_prefix(version), FORMAT_AES_256_GCM, key_id)
 
 
 def as_bytes(stored: object) -> bytes:

@@ -60,7 +60,11 @@ def _decode_key(key: object) -> bytes:
     raise InvalidKeyError(f"the master key {fault}; a key is {_KEY_FORMS}")
 
 
-def _check_version(version: object) -> str:
+def check_version(version: object) -> str:
+    """Return a key version as a plain str. Internal.
+
+    :raises InvalidKeyError: it breaks the rule for versions.
+    """
     match = VERSION_PATTERN.fullmatch(version) if isinstance(version, str) else None
     if match is None:
         raise InvalidKeyError(
@@ -78,7 +82,7 @@ def _read_keys(pairs: Collection[tuple[object, object]]) -> dict[str, _aead.Mast
     keys: dict[str, _aead.MasterKey] = {}
     for position, (name, key) in enumerate(pairs, 1):
         try:
-            version, decoded = _check_version(name), _decode_key(key)
+            version, decoded = check_version(name), _decode_key(key)
         except InvalidKeyError as error:
             fault = str(error)
         else:
@@ -208,7 +212,7 @@ class Keyring:
             replaced under its version: values sealed under the old one would be lost.
         :raises InvalidKeyError: the version or key breaks its rule.
         """
-        name = _check_version(version)
+        name = check_version(version)
         if name in self._master_keys:
             raise ConfigurationError(
                 f"the keyring already has a key of version {name!r}; "

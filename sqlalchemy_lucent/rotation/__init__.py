@@ -8,7 +8,16 @@ repeats that in batches, at the pace of ``throttle``. ``plain`` reads and writes
 from ._options import DEFAULT_BATCH_SIZE
 from ._rotate import arotate, rotate
 from ._run import run_in_transaction, run_jobs
-from ._status import aretire_check, astatus, averify, needs_rotation, retire_check, status, verify
+from ._status import (
+    aretire_check,
+    astatus,
+    averify,
+    needs_rotation,
+    require_unused,
+    retire_check,
+    status,
+    verify,
+)
 from .report import (
     FailedRow,
     RotationProgress,
@@ -31,6 +40,7 @@ __all__ = [
     "astatus",
     "averify",
     "needs_rotation",
+    "require_unused",
     "retire_check",
     "rotate",
     "run_in_transaction",
