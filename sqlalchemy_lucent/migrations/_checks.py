@@ -157,7 +157,8 @@ def find_check(
     signature: re.Pattern[str] = _SIGNATURE,
 ) -> ReflectedCheckConstraint | None:
     """Find a constraint by its condition, since a renamed table or column keeps its name."""
-    own = re.compile(rf"(?<!\w){re.escape(column_name)}(?!\w)")
+    written = "|".join(re.escape(column_name.replace(quote, 2 * quote)) for quote in '"`')
+    own = re.compile(rf"(?<!\w)(?:{written})(?!\w)")
     for check in sa.inspect(connection).get_check_constraints(table_name, schema=schema):
         if signature.search(check["sqltext"]) and own.search(check["sqltext"]):
             return check

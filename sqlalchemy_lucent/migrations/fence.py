@@ -260,10 +260,11 @@ class Fence:
         found = {}
         for column in self._columns:
             names = []
-            for name, sql in triggers_of(connection, self._name, self._schema):
+            for name, owner, sql in _triggers_in(connection, self._schema):
                 match = _TRIGGER.search(sql)
                 if (
                     match is not None
+                    and owner.lower() == self._name.lower()
                     and _unquoted(match["column"]) == column.lower()
                     and bytes.fromhex(match["prefix"]) == version_prefix(self.version)
                 ):
@@ -310,16 +311,17 @@ _TRIGGER: Final = re.compile(
 """What only the triggers of a fence have. SQLite writes the column anew when it is renamed."""
 
 
-def triggers_of(
-    connection: sa.Connection, table_name: str, schema: str | None
-) -> list[tuple[str, str]]:
-    """Return name and SQL of each trigger of a SQLite table."""
-    master = dotted(connection.dialect.identifier_preparer.quote(schema or "main"), "sqlite_master")
-    statement = sa.text(
-        f"SELECT name, sql FROM {master} "  # noqa: S608  (quoted)
-        "WHERE type = 'trigger' AND lower(tbl_name) = lower(:name)"
-    )
-    return [(name, sql) for name, sql in connection.execute(statement, {"name": table_name})]
+def fence_triggers(connection: sa.Connection, schema: str | None) -> list[tuple[str, str]]:
+    """Return the name and table of each trigger of a SQLite database that is a part of a fence."""
+    found = _triggers_in(connection, schema)
+    return [(name, owner) for name, owner, sql in found if _TRIGGER.search(sql)]
+
+
+def _triggers_in(connection: sa.Connection, schema: str | None) -> list[tuple[str, str, str]]:
+    quote = connection.dialect.identifier_preparer.quote
+    triggers = f"{quote(schema or 'main')}.sqlite_master WHERE type = 'trigger'"
+    statement = sa.text(f"SELECT name, tbl_name, sql FROM {triggers}")  # noqa: S608  (quoted)
+    return [(name, owner, sql) for name, owner, sql in connection.execute(statement)]
 
 
 def _unquoted(name: str) -> str:

@@ -60,10 +60,10 @@ class ColumnOp(LucentOp):
     column_name: str
 
     @classmethod
-    def invoke_in_batch(cls, operations: BatchOperations, column_name: str, **kw: Any) -> None:
+    def invoke_in_batch(cls, operations: BatchOperations, *args: Any, **kw: Any) -> None:
         """Run the operation on the table of a batch."""
         batch = operations.impl
-        operations.invoke(cls(batch.table_name, column_name, schema=batch.schema, **kw))
+        operations.invoke(cls(batch.table_name, *args, schema=batch.schema, **kw))
 
     @property
     def full_name(self) -> str:
@@ -215,6 +215,56 @@ class DropSealedCheckOp(ColumnOp):
     def reverse(self) -> CreateSealedCheckOp:
         """Return the operation that adds the constraint."""
         return CreateSealedCheckOp(self.table_name, self.column_name, schema=self.schema)
+
+
+@_registered
+@dataclass(eq=False)
+class FenceKeyVersionOp(ColumnOp):
+    """Have the database refuse values under an old key version, as ``op.fence_key_version()``.
+
+    ::
+
+        def upgrade() -> None:
+            op.fence_key_version("users", "credentials", "v1")
+
+    For the time after a rotation: a process that still has the old key as its primary gets an
+    error for each write, instead of a value that is lost with the key. Adds a CHECK constraint, or
+    two triggers on SQLite, and then proves that no value is left. It waits one second at most for
+    the table, so that nobody queues behind it, and tries again for half a minute. A column that
+    has this fence is left alone. Offline (``--sql``), the database finds the values that are left.
+
+    :param column_name: its :class:`EncryptedJSON` column.
+    :param version: the key version to refuse.
+    :raises KeyInUseError: there are values under the version. Nothing was changed.
+    :raises RotationError: the table, the column or its primary key is missing, `version` is the
+        primary of the process's keyring, or the database refuses.
+    """
+
+    name = "fence_key_version"
+
+    version: str
+
+    def reverse(self) -> UnfenceKeyVersionOp:
+        """Return the operation that drops the fence."""
+        return UnfenceKeyVersionOp(
+            self.table_name, self.column_name, self.version, schema=self.schema
+        )
+
+
+@_registered
+@dataclass(eq=False)
+class UnfenceKeyVersionOp(ColumnOp):
+    """Drop what :func:`fence_key_version` adds, as ``op.unfence_key_version()``."""
+
+    name = "unfence_key_version"
+
+    version: str
+
+    def reverse(self) -> FenceKeyVersionOp:
+        """Return the operation that adds the fence."""
+        return FenceKeyVersionOp(
+            self.table_name, self.column_name, self.version, schema=self.schema
+        )
 
 
 @_registered
@@ -428,6 +478,8 @@ create_lucent_secrets = _typed(CreateLucentSecretsOp)
 drop_lucent_secrets = _typed(DropLucentSecretsOp)
 create_sealed_check = _typed(CreateSealedCheckOp)
 drop_sealed_check = _typed(DropSealedCheckOp)
+fence_key_version = _typed(FenceKeyVersionOp)
+unfence_key_version = _typed(UnfenceKeyVersionOp)
 rotate_encrypted_column = _typed(RotateEncryptedColumnOp)
 encrypt_column = _typed(EncryptColumnOp)
 decrypt_column = _typed(DecryptColumnOp)
