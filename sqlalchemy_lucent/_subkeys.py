@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from ._aead import MasterKey
 from ._envelope import as_bytes, header_size, parse
 from .exceptions import (
+    ConfigurationError,
     DecryptionError,
     NotSealedError,
     TamperedError,
@@ -20,10 +21,18 @@ _VERIFY: Final = "verify() lists the rows that do not open"
 _OTHER_FORMAT: Final = re.compile(rb"[A-Za-z0-9._-]{1,32}:[\x00-\x08]")
 
 
+class Seal(Protocol):
+    """Seals a plaintext; `row` is the length-prefixed row context."""
+
+    def __call__(self, plaintext: bytes, row: bytes = b"") -> bytes:
+        """Return the stored bytes."""
+
+
 class ContextKeys:
     """The subkeys of one context under every key of a keyring, made by `Keyring.for_context`.
 
     :param accepted: the keys of other contexts whose values open as well.
+    :param refusal: why nothing may be sealed.
     """
 
     __slots__ = (
@@ -42,6 +51,7 @@ class ContextKeys:
         primary: str,
         context: str,
         accepted: Sequence[ContextKeys] = (),
+        refusal: str | None = None,
     ) -> None:
         self._accepted = accepted
         self._context = context
@@ -53,7 +63,7 @@ class ContextKeys:
         self.subkeys = {subkey.header: subkey for subkey in subkeys.values()}
         self.primary = subkeys[primary]
         self.primary_header_size = len(self.primary.header)
-        self.seal = self.primary.seal
+        self.seal: Seal = self.primary.seal if refusal is None else _refusing(refusal)
 
     def open(self, sealed: object, row: bytes = b"") -> bytes:
         """Return the plaintext of `sealed`, or raise the `DecryptionError` that says why not."""
@@ -101,6 +111,14 @@ class ContextKeys:
             f"{envelope.key_id.hex()}, the keyring's key has {master.key_id.hex()}. "
             f"A new key needs a new version. {_VERIFY}"
         )
+
+
+def _refusing(reason: str) -> Seal:
+    def seal(plaintext: bytes, row: bytes = b"") -> bytes:
+        del plaintext, row
+        raise ConfigurationError(reason)
+
+    return seal
 
 
 def _shape(data: bytes) -> str:

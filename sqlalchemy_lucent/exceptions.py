@@ -18,6 +18,7 @@
       ConflictError                 compare-and-swap lost
       RotationError
         KeyInUseError               a key that rows still need
+        KeyStateError               a step that a key's state or its holders do not allow yet
 
 Every class derives from :class:`sqlalchemy.exc.DontWrapMixin`. SQLAlchemy wraps other exceptions
 that are raised while it binds parameters in a ``StatementError`` whose message prints the row's
@@ -107,6 +108,10 @@ class RotationError(LucentError):
 
 class KeyInUseError(RotationError):
     """Stored rows still need a key version."""
+
+
+class KeyStateError(RotationError):
+    """A key's state, or a process that lacks it, does not allow this step. Nothing was changed."""
 
 
 def hide_locals(function: Callable[_P, _T]) -> Callable[_P, _T]:

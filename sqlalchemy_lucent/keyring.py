@@ -10,7 +10,7 @@ import base64
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Final, NoReturn, Self
+from typing import Final, NoReturn, Protocol, Self
 
 from . import _aead
 from ._envelope import MAX_VERSION_LENGTH, VERSION_PATTERN
@@ -96,6 +96,13 @@ def _read_keys(pairs: Collection[tuple[object, object]]) -> dict[str, _aead.Mast
     return keys
 
 
+class Followed(Protocol):
+    """A key registry, as :meth:`Keyring.following` needs it."""
+
+    def following(self) -> Callable[[], Keyring]:
+        """Return a function that gives a keyring with the primary of the registry."""
+
+
 class Keyring:
     """An immutable set of master keys by version, one of them primary.
 
@@ -110,11 +117,12 @@ class Keyring:
     keyring itself, and pickling raises :exc:`PicklingRefusedError`. Let each process build its own.
     """
 
-    __slots__ = ("_contexts", "_master_keys", "_primary")
+    __slots__ = ("_contexts", "_master_keys", "_primary", "_refusal")
 
     _contexts: dict[tuple[str, ...], ContextKeys]
     _master_keys: dict[str, _aead.MasterKey]
     _primary: str
+    _refusal: str | None
 
     # `__new__`, because an `__init__` could be called again on an existing keyring.
     @hide_locals
@@ -138,7 +146,9 @@ class Keyring:
         return cls._of(master_keys, primary)
 
     @classmethod
-    def _of(cls, master_keys: dict[str, _aead.MasterKey], primary: str) -> Self:
+    def _of(
+        cls, master_keys: dict[str, _aead.MasterKey], primary: str, refusal: str | None = None
+    ) -> Self:
         versions: dict[bytes, str] = {}
         for version, key in master_keys.items():
             if (same := versions.setdefault(key.key_id, version)) != version:
@@ -153,6 +163,7 @@ class Keyring:
         # Subkeys are derived at first use and kept, because deriving one costs as much as sealing
         # several values. Their number is bounded by that of the encrypted columns.
         object.__setattr__(keyring, "_contexts", {})
+        object.__setattr__(keyring, "_refusal", refusal)
         return keyring
 
     @classmethod
@@ -235,15 +246,47 @@ class Keyring:
         rest = {name: key for name, key in self._master_keys.items() if name != version}
         return self._of(rest, self._primary)
 
+    @hide_locals
+    def refusing_to_seal(self, reason: str) -> Keyring:
+        """Return a keyring of the same keys that only opens, and says `reason` else. Internal."""
+        return self._of(self._master_keys, self._primary, reason)
+
+    @staticmethod
+    def following(registry: Followed) -> Callable[[], Keyring]:
+        """Return a function that gives the registry's keyring with the primary that it names.
+
+        ::
+
+            set_default_keyring(Keyring.following(registry))
+
+        The keys are those of the registry's keyring at this moment. The function reads the registry
+        at most every 30 seconds, with a connection of the registry's engine. If the registry is out
+        of reach, the last known primary stays. If it names a key that this process lacks, values
+        are opened and none is sealed. Nothing opens under a retired key.
+
+        :param registry: a :class:`KeyRegistry` or :class:`AsyncKeyRegistry`.
+        """
+        return registry.following()
+
     def for_context(self, *contexts: str) -> ContextKeys:
         """Return keys that seal in the first of `contexts` and open in any of them. Internal."""
         keys = self._contexts.get(contexts)
         if keys is None:
             context, *others = contexts
             accepted = [self.for_context(other) for other in others]
-            keys = ContextKeys(self._master_keys, self._primary, context, accepted)
+            keys = ContextKeys(self._master_keys, self._primary, context, accepted, self._refusal)
             keys = self._contexts.setdefault(contexts, keys)
         return keys
+
+    @hide_locals
+    def check_id(self, version: str) -> bytes:
+        """Return the 16 bytes that the key registry knows the key of `version` by. Internal."""
+        return self._master_keys[self._require(version)].check_id()
+
+    @hide_locals
+    def mac(self, version: str, purpose: str, message: bytes) -> bytes:
+        """Return the HMAC of `message` under a key derived for `purpose`. Internal."""
+        return self._master_keys[self._require(version)].mac(purpose, message)
 
     def _require(self, version: object) -> str:
         """Return `version` as a plain str, or raise an error that does not repeat it."""

@@ -12,11 +12,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from sqlalchemy import Engine, Inspector, Table, func, inspect, select
+from sqlalchemy import Engine, Inspector, Table, inspect
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine, _Binary
 
 from .._aead import MASTER_KEY_SIZE
+from .._database.clock import database_time
 from .._database.visibility import require_primary
 from .._sql import is_mysql
 from ..exceptions import ConfigurationError, RotationError
@@ -163,12 +164,9 @@ def _clock(engine: Engine) -> Iterator[Finding]:
     if engine.dialect.name == "sqlite":
         return  # the same clock
     with engine.connect() as connection:
-        now = func.utc_timestamp(6) if is_mysql(engine.dialect) else func.clock_timestamp()
         before = datetime.now(UTC)
-        theirs: datetime = connection.execute(select(now)).scalar_one()
+        theirs = database_time(connection)
         after = datetime.now(UTC)
-    if theirs.tzinfo is None:
-        theirs = theirs.replace(tzinfo=UTC)
     apart = max(before - theirs, theirs - after, timedelta())
     if apart > _CLOCK_TOLERANCE:
         yield Finding(

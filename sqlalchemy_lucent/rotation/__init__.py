@@ -5,13 +5,14 @@
 repeats that in batches, at the pace of ``throttle``. ``plain`` reads and writes plaintext columns.
 """
 
-from ._options import DEFAULT_BATCH_SIZE
+from ._options import DEFAULT_BATCH_SIZE, keyring_of
 from ._rotate import arotate, rotate
 from ._run import run_in_transaction, run_jobs
 from ._status import (
     aretire_check,
     astatus,
     averify,
+    count_version,
     needs_rotation,
     require_unused,
     retire_check,
@@ -39,6 +40,8 @@ __all__ = [
     "arotate",
     "astatus",
     "averify",
+    "count_version",
+    "keyring_of",
     "needs_rotation",
     "require_unused",
     "retire_check",

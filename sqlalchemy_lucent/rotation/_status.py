@@ -285,12 +285,7 @@ def require_unused(
 
     :raises KeyInUseError: how many values need the version, per column.
     """
-    counts: dict[str, int] = {}
-    for table in tables:
-        rows = _rows(database, table)
-        for each in table.columns:
-            name = f"{table.name}.{each.name}"
-            counts[name] = _count_version(database, rows, each, version)
+    counts = count_version(database, tables, version)
     if any(counts.values()):
         needing = ", ".join(f"{count} in {name}" for name, count in counts.items() if count)
         raise KeyInUseError(
@@ -298,6 +293,18 @@ def require_unused(
             "key is retired; verify() names those that do not open, such as values that another "
             "key of that name sealed"
         )
+
+
+def count_version(
+    database: ManagedConnection, tables: Iterable[TargetTable], version: str
+) -> dict[str, int]:
+    """Count the values under a key version, per column. Opens none of them."""
+    counts: dict[str, int] = {}
+    for table in tables:
+        rows = _rows(database, table)
+        for each in table.columns:
+            counts[f"{table.name}.{each.name}"] = _count_version(database, rows, each, version)
+    return counts
 
 
 def _count_version(

@@ -18,7 +18,8 @@ from .._envelope import LONGEST_PREFIX, as_bytes, parse
 from .._row import encode_row
 from ..exceptions import DecryptionError, LucentError, UnknownKeyVersionError
 from ..keyring import Keyring
-from ._sealed_column import Change, Changed, SealedColumn, change_each
+from ._sealed_column import Change, Changed, change_each
+from ._sealed_column import SealedColumn as SealedColumn
 from ._updates import Changes, Writer, check_rights, writer_for
 from .plain import ConversionError, PlainColumn
 from .report import FailedRow
