@@ -69,7 +69,7 @@ class AsyncKeyRegistry:
         return repr(self._registry).replace("<", "<Async", 1)
 
     register = _awaited(KeyRegistry.register)
-    keys = _awaited(KeyRegistry.keys)
+    registered = _awaited(KeyRegistry.registered)
     check = _awaited(KeyRegistry.check)
     readiness = _awaited(KeyRegistry.readiness)
     promote = _awaited(KeyRegistry.promote)

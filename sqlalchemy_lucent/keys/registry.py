@@ -117,9 +117,9 @@ class KeyRegistry:
         self._store.step(
             "the registration of keys", lambda connection: _register(connection, keyring, counts)
         )
-        return self.keys()
+        return self.registered()
 
-    def keys(self) -> tuple[RegisteredKey, ...]:
+    def registered(self) -> tuple[RegisteredKey, ...]:
         """Return all keys, in the order of their registration."""
         return tuple(self._keys().values())
 

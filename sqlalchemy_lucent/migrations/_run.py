@@ -33,6 +33,7 @@ from .._database.faults import Fault, errors_of, fault_of
 from .._database.reflection import dotted, reflect_table, translated
 from .._database.relations import is_binary
 from .._database.visibility import require_full_visibility
+from .._key_tables import key_tables
 from .._statements import refuse_server_default
 from ..exceptions import ConfigurationError, RotationError
 from ..keyring import default_keyring
@@ -47,11 +48,14 @@ from .fence import Fence, fence_triggers
 from .operations import (
     ColumnOp,
     ConvertColumnOp,
+    CreateLucentKeysOp,
     CreateLucentSecretsOp,
     CreateSealedCheckOp,
+    DropLucentKeysOp,
     DropLucentSecretsOp,
     DropSealedCheckOp,
     FenceKeyVersionOp,
+    LucentOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
     UnfenceKeyVersionOp,
@@ -71,22 +75,42 @@ def _create_lucent_secrets(operations: Operations, operation: CreateLucentSecret
 def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp) -> None:
     name = operation.table_name
     if not operation.force:
-        if operations.migration_context.as_sql:
-            raise RotationError(
-                f"offline, nothing can tell whether {name} holds secrets; "
-                "to drop it with any that it holds, pass force=True"
-            )
-        connection = operations.get_bind()
-        schema = translated(connection, operation.schema)
-        require_full_visibility(connection, name, schema)
-        counted = select(func.count()).select_from(table_clause(name, schema=schema))
-        count = connection.scalar(counted)
-        if count:
-            raise RotationError(
-                f"{name} holds {count} secrets, which cannot be restored; to drop them all the "
-                "same, pass force=True"
-            )
+        _require_empty(operations, operation, name, "secrets, which cannot be restored")
     operations.impl.drop_table(secrets_table(MetaData(), name, schema=operation.schema))
+
+
+def _require_empty(operations: Operations, operation: LucentOp, name: str, contents: str) -> None:
+    """Refuse to drop a table that holds something."""
+    if operations.migration_context.as_sql:
+        raise RotationError(
+            f"offline, nothing can tell whether {name} holds {contents.partition(',')[0]}; "
+            "to drop it with any that it holds, pass force=True"
+        )
+    connection = operations.get_bind()
+    schema = translated(connection, operation.schema)
+    require_full_visibility(connection, name, schema)
+    counted = select(func.count()).select_from(table_clause(name, schema=schema))
+    count = connection.scalar(counted)
+    if count:
+        raise RotationError(
+            f"{name} holds {count} {contents}; to drop them all the same, pass force=True"
+        )
+
+
+@Operations.implementation_for(CreateLucentKeysOp)
+def _create_lucent_keys(operations: Operations, operation: CreateLucentKeysOp) -> None:
+    for table in key_tables(MetaData(), schema=operation.schema):
+        operations.impl.create_table(table)
+
+
+@Operations.implementation_for(DropLucentKeysOp)
+def _drop_lucent_keys(operations: Operations, operation: DropLucentKeysOp) -> None:
+    tables = key_tables(MetaData(), schema=operation.schema)
+    if not operation.force:
+        contents = "receipts, which prove what was done to keys"
+        _require_empty(operations, operation, "lucent_key_receipts", contents)
+    for table in tables:
+        operations.impl.drop_table(table)
 
 
 _Op = TypeVar("_Op", bound=ColumnOp)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import KW_ONLY, MISSING, InitVar, dataclass, fields, replace
+from dataclasses import KW_ONLY, MISSING, InitVar, dataclass, field, fields, replace
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import alembic.op
@@ -177,6 +177,54 @@ class DropLucentSecretsOp(LucentOp):
     def reverse(self) -> CreateLucentSecretsOp:
         """Return the operation that creates the table."""
         return CreateLucentSecretsOp(self.table_name, schema=self.schema)
+
+
+@_registered
+@dataclass(eq=False)
+class CreateLucentKeysOp(LucentOp):
+    """Create the tables of the key registry, as ``op.create_lucent_keys()``.
+
+    ::
+
+        def upgrade() -> None:
+            op.create_lucent_keys()
+
+    Add ``KeyRegistry.metadata`` to the ``target_metadata`` of your ``env.py`` as well, so that
+    autogenerate knows them.
+    """
+
+    name = "create_lucent_keys"
+
+    table_name: str = field(default="lucent_keys", init=False)
+
+    def reverse(self) -> DropLucentKeysOp:
+        """Return the operation that drops the tables if they have no receipt."""
+        return DropLucentKeysOp(schema=self.schema)
+
+
+@_registered
+@dataclass(eq=False)
+class DropLucentKeysOp(LucentOp):
+    """Drop the tables of the key registry, as ``op.drop_lucent_keys()``.
+
+    ::
+
+        def downgrade() -> None:
+            op.drop_lucent_keys()
+
+    :param force: drop them even if they hold receipts, which prove what was done.
+    :raises RotationError: they hold receipts, or may hold some (offline), and `force` is not set.
+    """
+
+    name = "drop_lucent_keys"
+
+    table_name: str = field(default="lucent_keys", init=False)
+    _: KW_ONLY
+    force: bool = False
+
+    def reverse(self) -> CreateLucentKeysOp:
+        """Return the operation that creates the tables."""
+        return CreateLucentKeysOp(schema=self.schema)
 
 
 @_registered
@@ -476,6 +524,8 @@ class RebindEncryptedColumnOp(ValuesOp):
 
 create_lucent_secrets = _typed(CreateLucentSecretsOp)
 drop_lucent_secrets = _typed(DropLucentSecretsOp)
+create_lucent_keys = _typed(CreateLucentKeysOp)
+drop_lucent_keys = _typed(DropLucentKeysOp)
 create_sealed_check = _typed(CreateSealedCheckOp)
 drop_sealed_check = _typed(DropSealedCheckOp)
 fence_key_version = _typed(FenceKeyVersionOp)
