@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from ._aead import MasterKey
-from ._envelope import as_bytes, header_size, parse
+from ._envelope import as_bytes, header_size, is_older, parse
 from .exceptions import (
     DecryptionError,
     NotSealedError,
+    RetiredKeyError,
     TamperedError,
     UnknownKeyVersionError,
     WrongKeyError,
@@ -24,12 +25,14 @@ class ContextKeys:
     """The subkeys of one context under every key of a keyring, made by `Keyring.for_context`.
 
     :param accepted: the keys of other contexts whose values open as well.
+    :param oldest: the oldest version whose values open; ``None`` opens those of every key.
     """
 
     __slots__ = (
         "_accepted",
         "_context",
         "_master_keys",
+        "_oldest",
         "primary",
         "primary_header_size",
         "seal",
@@ -42,12 +45,17 @@ class ContextKeys:
         primary: str,
         context: str,
         accepted: Sequence[ContextKeys] = (),
+        oldest: str | None = None,
     ) -> None:
         self._accepted = accepted
         self._context = context
         self._master_keys = master_keys
+        self._oldest = oldest
         encoded = context.encode("utf-8", "surrogatepass")
-        subkeys = {v: key.subkey(v, encoded) for v, key in master_keys.items()}
+        # Without the subkeys of retired versions, no value pays for the test of its version.
+        subkeys = {
+            v: key.subkey(v, encoded) for v, key in master_keys.items() if not self._is_retired(v)
+        }
         # A header holds the version, the format and the key id, so one look-up finds the right key
         # or nothing. No key is ever tried on the chance that it fits.
         self.subkeys = {subkey.header: subkey for subkey in subkeys.values()}
@@ -79,6 +87,9 @@ class ContextKeys:
             f"pass the old name as EncryptedJSON(context=). {_VERIFY}"
         )
 
+    def _is_retired(self, version: str) -> bool:
+        return self._oldest is not None and is_older(version, self._oldest)
+
     def _diagnose(self, data: bytes) -> DecryptionError:
         envelope = parse(data)
         where = f"a value in {self._context}"
@@ -89,6 +100,13 @@ class ContextKeys:
                 f"migration that encrypts the column. {_VERIFY}"
             )
         version = envelope.version
+        if self._is_retired(version):
+            return RetiredKeyError(
+                f"{where} is sealed under key version {version!r}, which is retired: the keyring "
+                f"opens {self._oldest!r} and later (oldest=). If it is from a restored backup, "
+                "rotate it once with a keyring that has the old key and no such limit, "
+                f"with_oldest(None). {_VERIFY}"
+            )
         master = self._master_keys.get(version)
         if master is None:
             return UnknownKeyVersionError(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Final, NoReturn, Self
 
 from . import _aead
-from ._envelope import MAX_VERSION_LENGTH, VERSION_PATTERN
+from ._envelope import MAX_VERSION_LENGTH, VERSION_PATTERN, is_older
 from ._environment import read_environment
 from ._subkeys import ContextKeys
 from .exceptions import (
@@ -102,23 +102,33 @@ class Keyring:
     :param keys: master keys by version. A version is 1 to 32 characters of ``A-Z a-z 0-9 . _ -``;
         a key is 32 bytes, or their base64, base64url (padded or not) or hex text.
     :param primary: the version that seals. May be left out when there is one key only.
+    :param oldest: one of the versions: values under an earlier one are refused with
+        :exc:`RetiredKeyError`, though the keyring may have its key. Versions are compared in
+        natural order, v9 before v10. If left out, every key opens.
     :raises InvalidKeyError: a version or key breaks its rule.
-    :raises ConfigurationError: there is no key, or one key under two versions, or `primary` is not
-        among them.
+    :raises ConfigurationError: there is no key, or one key under two versions; `primary` or
+        `oldest` is not among them; or `primary` is older than `oldest`.
 
     A keyring never shows a key: ``repr`` shows versions and fingerprints, copying returns the
     keyring itself, and pickling raises :exc:`PicklingRefusedError`. Let each process build its own.
     """
 
-    __slots__ = ("_contexts", "_master_keys", "_primary")
+    __slots__ = ("_contexts", "_master_keys", "_oldest", "_primary")
 
     _contexts: dict[tuple[str, ...], ContextKeys]
     _master_keys: dict[str, _aead.MasterKey]
+    _oldest: str | None
     _primary: str
 
     # `__new__`, because an `__init__` could be called again on an existing keyring.
     @hide_locals
-    def __new__(cls, keys: Mapping[str, bytes | str], *, primary: str | None = None) -> Self:
+    def __new__(
+        cls,
+        keys: Mapping[str, bytes | str],
+        *,
+        primary: str | None = None,
+        oldest: str | None = None,
+    ) -> Self:
         """Check and decode the keys."""
         if not isinstance(keys, Mapping):
             raise InvalidKeyError(
@@ -135,10 +145,13 @@ class Keyring:
                     f"one of {', '.join(map(repr, master_keys))}"
                 )
             (primary,) = master_keys
-        return cls._of(master_keys, primary)
+        keyring = cls._of(master_keys, primary)
+        return keyring if oldest is None else keyring._limited(oldest)
 
     @classmethod
-    def _of(cls, master_keys: dict[str, _aead.MasterKey], primary: str) -> Self:
+    def _of(
+        cls, master_keys: dict[str, _aead.MasterKey], primary: str, oldest: str | None = None
+    ) -> Self:
         versions: dict[bytes, str] = {}
         for version, key in master_keys.items():
             if (same := versions.setdefault(key.key_id, version)) != version:
@@ -149,7 +162,15 @@ class Keyring:
                 )
         keyring = super().__new__(cls)
         object.__setattr__(keyring, "_master_keys", master_keys)
-        object.__setattr__(keyring, "_primary", keyring._require(primary))
+        primary = keyring._require(primary)
+        if oldest is not None and is_older(primary, oldest):
+            raise ConfigurationError(
+                f"version {primary!r} cannot be the primary: it is older than {oldest!r}, the "
+                "oldest version that the keyring opens, so nothing that it seals would open. "
+                "with_oldest() changes the limit"
+            )
+        object.__setattr__(keyring, "_primary", primary)
+        object.__setattr__(keyring, "_oldest", oldest)
         # Subkeys are derived at first use and kept, because deriving one costs as much as sealing
         # several values. Their number is bounded by that of the encrypted columns.
         object.__setattr__(keyring, "_contexts", {})
@@ -163,15 +184,19 @@ class Keyring:
         Either ``LUCENT_SECRETS_KEY`` with optional ``LUCENT_SECRETS_KEY_VERSION`` (``v1`` if not
         set), or ``LUCENT_SECRETS_KEYS="v2:KEY,v1:KEY"``, whose first key is the primary. Each may
         be given as ``…_FILE`` instead: the path of a file that holds the value. White space around
-        a value is ignored.
+        a value is ignored. ``LUCENT_SECRETS_OLDEST_VERSION`` is `oldest`.
 
         :param environ: the variables, instead of ``os.environ``.
         :raises ConfigurationError: nothing is set, both forms are, or a value breaks a rule. The
             message names the variable and the fault, and shows no character of a key.
         """
-        source, pairs = read_environment(os.environ if environ is None else environ)
+        source, pairs, oldest = read_environment(os.environ if environ is None else environ)
         try:
-            return cls._of(_read_keys(pairs), pairs[0][0])
+            keyring = cls._of(_read_keys(pairs), pairs[0][0])
+            if oldest is None:
+                return keyring
+            source = oldest.source
+            return keyring._limited(oldest.text)
         except LucentError as error:
             fault = f"{source}: {error}"
         raise ConfigurationError(fault)
@@ -180,6 +205,11 @@ class Keyring:
     def primary(self) -> str:
         """The version that seals new values."""
         return self._primary
+
+    @property
+    def oldest(self) -> str | None:
+        """The oldest version whose values open; ``None`` if every key opens."""
+        return self._oldest
 
     @property
     def versions(self) -> tuple[str, ...]:
@@ -200,9 +230,24 @@ class Keyring:
     def with_primary(self, version: str) -> Keyring:
         """Return a keyring of the same keys in which `version` seals.
 
-        :raises ConfigurationError: the keyring lacks `version`.
+        :raises ConfigurationError: the keyring lacks `version`, or it is older than `oldest`.
         """
-        return self._of(self._master_keys, version)
+        return self._of(self._master_keys, version, self._oldest)
+
+    @hide_locals
+    def with_oldest(self, version: str | None) -> Keyring:
+        """Return a keyring of the same keys that opens values under `version` and later only.
+
+        ``None`` opens those of every key again: the way back for a restored backup.
+
+        :raises ConfigurationError: the keyring lacks `version`, or its primary is older.
+        """
+        if version is None:
+            return self._of(self._master_keys, self._primary)
+        return self._limited(version)
+
+    def _limited(self, oldest: str) -> Self:
+        return self._of(self._master_keys, self._primary, self._require(oldest))
 
     @hide_locals
     def adding(self, version: str, key: bytes | str) -> Keyring:
@@ -219,7 +264,7 @@ class Keyring:
                 "give the new key a version of its own"
             )
         added = _aead.MasterKey(_decode_key(key))
-        return self._of({**self._master_keys, name: added}, self._primary)
+        return self._of({**self._master_keys, name: added}, self._primary, self._oldest)
 
     @hide_locals
     def without(self, version: str) -> Keyring:
@@ -233,7 +278,7 @@ class Keyring:
                 "make another version primary first"
             )
         rest = {name: key for name, key in self._master_keys.items() if name != version}
-        return self._of(rest, self._primary)
+        return self._of(rest, self._primary, self._oldest)
 
     def for_context(self, *contexts: str) -> ContextKeys:
         """Return keys that seal in the first of `contexts` and open in any of them. Internal."""
@@ -241,7 +286,7 @@ class Keyring:
         if keys is None:
             context, *others = contexts
             accepted = [self.for_context(other) for other in others]
-            keys = ContextKeys(self._master_keys, self._primary, context, accepted)
+            keys = ContextKeys(self._master_keys, self._primary, context, accepted, self._oldest)
             keys = self._contexts.setdefault(contexts, keys)
         return keys
 
@@ -258,10 +303,11 @@ class Keyring:
 
     def __repr__(self) -> str:
         keys = ", ".join(f"{v}={self.fingerprint(v)}" for v in self.versions)
-        return f"<Keyring primary={self._primary} {keys}>"
+        limit = "" if self._oldest is None else f" oldest={self._oldest}"
+        return f"<Keyring primary={self._primary}{limit} {keys}>"
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise AttributeError("a Keyring is immutable; with_primary(), adding() and without() copy")
+        raise AttributeError("a Keyring is immutable; with_primary() and the like copy it")
 
     def __delattr__(self, name: str) -> NoReturn:
         self.__setattr__(name, None)
