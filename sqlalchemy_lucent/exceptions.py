@@ -12,6 +12,7 @@
       DecryptionError
         NotSealedError              not our bytes
         UnknownKeyVersionError      sealed under a version that the keyring lacks
+        RetiredKeyError             sealed under a version older than the keyring's oldest
         WrongKeyError               same version name, another key (fingerprints differ)
         TamperedError               right key, but not the bytes, column or row that were sealed
       SecretNotFoundError (LookupError)
@@ -84,6 +85,10 @@ class NotSealedError(DecryptionError):
 
 class UnknownKeyVersionError(DecryptionError):
     """The value is sealed under a key version that the keyring lacks."""
+
+
+class RetiredKeyError(DecryptionError):
+    """The value is sealed under a key version older than the keyring's ``oldest``."""
 
 
 class WrongKeyError(DecryptionError):

@@ -12,7 +12,7 @@ import typer
 
 import sqlalchemy_lucent as lucent
 
-from .._envelope import VERSION_PATTERN
+from .._envelope import VERSION_PATTERN, is_older
 from .._environment import DEFAULT_KEY_VERSION, ENV_FILE_SUFFIX, ENV_KEY, ENV_KEYS, ENV_VARIABLES
 from ..exceptions import hide_locals
 from ..rotation import DEFAULT_BATCH_SIZE
@@ -153,10 +153,11 @@ def keys(metadata: MetadataOption = None) -> None:
     """Show versions and fingerprints of the configured keys."""
     load_targets(metadata)
     keyring = lucent.default_keyring()
-    rows = [
-        (version, keyring.fingerprint(version), "opens" if n else "seals and opens")
-        for n, version in enumerate(keyring.versions)
-    ]
+    uses = dict.fromkeys(keyring.versions, "opens")
+    uses[keyring.primary] = "seals and opens"
+    if keyring.oldest is not None:
+        uses.update((v, "retired") for v in uses if is_older(v, keyring.oldest))
+    rows = [(version, keyring.fingerprint(version), use) for version, use in uses.items()]
     write_rows(("version", "fingerprint", "use"), rows)
 
 

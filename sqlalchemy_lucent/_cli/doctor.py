@@ -61,7 +61,8 @@ def examine(targets: Sequence[Target], url: str | None) -> Iterator[Finding]:
         others = [f"{v} ({keyring.fingerprint(v)})" for v in keyring.versions[1:]]
         opens = f"; {', '.join(others)} can be opened" if others else ""
         primary = f"{keyring.primary} ({keyring.fingerprint(keyring.primary)})"
-        yield Finding("ok", f"keyring: {primary} seals{opens}")
+        limit = f"; none older than {keyring.oldest}, though" if keyring.oldest else ""
+        yield Finding("ok", f"keyring: {primary} seals{opens}{limit}")
         yield from _constant_keys(keyring)
     yield from _alembic()
     with connected(url) as engine:

@@ -12,6 +12,8 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from .. import _key_tables
 from .._database.faults import errors_of
+from .._envelope import is_older
+from .._subkeys import RegistryRules
 from ..exceptions import ConfigurationError
 from ..keyring import Keyring
 from ._state import State
@@ -82,6 +84,7 @@ class FollowingKeyring:
 
     def _keyring(self, known: tuple[tuple[str, State, bytes], ...]) -> Keyring:
         own = self._own
+        retired = frozenset(v for v, state, _ in known if state == "retired")
         primary = next(((v, check) for v, state, check in known if state == "primary"), None)
         if primary is None:
             return own
@@ -90,9 +93,12 @@ class FollowingKeyring:
             fault = "which this process lacks"
         elif own.check_id(version) != check_id:
             fault = "and this process has another key under that name"
+        elif own.oldest is not None and is_older(version, own.oldest):
+            fault = f"which is older than {own.oldest!r}, the oldest that this process opens"
         else:
-            return own.with_primary(version)
-        return own.refusing_to_seal(
+            return own.ruled(version, RegistryRules(retired))
+        refusal = (
             f"the key registry names key version {version!r} as the primary, {fault}: values are "
             "opened, and none is sealed. Put the registered key into this process's keyring"
         )
+        return own.ruled(own.primary, RegistryRules(retired - {own.primary}, refusal))

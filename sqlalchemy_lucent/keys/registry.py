@@ -331,7 +331,7 @@ class KeyRegistry:
             leaked_since = self._mark_leaked(version, since, keyring)
         tables = self._tables()
         what = f"the search for values of key version {version!r}"
-        signing = keyring.with_primary(signer)
+        signing = keyring.with_oldest(None).with_primary(signer)
 
         def search(database: ManagedConnection) -> int:
             known = database.read(lambda connection: survey(connection, tables))
