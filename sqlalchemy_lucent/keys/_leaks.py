@@ -192,27 +192,32 @@ def _read_notes(connection: sa.Connection, version: str) -> dict[str, sa.Row[Any
 def _write_notes(
     database: ManagedConnection, version: str, changes: Sequence[dict[str, Any]]
 ) -> None:
-    def write(_: int) -> None:
-        for _ in range(2):
-            with suppress(IntegrityError):  # somebody else has just noted the same
-                with database.transaction() as connection:
-                    now = database_time(connection)
-                    for change in changes:
-                        _write_note(connection, version, change, now)
-                return
+    table = _key_tables.leaks
+
+    def write(connection: sa.Connection) -> None:
+        now = database_time(connection)
+        lines = [change["line"] for change in changes]
+        is_line = sa.and_(table.c.version == version, table.c.line.in_(lines))
+        known = set(connection.scalars(sa.select(table.c.line).where(is_line)))
+        new = [change for change in changes if change["line"] not in known]
+        if new:
+            facts = {"version": version, "noted_at": now}
+            connection.execute(sa.insert(table), [{**change, **facts} for change in new])
+        for change in changes:
+            if change["line"] in known:
+                closed_at = None if change["outcome"] is None else now
+                own = sa.and_(table.c.version == version, table.c.line == change["line"])
+                statement = sa.update(table).where(own)
+                connection.execute(statement.values(**change, closed_at=closed_at))
+
+    def attempt(_: int) -> None:
+        with suppress(IntegrityError), database.transaction() as connection:
+            return write(connection)
+        with database.transaction() as connection:  # somebody else has just noted the same
+            write(connection)
 
     if changes:
-        database.retry(write)
-
-
-def _write_note(
-    connection: sa.Connection, version: str, change: dict[str, Any], now: datetime
-) -> None:
-    table = _key_tables.leaks
-    facts = {**change, "closed_at": None if change["outcome"] is None else now}
-    known = sa.and_(table.c.version == version, table.c.line == change["line"])
-    if not connection.execute(sa.update(table).where(known).values(facts)).rowcount:
-        connection.execute(sa.insert(table).values(version=version, noted_at=now, **facts))
+        database.retry(attempt)
 
 
 def report_leaked(
