@@ -81,3 +81,9 @@ def under(engine: sa.Engine, version: str) -> int:
     with engine.connect() as connection:
         counted = sa.select(sa.func.count()).where(body.key_version == version)
         return connection.scalar(counted) or 0
+
+
+def take(own: KeyRegistry, step: str) -> None:
+    """Take one step."""
+    arguments = {"register": (), "promote": ("v2",)}.get(step, ("v1",))
+    getattr(own, step)(*arguments)

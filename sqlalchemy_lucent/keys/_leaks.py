@@ -11,7 +11,6 @@ import hmac
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
@@ -211,10 +210,12 @@ def _write_notes(
                 connection.execute(statement.values(**change, closed_at=closed_at))
 
     def attempt(_: int) -> None:
-        with suppress(IntegrityError), database.transaction() as connection:
-            return write(connection)
-        with database.transaction() as connection:  # somebody else has just noted the same
-            write(connection)
+        try:
+            with database.transaction() as connection:
+                write(connection)
+        except IntegrityError:  # somebody else has just noted the same
+            with database.transaction() as connection:
+                write(connection)
 
     if changes:
         database.retry(attempt)

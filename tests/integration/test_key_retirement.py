@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -30,6 +30,7 @@ from tests.registries import (
     registry,
     rotated,
     states,
+    take,
     under,
     using,
 )
@@ -57,7 +58,8 @@ def test_a_writer_with_an_open_row_is_waited_for_or_refuses_the_retirement(
 ) -> None:
     create(engine)
     own = rotated(engine)
-    is_open, outcome = threading.Event(), []
+    is_open = threading.Event()
+    outcome: list[str] = []
 
     def write() -> None:
         with using(V1), engine.connect() as connection:
@@ -151,27 +153,33 @@ def test_a_step_that_is_killed_leaves_a_named_state_and_the_next_call_goes_on(
 ) -> None:
     url = engine.url.render_as_string(hide_password=False)
 
-    def run(moment: int) -> subprocess.Popen[str]:
+    def prepared() -> KeyRegistry:
         drop_everything(engine)
         create(engine)
-        prepare(engine)
-        process = start("key_step", url, step, moment)
-        process.wait()
-        return process
+        return prepare(engine)
 
-    total = int(finish(run(0)))
+    own = prepared()
+    statements: list[str] = []
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def note(*arguments: Any) -> None:
+        statements.append(arguments[2])
+
+    take(own, step)
+    sa.event.remove(engine, "before_cursor_execute", note)
+    total = len(statements)
     assert total > 10
     moments: Sequence[int] = range(1, total + 1)
     if "LUCENT_TEST_LONG" not in os.environ:
         moments = sorted({1 + (total - 1) * n // (KILLS - 1) for n in range(KILLS)})
     for moment in moments:
-        finish(run(moment), code=-signal.SIGKILL)
-        own = registry(engine)
+        own = prepared()
+        finish(start("key_step", url, step, moment), code=-signal.SIGKILL)
         named = states(own)
         assert set(named.values()) <= STATES
         assert list(named.values()).count("primary") <= 1
         assert own.verify_receipts().ok
-        assert finish(start("key_step", url, step, 0))
+        take(own, step)
         assert states(own) == end
         assert own.verify_receipts().ok
         assert registry(engine, V2).check().keys
