@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,6 +39,9 @@ settings.register_profile(
 if "LUCENT_TEST_MUTANTS" in os.environ:
     # mutmut puts two calls of its own before each call, also where a function calls itself.
     sys.setrecursionlimit(3 * sys.getrecursionlimit())
+
+# `make test-long` does more of what takes long.
+LONG = os.environ.get("LUCENT_TEST_LONG") == "1"
 
 KEY_1 = bytes(range(32))
 KEY_2 = bytes(range(32, 64))
@@ -81,9 +85,13 @@ class Databases:
 
 @pytest.fixture(scope="session")
 def databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Databases]:
-    opened = Databases(tmp_path_factory.mktemp("databases"))
-    yield opened
-    opened.close()
+    memory = Path("/dev/shm")  # SQLite waits for the disk at each commit
+    if not os.access(memory, os.W_OK):
+        memory = tmp_path_factory.getbasetemp()
+    with tempfile.TemporaryDirectory(prefix="lucent-", dir=memory) as directory:
+        opened = Databases(Path(directory))
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(params=list(SYNC_DRIVERS))

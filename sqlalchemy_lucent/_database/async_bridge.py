@@ -6,18 +6,44 @@ SQLAlchemy's asyncio extension is imported on use: it needs greenlet, which not 
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import time
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 from sqlalchemy import Connection, Dialect, Engine
 
-from ..exceptions import RotationError
+from ..exceptions import RotationError, hide_locals
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 _T = TypeVar("_T")
+_P = ParamSpec("_P")
+
+
+def awaited(
+    function: Callable[Concatenate[Engine | Connection, _P], _T],
+) -> Callable[Concatenate[AsyncEngine | AsyncConnection, _P], Coroutine[Any, Any, _T]]:
+    """Return `function` for an async engine or connection, with its other arguments as they are."""
+
+    @functools.wraps(function)
+    @hide_locals
+    async def run(bind: AsyncEngine | AsyncConnection, *args: Any, **kwargs: Any) -> _T:
+        return await run_sync(bind, lambda sync: function(sync, *args, **kwargs))
+
+    signature = inspect.signature(function)
+    first, *others = signature.parameters.values()
+    first = first.replace(annotation="AsyncEngine | AsyncConnection")
+    run.__signature__ = signature.replace(parameters=[first, *others])  # type: ignore[attr-defined]
+    run.__name__ = run.__qualname__ = f"a{function.__name__}"
+    run.__doc__ = f"""Do what :func:`{function.__name__}` does, over an async engine or connection.
+
+    It takes the same arguments. While the database works, and while it waits, the event loop runs.
+    Functions among the arguments are ordinary ones.
+    """
+    return cast("Callable[..., Coroutine[Any, Any, _T]]", run)
 
 
 async def run_sync(

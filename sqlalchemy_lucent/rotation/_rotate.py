@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from sqlalchemy import Connection, Engine
 
-from .._database.async_bridge import run_sync
+from .._database.async_bridge import awaited
 from .._database.connection import DEFAULT_RETRIES, ManagedConnection
 from ..exceptions import hide_locals
 from ..keyring import Keyring
@@ -16,9 +15,6 @@ from ._options import DEFAULT_BATCH_SIZE, RotationOptions, keyring_of
 from ._run import Run
 from .report import RotationProgress, RotationReport
 from .targets import Target, resolve_targets
-
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 
 @hide_locals
@@ -82,37 +78,11 @@ def rotate(
         stop_when=stop_when,
         dry_run=dry_run,
     )
-    return _rotate(bind, targets, keyring_of(keyring), options)
-
-
-@hide_locals
-async def arotate(
-    bind: AsyncEngine | AsyncConnection,
-    targets: Target | Iterable[Target] | None = None,
-    *,
-    keyring: Keyring | Callable[[], Keyring] | None = None,
-    **options: Any,
-) -> RotationReport:
-    """Do what :func:`rotate` does, with the same options, over an async engine or connection.
-
-    Between batches, and while the database works, the event loop runs. `on_progress` and
-    `stop_when` are ordinary functions.
-    """
-    unknown = set(options) - {field.name for field in fields(RotationOptions)}
-    if unknown:
-        raise TypeError(f"arotate() got an unexpected keyword argument {min(unknown)!r}")
-    checked = RotationOptions(**options)
     own = keyring_of(keyring)
-    return await run_sync(bind, lambda sync: _rotate(sync, targets, own, checked))
-
-
-def _rotate(
-    bind: Engine | Connection,
-    targets: Target | Iterable[Target] | None,
-    keyring: Keyring,
-    options: RotationOptions,
-) -> RotationReport:
     database = ManagedConnection(bind, retries=options.retries)
     tables = resolve_targets(targets, bind)
-    run = Run(database, keyring, options)
+    run = Run(database, own, options)
     return database.run(lambda: run.rotate_tables(tables), run.describe)
+
+
+arotate = awaited(rotate)

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Engine, Row, String, column, func, inspect, select
 
-from .._database.async_bridge import run_sync, sleep
+from .._database.async_bridge import awaited, sleep
 from .._database.connection import ManagedConnection
 from .._envelope import VERSION_PATTERN
 from .._sql import key_id, key_version
@@ -37,9 +37,6 @@ from .targets import (
     resolve_targets,
     survey,
 )
-
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 _T = TypeVar("_T")
 
@@ -69,11 +66,7 @@ def status(
     return _examine(bind, targets, work)
 
 
-async def astatus(
-    bind: AsyncEngine | AsyncConnection, targets: Target | Iterable[Target] | None = None
-) -> StatusReport:
-    """Do what :func:`status` does, over an async engine or connection."""
-    return await run_sync(bind, lambda sync: status(sync, targets))
+astatus = awaited(status)
 
 
 def _examine(
@@ -223,26 +216,7 @@ def retire_check(
         _raise_if_needed(bind, version, targets, rest, exclude)
 
 
-@hide_locals
-async def aretire_check(
-    bind: AsyncEngine | AsyncConnection,
-    version: str,
-    targets: Target | Iterable[Target] | None = None,
-    *,
-    settle: float = 0.0,
-    keyring: Keyring | Callable[[], Keyring] | None = None,
-    exclude: Iterable[str] = (),
-) -> None:
-    """Do what :func:`retire_check` does, over an async engine or connection.
-
-    While it waits, the event loop runs.
-    """
-    await run_sync(
-        bind,
-        lambda sync: retire_check(
-            sync, version, targets, settle=settle, keyring=keyring, exclude=exclude
-        ),
-    )
+aretire_check = awaited(retire_check)
 
 
 def _fingerprint(version: str, keyring: Keyring | None) -> str | None:
@@ -407,13 +381,4 @@ def verify(
     return _examine(bind, targets, work)
 
 
-@hide_locals
-async def averify(
-    bind: AsyncEngine | AsyncConnection,
-    targets: Target | Iterable[Target] | None = None,
-    *,
-    keyring: Keyring | Callable[[], Keyring] | None = None,
-    sample: int | None = None,
-) -> VerifyReport:
-    """Do what :func:`verify` does, over an async engine or connection."""
-    return await run_sync(bind, lambda sync: verify(sync, targets, keyring=keyring, sample=sample))
+averify = awaited(verify)

@@ -38,15 +38,17 @@ TITLE = "Rotation"
 ABOUT = """\
 `rotate` re-seals every row of a table in committed batches of 1,000. The loops by hand read a batch
 and write it by one form of the UPDATE, and keep none of the promises: no compare-and-swap, no
-locks, no rows that do not open, one integer key. The goal is about the quickest of them, which then
-takes turns with `rotate` for many rounds. PostgreSQL vacuums the table before each turn, untimed.
+locks, no rows that do not open, one integer key. All take turns on 10,000 rows. The goal is about
+the quickest loop, which then takes turns with `rotate` on 100,000, where the price of a start does
+not count. PostgreSQL vacuums the table before each turn, untimed.
 sqlalchemy-utils has its key as a callable, and each batch is loaded under the old key and written
 under the new one by one executemany. *MultiFernet* is `MultiFernet.rotate` and an UPDATE per row,
 sent together."""
 
 BATCH = 1000
-ROWS = 20_000
-ROUNDS = {"small": 30, "medium": 12}
+FEW_ROWS = 10_000
+ROWS = 100_000
+ROUNDS = {"small": 10, "medium": 5}
 OTHER_ROUNDS = 3
 LABELS = {"sqlite": "SQLite", "postgresql": "PostgreSQL", "mysql": "MariaDB"}
 
@@ -235,10 +237,13 @@ def fill(engine: Engine, into: Table, column: str, values: Sequence[Any]) -> Non
             )
 
 
-def measure_on(engine: Engine, kind: str, size: str, rows: int, rounds: int) -> Iterator[Figure]:
-    documents = [DOCUMENTS[size](n % 100) for n in range(rows)]
-    texts = [json.dumps(document) for document in documents]
-    fill(engine, table, "payload", documents)
+def measure_on(
+    engine: Engine, kind: str, size: str, few_rows: int, rows: int, rounds: int
+) -> Iterator[Figure]:
+    documents = [DOCUMENTS[size](n % 100) for n in range(100)]
+    few = list(itertools.islice(itertools.cycle(documents), few_rows))
+    texts = [json.dumps(document) for document in few]
+    fill(engine, table, "payload", few)
     utils = WithUtils()
     fill(engine, utils.table, "payload", texts)
     first, second = Fernet(Fernet.generate_key()), Fernet(Fernet.generate_key())
@@ -250,7 +255,8 @@ def measure_on(engine: Engine, kind: str, size: str, rows: int, rounds: int) -> 
 
     def run_rotate() -> None:
         report = rotate(engine, table, keyring=next(keyrings), batch_size=BATCH)
-        assert (report.ok, report.rotated) == (True, rows)
+        assert report.ok
+        assert report.rotated in (few_rows, rows)
 
     def tidied(work: Callable[[], None]) -> Contender:
         return Contender(work, partial(tidy_up, engine))
@@ -264,15 +270,20 @@ def measure_on(engine: Engine, kind: str, size: str, rows: int, rounds: int) -> 
         "MultiFernet": tidied(lambda: in_batches(engine, tokens, next(fernets).rotate)),
     }
     ours = {"ours": tidied(run_rotate)}
+    group = f"{LABELS[kind]}, {size}"
     others = in_turns(ours | by_hand | peers, min(OTHER_ROUNDS, rounds))
+    drop_everything(engine)
+
+    # What is filled in is sealed under the primary of the process.
+    keyrings = itertools.cycle([KEYS.with_primary("v1"), KEYS])
+    fill(engine, table, "payload", list(itertools.islice(itertools.cycle(documents), rows)))
     quickest = min(by_hand, key=others.median)
     turns = in_turns(ours | {quickest: by_hand[quickest]}, rounds)
-    group = f"{LABELS[kind]}, {size}"
     yield turns.rate(group, "rotate", "ours", quickest, rows=rows, goal=at_least(0.8))
     for name in (*by_hand, *peers):
         if name != quickest:
             goal = at_least(2) if name == "sqlalchemy-utils" else None
-            yield others.rate(group, "rotate", "ours", name, rows=rows, goal=goal)
+            yield others.rate(group, "rotate", "ours", name, rows=few_rows, goal=goal)
     drop_everything(engine)
 
 
@@ -286,7 +297,8 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
                     engine,
                     kind,
                     size,
-                    rows=20 if smoke else ROWS,
+                    few_rows=20 if smoke else FEW_ROWS,
+                    rows=30 if smoke else ROWS,
                     rounds=1 if smoke else ROUNDS[size],
                 )
             engine.dispose()

@@ -74,10 +74,10 @@ def rotator(url: str, kind: str, primary: str, barrier: Any) -> tuple[int, int, 
     return report.rotated, returned, searched
 
 
-def read_so_far(engine: Engine) -> int:
+def read_so_far(engine: Engine, delay: float) -> int:
     if engine.dialect.name != "postgresql":  # each rotator counts its own
         return 0
-    time.sleep(2)  # PostgreSQL counts with a delay
+    time.sleep(delay)  # PostgreSQL counts late
     with engine.connect() as connection:
         return rows_read(connection.connection.cursor(), "postgresql")
 
@@ -85,6 +85,7 @@ def read_so_far(engine: Engine) -> int:
 def measure(smoke: bool = False) -> Iterator[Figure]:
     set_default_keyring(KEYS)
     spawn = multiprocessing.get_context("spawn")
+    delay = 0 if smoke else 2
     for kind in READ:
         alone: dict[str, float] = {}
         primaries = itertools.cycle(["v1", "v2"])  # each run turns the values back
@@ -93,7 +94,7 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
             fill(engine, table, "payload", [small(n % 100) for n in range(40 if smoke else ROWS)])
 
             for number in ROTATORS[1:2] if smoke else ROTATORS:
-                before, primary = read_so_far(engine), next(primaries)
+                before, primary = read_so_far(engine, delay), next(primaries)
                 where = url.render_as_string(hide_password=False)
                 arguments = where, kind, primary, manager.Barrier(number)
                 with ProcessPoolExecutor(number, mp_context=spawn) as pool:
@@ -101,7 +102,7 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
                 written, returned, searched = map(
                     sum, zip(*(each.result() for each in started), strict=True)
                 )
-                searched += read_so_far(engine) - before
+                searched += read_so_far(engine, delay) - before
                 for what, rows in (("returned", returned), ("searched", searched)):
                     each_row = rows / written
                     alone.setdefault(what, each_row or 1)

@@ -22,12 +22,11 @@ from sqlalchemy import Column, Engine, Integer, MetaData, Table
 
 from sqlalchemy_lucent import EncryptedJSON, TamperedError
 from tests.command import exit_code, request_run
-from tests.conftest import KEY_1
+from tests.conftest import KEY_1, LONG
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ROOT = Path(__file__).resolve().parents[2]
-LONG = os.environ.get("LUCENT_TEST_LONG") == "1"
 ROWS = 3_000 if LONG else 1_000
 KILLS = 50 if LONG else 2
 VALUES = {n: {"n": n, "padding": "x" * 50} for n in range(ROWS)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import sqlite3
@@ -48,10 +47,9 @@ from sqlalchemy_lucent import (
     verify,
 )
 from sqlalchemy_lucent.rotation.report import MAX_FAILED
-from tests.conftest import KEY_2
+from tests.conftest import KEY_2, LONG
 from tests.integration.workers import contents, fill, finish, ledger, reap, start
 
-LONG = os.environ.get("LUCENT_TEST_LONG") == "1"
 KILLS = 50 if LONG else 5
 
 raw_ledger = table("ledger", column("id"), column("free"), column("bound"))

@@ -20,9 +20,10 @@ import pytest
 
 from sqlalchemy_lucent import SerializationError
 from sqlalchemy_lucent._json import MAX_DEPTH, MAX_INTEGER_DIGITS, STRICT
+from tests.conftest import LONG
 
 TOO_LONG: Final[int] = 10**MAX_INTEGER_DIGITS
-TIMES: Final = 10 if os.environ.get("LUCENT_TEST_LONG") == "1" else 1
+TIMES: Final = 10 if LONG else 1
 VALUES: Final = TIMES * 12_000
 TEXTS: Final = TIMES * 8_200  # a few are passed over
 SEEDS: Final = (1, 2, 3, None)
