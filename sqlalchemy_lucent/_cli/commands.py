@@ -12,7 +12,7 @@ import typer
 
 import sqlalchemy_lucent as lucent
 
-from .._envelope import VERSION_PATTERN, is_older
+from .._envelope import VERSION_PATTERN
 from .._environment import DEFAULT_KEY_VERSION, ENV_FILE_SUFFIX, ENV_KEY, ENV_KEYS, ENV_VARIABLES
 from ..exceptions import hide_locals
 from ..rotation import DEFAULT_BATCH_SIZE
@@ -57,6 +57,15 @@ ColumnOption = Annotated[
     list[str] | None,
     typer.Option(
         "--column", metavar="COLUMN", help="Only this column, or table.column; may be repeated."
+    ),
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude",
+        metavar="VIEW",
+        help="A view or foreign table of your models that shows no value under VERSION; may be "
+        "repeated.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
@@ -146,19 +155,6 @@ def _next_version(versions: Sequence[str]) -> str:
             "the versions in use are not v1, v2, …: name the new version with --key-version"
         )
     return f"v{max(numbers) + 1}"
-
-
-@app.command()
-def keys(metadata: MetadataOption = None) -> None:
-    """Show versions and fingerprints of the configured keys."""
-    load_targets(metadata)
-    keyring = lucent.default_keyring()
-    uses = dict.fromkeys(keyring.versions, "opens")
-    uses[keyring.primary] = "seals and opens"
-    if keyring.oldest is not None:
-        uses.update((v, "retired") for v in uses if is_older(v, keyring.oldest))
-    rows = [(version, keyring.fingerprint(version), use) for version, use in uses.items()]
-    write_rows(("version", "fingerprint", "use"), rows)
 
 
 # -- values of all tables --------------------------------------------------------------------------
@@ -284,14 +280,7 @@ def retire_check(
             help="Count twice, this long apart. Make it longer than your longest transaction.",
         ),
     ] = 0.0,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="VIEW",
-            help="A view or foreign table of your models that shows no value under VERSION; may be "
-            "repeated.",
-        ),
-    ] = None,
+    exclude: ExcludeOption = None,
 ) -> None:
     """Say whether any value still needs a key version. Opens nothing.
 

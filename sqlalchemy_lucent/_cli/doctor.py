@@ -20,8 +20,9 @@ from .._aead import MASTER_KEY_SIZE
 from .._database.clock import database_time
 from .._database.visibility import require_primary
 from .._sql import is_mysql
-from ..exceptions import ConfigurationError, RotationError
+from ..exceptions import ConfigurationError, LucentError, RotationError
 from ..keyring import Keyring, default_keyring
+from ..keys import KeyRegistry
 from ..rotation import StatusRow, status
 from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets
 from .database import Found, alembic_config, connected, holds_text, look_up, where
@@ -82,6 +83,23 @@ def examine(targets: Sequence[Target], url: str | None) -> Iterator[Finding]:
             if is_primary:
                 yield from _values(engine, found, models[found.target.name], keyring)
         yield from _unnamed(engine, tables)
+        if keyring is not None and is_primary:
+            yield from _registry(KeyRegistry(engine, targets=targets, keyring=keyring))
+
+
+def _registry(registry: KeyRegistry) -> Iterator[Finding]:
+    """Compare the keyring with the key registry, if there is one. Registers nothing."""
+    if not registry.exists():
+        return
+    try:
+        checked = registry.check(register=False)
+    except LucentError as error:
+        yield Finding("fix", f"key registry: {error}")
+        return
+    named = ", ".join(f"{key.version} {key.state}" for key in checked.keys)
+    yield Finding("ok", f"key registry: {named or 'no key is registered'}")
+    for note in checked.notes:
+        yield Finding("fix", f"key registry: {note}")
 
 
 def _constant_keys(keyring: Keyring) -> Iterator[Finding]:

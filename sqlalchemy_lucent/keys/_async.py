@@ -68,6 +68,7 @@ class AsyncKeyRegistry:
     def __repr__(self) -> str:
         return repr(self._registry).replace("<", "<Async", 1)
 
+    exists = _awaited(KeyRegistry.exists)
     register = _awaited(KeyRegistry.register)
     registered = _awaited(KeyRegistry.registered)
     check = _awaited(KeyRegistry.check)

@@ -54,7 +54,7 @@ from ._state import (
     require_own,
     require_same_keys,
 )
-from ._store import Store
+from ._store import Store, has_tables
 
 _Counts = dict[str, dict[str, int]]
 """By column and version, how many values there are."""
@@ -97,6 +97,11 @@ class KeyRegistry:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._engine.url.render_as_string()}>"
 
+    def exists(self) -> bool:
+        """Say whether the database has the tables of a registry."""
+        with self._engine.connect() as connection:
+            return has_tables(connection)
+
     # -- registered --------------------------------------------------------------------------------
 
     def register(self) -> tuple[RegisteredKey, ...]:
@@ -123,19 +128,21 @@ class KeyRegistry:
         """Return all keys, in the order of their registration."""
         return tuple(self._keys().values())
 
-    def check(self) -> KeyCheck:
+    def check(self, *, register: bool = True) -> KeyCheck:
         """Register what is new, and fail if this process has the wrong keys.
 
         Call it when a process starts, so that a wrong key does not fail in a user's request later.
 
+        :param register: ``False`` writes nothing, and notes the keys that are not registered.
         :raises WrongKeyError: this process has another key under a version's name.
         :raises TamperedError: a canary was replaced, or a line was changed.
         :raises UnknownKeyVersionError: this process lacks the primary, or a version that values
             are sealed under.
         :raises KeyStateError: this process seals with a key that is fenced or retired.
         """
-        keys = {key.version: key for key in self.register()}
         keyring = keyring_of(self._keyring)
+        keys = {key.version: key for key in self.register()} if register else self._keys()
+        require_same_keys(keys, keyring)
         for key in keys.values():
             if key.version in keyring.versions:
                 continue
@@ -143,8 +150,8 @@ class KeyRegistry:
                 require_own(keyring, key.version, "the primary, under which others seal")
             if key.state not in ("fenced", "retired"):
                 self._require_unneeded(key.version)
-        own = keys[keyring.primary]
-        if own.state in ("fenced", "retired"):
+        own = keys.get(keyring.primary)
+        if own is not None and own.state in ("fenced", "retired"):
             raise KeyStateError(
                 f"this process seals with key version {own.version!r}, which is {own.state}: the "
                 f"database refuses what it writes. The primary is {primary_of(keys)!r}: make it "
@@ -407,8 +414,11 @@ class KeyRegistry:
             )
 
     def _notes(self, keys: dict[str, RegisteredKey], keyring: Keyring) -> Iterable[str]:
+        for version in keyring.versions:
+            if version not in keys:
+                yield f"key version {version!r} is not registered: register() it"
         primary = primary_of(keys)
-        if primary != keyring.primary:
+        if primary not in (None, keyring.primary):
             yield (
                 f"this process's primary is {keyring.primary!r}, the registry's {primary!r}: use "
                 "Keyring.following(), or deploy the keyring with that primary"
