@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from .. import _key_tables
 from ..exceptions import ConfigurationError
 from ..keyring import Keyring
-from ._state import json_ready
+from ._state import RegisteredKey, json_ready, signer_of
 
 _PURPOSE: Final = "receipts"
 _FIRST: Final = "0" * 64
@@ -101,7 +101,7 @@ class ReceiptsReport:
 def append_receipt(
     connection: sa.Connection,
     keyring: Keyring,
-    signer: str,
+    keys: Mapping[str, RegisteredKey],
     action: str,
     version: str,
     at: datetime,
@@ -109,8 +109,10 @@ def append_receipt(
 ) -> None:
     """Write the next line, in the transaction of its step.
 
+    :raises UnknownKeyVersionError: the keyring lacks the primary, which signs it.
     :raises sqlalchemy.exc.IntegrityError: another process has just written a line.
     """
+    signer = signer_of(keys, keyring)
     table = _key_tables.receipts
     last = _lines(connection, sa.select(table).order_by(table.c.seq.desc()).limit(1))
     seq, previous = (last[0].seq + 1, last[0].hash) if last else (1, _FIRST)

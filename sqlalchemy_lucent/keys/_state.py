@@ -169,6 +169,24 @@ def require_own(keyring: Keyring, version: str, purpose: str) -> None:
         )
 
 
+def refuse_primary(key: RegisteredKey, verb: str) -> None:
+    """Refuse to end the key that seals."""
+    if key.state == "primary":
+        raise KeyStateError(
+            f"key version {key.version!r} is the primary, under which processes seal: promote() "
+            f"another key and rotate, then {verb} this one"
+        )
+
+
+def signer_of(keys: Mapping[str, RegisteredKey], keyring: Keyring) -> str:
+    """Return the version whose key signs receipts: the primary."""
+    signer = primary_of(keys)
+    if signer is None:
+        raise KeyStateError("no key is registered yet: call register() first")
+    require_own(keyring, signer, "the primary, which signs the receipt of this step")
+    return signer
+
+
 # -- the canary ------------------------------------------------------------------------------------
 
 

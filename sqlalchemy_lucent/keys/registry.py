@@ -10,23 +10,14 @@ import sqlalchemy as sa
 
 from .. import _key_tables
 from .._database.clock import database_time
-from .._database.connection import ManagedConnection
 from ..exceptions import (
     ConfigurationError,
     KeyStateError,
-    LucentError,
-    UnknownKeyVersionError,
     hide_locals,
 )
 from ..keyring import Keyring
-from ..rotation import count_version, keyring_of, require_unused, status
-from ..rotation.targets import (
-    Target,
-    TargetTable,
-    refuse_left_out,
-    resolve_targets,
-    survey,
-)
+from ..rotation import keyring_of
+from ..rotation.targets import Target
 from . import _leaks
 from ._following import FollowingKeyring
 from ._holders import (
@@ -50,14 +41,14 @@ from ._state import (
     change_state,
     primary_of,
     read_keys,
+    refuse_primary,
     require_key,
     require_own,
     require_same_keys,
+    signer_of,
 )
 from ._store import Store, has_tables
-
-_Counts = dict[str, dict[str, int]]
-"""By column and version, how many values there are."""
+from ._tables import Counts, Tables
 
 
 class KeyRegistry:
@@ -91,7 +82,7 @@ class KeyRegistry:
     ) -> None:
         self._store = Store(engine)
         self._engine = engine
-        self._targets = targets
+        self._tables = Tables(self._store, targets)
         self._keyring = keyring
 
     def __repr__(self) -> str:
@@ -118,7 +109,7 @@ class KeyRegistry:
         require_same_keys(keys, keyring)
         if all(version in keys for version in keyring.versions):
             return tuple(keys.values())
-        counts = {} if keys else self._counts()
+        counts = {} if keys else self._tables.counts()
         self._store.step(
             "the registration of keys", lambda connection: _register(connection, keyring, counts)
         )
@@ -149,7 +140,7 @@ class KeyRegistry:
             if key.state == "primary":
                 require_own(keyring, key.version, "the primary, under which others seal")
             if key.state not in ("fenced", "retired"):
-                self._require_unneeded(key.version)
+                self._tables.require_unneeded(key.version)
         own = keys.get(keyring.primary)
         if own is not None and own.state in ("fenced", "retired"):
             raise KeyStateError(
@@ -225,7 +216,7 @@ class KeyRegistry:
         if known.state == "primary":
             return known
         require_own(keyring, version, "which it is to promote")
-        counts = self._counts()
+        counts = self._tables.counts()
 
         def make_ready(connection: sa.Connection) -> None:
             keys = read_keys(connection)
@@ -236,7 +227,7 @@ class KeyRegistry:
             now = database_time(connection)
             change_state(connection, version, "ready")
             held_by = [f"{h.kind} {h.id[:8]} on {h.host}" for h in found.holders]
-            _write_receipt(connection, keyring, keys, "ready", version, now, held_by=held_by)
+            append_receipt(connection, keyring, keys, "ready", version, now, held_by=held_by)
 
         def make_primary(connection: sa.Connection) -> None:
             keys = read_keys(connection)
@@ -249,7 +240,7 @@ class KeyRegistry:
             if former is not None:
                 change_state(connection, former, "draining")
             change_state(connection, version, "primary", promoted_at=now)
-            _write_receipt(
+            append_receipt(
                 connection, keyring, keys, "promote", version, now, former=former, counts=counts
             )
 
@@ -332,19 +323,15 @@ class KeyRegistry:
             raise ConfigurationError("since= is a datetime with a time zone")
         keyring = self._own_keyring()
         key = require_key(self._keys(), version)
-        signer = self._signer(keyring)
+        signer = signer_of(self._keys(), keyring)
         leaked_since = key.leaked_since
         if leaked_since is None or (since is not None and since != leaked_since):
             leaked_since = self._mark_leaked(version, since, keyring)
-        tables = self._tables()
         what = f"the search for values of key version {version!r}"
         signing = keyring.with_oldest(None).with_primary(signer)
-
-        def search(database: ManagedConnection) -> int:
-            known = database.read(lambda connection: survey(connection, tables))
-            return _leaks.note_leaked(database, known.tables, version, signing)
-
-        unopened = self._store.work(what, search)
+        unopened = self._tables.work(
+            what, lambda database, found: _leaks.note_leaked(database, found, version, signing)
+        )
         moment = leaked_since
         return self._store.read(
             what,
@@ -382,37 +369,6 @@ class KeyRegistry:
         require_same_keys(self._keys(), keyring)
         return keyring
 
-    def _signer(self, keyring: Keyring) -> str:
-        keys = self._keys()
-        return _signer_of(keys, keyring)
-
-    def _tables(self) -> list[TargetTable]:
-        return resolve_targets(self._targets, self._engine)
-
-    def _counts(self) -> _Counts:
-        counts: _Counts = {}
-        for row in status(self._engine, self._targets).rows:
-            versions = counts.setdefault(f"{row.table}.{row.column}", {})
-            name = row.key_version or "not sealed"
-            versions[name] = versions.get(name, 0) + row.count
-        return counts
-
-    def _require_unneeded(self, version: str) -> None:
-        """Refuse a process that lacks `version` while values are under it."""
-        tables = self._tables()
-
-        def count(database: ManagedConnection) -> dict[str, int]:
-            known = database.read(lambda connection: survey(connection, tables))
-            return count_version(database, known.tables, version)
-
-        counts = self._store.work(f"the count of key version {version!r}", count, read_only=True)
-        needing = ", ".join(f"{number} in {name}" for name, number in counts.items() if number)
-        if needing:
-            raise UnknownKeyVersionError(
-                f"this process lacks key version {version!r}, which values need: {needing}. Add "
-                "the key to its keyring"
-            )
-
     def _notes(self, keys: dict[str, RegisteredKey], keyring: Keyring) -> Iterable[str]:
         for version in keyring.versions:
             if version not in keys:
@@ -423,14 +379,13 @@ class KeyRegistry:
                 f"this process's primary is {keyring.primary!r}, the registry's {primary!r}: use "
                 "Keyring.following(), or deploy the keyring with that primary"
             )
-        tables = self._tables()
         for key in keys.values():
             if key.leaked_since is not None:
                 yield f"key version {key.version!r} has leaked: leaked() lists what to replace"
             if key.state == "retired" and key.version in keyring.versions:
                 yield f"key version {key.version!r} is retired: take its key out of this process"
             if key.state in ("fenced", "retired"):
-                missing = self._unfenced(tables, key.version)
+                missing = self._tables.unfenced(key.version)
                 if missing:
                     yield (
                         f"key version {key.version!r} is {key.state}, and "
@@ -438,31 +393,25 @@ class KeyRegistry:
                         "again"
                     )
 
-    def _unfenced(self, tables: Sequence[TargetTable], version: str) -> list[str]:
-        from ..migrations.fence import Fence  # loads Alembic
-
-        known = self._store.read("the look at fences", lambda c: survey(c, tables))
-        return [t.name for t in known.tables if not Fence(t, version).exists(self._engine)]
-
     def _end(self, version: str, state: State, exclude: Iterable[str]) -> RegisteredKey:
         """Fence a key and write its new state, with a receipt of the proof."""
         keyring = self._own_keyring()
         key = require_key(self._keys(), version)
-        _refuse_primary(key, _VERB[state])
+        refuse_primary(key, _VERB[state])
         if state == "fenced" and key.state == "retired":
             raise KeyStateError(
                 f"key version {version!r} is retired, and fenced: there is nothing to do"
             )
-        self._signer(keyring)
-        self._add_fences(version, exclude)
+        signer_of(self._keys(), keyring)
+        self._tables.fence(version, exclude)
         if key.state == state:
             return key
-        counts = self._counts()
+        counts = self._tables.counts()
 
         def write(connection: sa.Connection) -> None:
             keys = read_keys(connection)
             known = require_key(keys, version)
-            _refuse_primary(known, _VERB[state])
+            refuse_primary(known, _VERB[state])
             if known.state == state:
                 return
             now = database_time(connection)
@@ -470,49 +419,15 @@ class KeyRegistry:
             if known.fenced_at is None:
                 times["fenced_at"] = now
             change_state(connection, version, state, **times)
-            _write_receipt(
+            append_receipt(
                 connection, keyring, keys, _VERB[state], version, now, counts=counts, fenced=True
             )
 
         self._store.step(f"the receipt of key version {version!r}", write)
         return self._key(version)
 
-    def _add_fences(self, version: str, exclude: Iterable[str]) -> None:
-        """Have every table refuse the version, or none that did not before."""
-        from ..migrations.fence import Fence  # loads Alembic
-
-        named = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-        tables = self._tables()
-
-        def look(database: ManagedConnection) -> list[TargetTable]:
-            known = database.read(lambda connection: survey(connection, tables))
-            database.read(lambda connection: refuse_left_out(connection, known, named))
-            require_unused(database, known.tables, version)
-            return known.tables
-
-        what = f"the fence against key version {version!r}"
-        fences = [Fence(table, version) for table in self._store.work(what, look, read_only=True)]
-        added: list[Fence] = []
-        fault: LucentError | None = None
-        try:
-            for fence in fences:
-                if not fence.exists(self._engine):
-                    added.append(fence)
-                    fence.add(self._engine)
-            for fence in fences:
-                fence.validate(self._engine)
-        except LucentError as error:
-            fault = error
-        if fault is None:
-            return
-        for fence in added:
-            fence.drop(self._engine)
-        raise fault
-
     def _reopen(self, version: str, action: str, states: Sequence[State]) -> RegisteredKey:
         """Write that a key is draining again, then drop its fences."""
-        from ..migrations.fence import Fence  # loads Alembic
-
         keyring = self._own_keyring()
 
         def write(connection: sa.Connection) -> None:
@@ -521,13 +436,11 @@ class KeyRegistry:
                 return  # it was done, and the fences are left
             now = database_time(connection)
             change_state(connection, version, "draining", fenced_at=None, retired_at=None)
-            _write_receipt(connection, keyring, keys, action, version, now)
+            append_receipt(connection, keyring, keys, action, version, now)
 
         what = f"{action}() of key version {version!r}"
         self._store.step(what, write)
-        tables = self._tables()
-        for table in self._store.read(what, lambda c: survey(c, tables)).tables:
-            Fence(table, version).drop(self._engine)
+        self._tables.unfence(version)
         return self._key(version)
 
     def _mark_leaked(self, version: str, since: datetime | None, keyring: Keyring) -> datetime:
@@ -539,7 +452,7 @@ class KeyRegistry:
             if key.leaked_since == moment:
                 return moment
             change_state(connection, version, key.state, leaked_since=moment)
-            _write_receipt(
+            append_receipt(
                 connection, keyring, keys, "leak", version, now, since=moment.isoformat()
             )
             return moment
@@ -548,14 +461,6 @@ class KeyRegistry:
 
 
 _VERB = {"fenced": "fence", "retired": "retire"}
-
-
-def _refuse_primary(key: RegisteredKey, verb: str) -> None:
-    if key.state == "primary":
-        raise KeyStateError(
-            f"key version {key.version!r} is the primary, under which processes seal: promote() "
-            f"another key and rotate, then {verb} this one"
-        )
 
 
 def _require_ready(
@@ -576,7 +481,7 @@ def _require_ready(
     return found
 
 
-def _register(connection: sa.Connection, keyring: Keyring, counts: _Counts) -> None:
+def _register(connection: sa.Connection, keyring: Keyring, counts: Counts) -> None:
     keys = read_keys(connection)
     require_same_keys(keys, keyring)
     now = database_time(connection)
@@ -593,26 +498,4 @@ def _register(connection: sa.Connection, keyring: Keyring, counts: _Counts) -> N
         details: dict[str, Any] = {"state": state, "check_id": keyring.check_id(version).hex()}
         if state == "primary":
             details["counts"] = counts
-        _write_receipt(connection, keyring, keys, "register", version, now, **details)
-
-
-def _signer_of(keys: dict[str, RegisteredKey], keyring: Keyring) -> str:
-    """Return the version whose key signs receipts: the primary."""
-    signer = primary_of(keys)
-    if signer is None:
-        raise KeyStateError("no key is registered yet: call register() first")
-    require_own(keyring, signer, "the primary, which signs the receipt of this step")
-    return signer
-
-
-def _write_receipt(
-    connection: sa.Connection,
-    keyring: Keyring,
-    keys: dict[str, RegisteredKey],
-    action: str,
-    version: str,
-    at: datetime,
-    **details: Any,
-) -> None:
-    signer = _signer_of(keys, keyring)
-    append_receipt(connection, keyring, signer, action, version, at, **details)
+        append_receipt(connection, keyring, keys, "register", version, now, **details)
