@@ -323,12 +323,11 @@ class KeyRegistry:
             raise ConfigurationError("since= is a datetime with a time zone")
         keyring = self._own_keyring()
         key = require_key(self._keys(), version)
-        signer = signer_of(self._keys(), keyring)
+        signing = keyring.with_oldest(None).with_primary(signer_of(self._keys(), keyring))
         leaked_since = key.leaked_since
         if leaked_since is None or (since is not None and since != leaked_since):
             leaked_since = self._mark_leaked(version, since, keyring)
         what = f"the search for values of key version {version!r}"
-        signing = keyring.with_oldest(None).with_primary(signer)
         unopened = self._tables.work(
             what, lambda database, found: _leaks.note_leaked(database, found, version, signing)
         )

@@ -131,7 +131,8 @@ def test_each_operation_is_a_function_and_a_method_with_its_documentation(operat
     function = getattr(lucent_migrations, operation.name)
 
     parameters = inspect.signature(function).parameters
-    assert {*parameters} == {field.name for field in dataclasses.fields(operation)} | {"operations"}
+    fields = {field.name for field in dataclasses.fields(operation) if field.init}
+    assert {*parameters} == fields | {"operations"}
     assert [*parameters][-1] == "operations"
     options = {name for name in parameters if not name.endswith(("_name", "version"))}
     assert {parameters[name].kind for name in options} == {inspect.Parameter.KEYWORD_ONLY}
