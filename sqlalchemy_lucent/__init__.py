@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .binding import bound_rows, row_bound
     from .config import Lucent, LucentConfig, SecretsConfig
     from .events import SecretAccess
+    from .key_source import KeySource, KeySourceHealth
     from .models import LucentBase, LucentSecret, LucentSecretMixin
     from .repository import AsyncLucentSecrets, LucentSecrets, SecretInfo
     from .rotation import (
@@ -65,6 +66,8 @@ __all__ = [
     "FailedRow",
     "InvalidKeyError",
     "KeyInUseError",
+    "KeySource",
+    "KeySourceHealth",
     "Keyring",
     "Lucent",
     "LucentBase",
@@ -116,6 +119,7 @@ _AT_FIRST_USE = {
         "binding": "bound_rows row_bound",
         "config": "Lucent LucentConfig SecretsConfig",
         "events": "SecretAccess",
+        "key_source": "KeySource KeySourceHealth",
         "models": "LucentBase LucentSecret LucentSecretMixin",
         "repository": "AsyncLucentSecrets LucentSecrets SecretInfo",
         "rotation": "FailedRow RotationProgress RotationReport StatusReport StatusRow VerifyReport "
