@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .binding import bound_rows, row_bound
     from .config import Lucent, LucentConfig, SecretsConfig
     from .events import SecretAccess
+    from .key_source import KeySource, KeySourceHealth
     from .keys import (
         Announcement,
         AsyncAnnouncement,
@@ -90,6 +91,8 @@ __all__ = [
     "KeyInUseError",
     "KeyReceipt",
     "KeyRegistry",
+    "KeySource",
+    "KeySourceHealth",
     "KeyStateError",
     "Keyring",
     "LeakReport",
@@ -151,6 +154,7 @@ _AT_FIRST_USE = {
         "keys": "Announcement AsyncAnnouncement AsyncKeyRegistry FollowingKeyring KeyCheck "
         "KeyHolder KeyReceipt KeyRegistry LeakReport LeakedValue Readiness ReceiptFault "
         "ReceiptsReport RegisteredKey",
+        "key_source": "KeySource KeySourceHealth",
         "models": "LucentBase LucentSecret LucentSecretMixin",
         "repository": "AsyncLucentSecrets LucentSecrets SecretInfo",
         "rotation": "FailedRow RotationProgress RotationReport StatusReport StatusRow VerifyReport "

@@ -306,8 +306,9 @@ class Keyring:
 
             set_default_keyring(Keyring.following(registry))
 
-        The keys are those of the registry's keyring at this moment. The function reads the registry
-        at most every 30 seconds, with a connection of the registry's engine. If the registry is out
+        The keys are those of the registry's ``keyring=``; without one, of the default keyring at
+        this moment. The function reads the registry at most every 30 seconds, with a connection of
+        the registry's engine. If the registry is out
         of reach, the last known primary stays. If it names a key that this process lacks, values
         are opened and none is sealed. Nothing opens under a retired key.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 import sqlalchemy as sa
@@ -14,8 +15,9 @@ from .. import _key_tables
 from .._database.faults import errors_of
 from .._envelope import is_older
 from .._subkeys import RegistryRules
-from ..exceptions import ConfigurationError
+from ..exceptions import ConfigurationError, LucentError
 from ..keyring import Keyring
+from ..rotation import keyring_of
 from ._state import State
 
 INTERVAL: Final = 30.0
@@ -30,10 +32,16 @@ class FollowingKeyring:
     reach, the keyring stays; without any reading so far, it is the process's own.
 
     :param engine: of the registry, with connections to spare.
-    :param keyring: the process's keys.
+    :param source: the process's keys, or a function that returns them, which is called at each
+        reading.
     """
 
-    def __init__(self, engine: sa.Engine, keyring: Keyring, interval: float = INTERVAL) -> None:
+    def __init__(
+        self,
+        engine: sa.Engine,
+        source: Keyring | Callable[[], Keyring],
+        interval: float = INTERVAL,
+    ) -> None:
         if isinstance(engine.pool, (sa.StaticPool, sa.SingletonThreadPool)):
             raise ConfigurationError(
                 "a keyring cannot follow a registry in a SQLite memory database: reading it would "
@@ -41,7 +49,8 @@ class FollowingKeyring:
                 "names its primary itself"
             )
         self._engine = engine
-        self._own = self._current = keyring
+        self._source = source
+        self._own = self._current = keyring_of(source)
         self._interval = interval
         self._next = 0.0
         self._lock = threading.Lock()
@@ -70,8 +79,13 @@ class FollowingKeyring:
     def _read(self) -> None:
         table = _key_tables.keys
         statement = sa.select(table.c.version, table.c.state, table.c.check_id)
-        errors: tuple[type[Exception], ...] = (SQLAlchemyError, *errors_of(self._engine.dialect))
+        errors: tuple[type[Exception], ...] = (
+            SQLAlchemyError,
+            LucentError,
+            *errors_of(self._engine.dialect),
+        )
         try:
+            own = keyring_of(self._source)
             with self._engine.connect() as connection:
                 rows = connection.execute(statement.order_by(table.c.version)).all()
         except errors as error:
@@ -79,8 +93,9 @@ class FollowingKeyring:
             return
         self.fault = None
         known = tuple((row.version, row.state, bytes(row.check_id)) for row in rows)
-        if known != self._known:  # otherwise keep the keyring, which has its subkeys
-            self._known, self._current = known, self._keyring(known)
+        if known != self._known or own is not self._own:  # otherwise keep it, with its subkeys
+            self._known, self._own = known, own
+            self._current = self._keyring(known)
 
     def _keyring(self, known: tuple[tuple[str, State, bytes], ...]) -> Keyring:
         own = self._own

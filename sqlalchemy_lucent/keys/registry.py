@@ -15,7 +15,7 @@ from ..exceptions import (
     KeyStateError,
     hide_locals,
 )
-from ..keyring import Keyring
+from ..keyring import Keyring, default_keyring
 from ..rotation import keyring_of
 from ..rotation.targets import Target
 from . import _leaks
@@ -252,7 +252,7 @@ class KeyRegistry:
     def following(self, *, interval: float = 30.0) -> FollowingKeyring:
         """Return what :meth:`Keyring.following` returns, with another interval."""
         seconds = check_seconds("interval", interval)
-        return FollowingKeyring(self._engine, keyring_of(self._keyring), seconds)
+        return FollowingKeyring(self._engine, self._keyring or default_keyring(), seconds)
 
     # -- fenced, retired ---------------------------------------------------------------------------
 

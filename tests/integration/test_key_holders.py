@@ -115,7 +115,7 @@ def test_processes_that_ended_without_a_word_are_forgotten(engine: Engine) -> No
     create(engine)
     own = registry(engine)
     own.register()
-    own.announce("web").start()
+    own.announce("web", interval=3600).start()
     grow_old(engine, 8 * 24 * 3600)
     with own.announce("worker"), engine.connect() as connection:
         assert connection.execute(sa.select(HOLDERS.c.kind)).scalars().all() == ["worker"]
@@ -166,7 +166,7 @@ def test_one_process_of_three_that_lacks_the_key_holds_the_promotion_up(engine: 
     own.register()
     old = registry(engine, V1)
     with own.announce("web"), own.announce("web"):
-        stale = old.announce("worker").start()
+        stale = old.announce("worker", interval=3600).start()
         ready = own.readiness("v2", ["web", "worker"])
         assert len(ready.holders) == 3
         assert [holder.id for holder in ready.lacking] == [stale.id]
@@ -191,7 +191,7 @@ def test_a_process_that_was_silent_for_long_counts_as_gone(engine: Engine) -> No
     create(engine)
     own = registry(engine)
     own.register()
-    registry(engine, V1).announce("worker").start()
+    registry(engine, V1).announce("worker", interval=3600).start()
     grow_old(engine, 100)
     with own.announce("web"):
         with pytest.raises(KeyStateError, match="1 of 2 processes lack"):
@@ -319,6 +319,17 @@ def test_nothing_opens_under_a_retired_key_until_it_is_brought_back(engine: Engi
     own.unretire("v1")
     wait_until(lambda: following().for_context("documents.body") is not keys)
     assert following().for_context("documents.body").open(copied) == b'{"a":1}'
+
+
+def test_keys_that_a_function_gives_later_are_followed_too(engine: Engine) -> None:
+    create(engine)
+    promoted(engine)
+    present = [V1]
+    own = KeyRegistry(engine, targets=metadata, keyring=lambda: present[0])
+    following = own.following(interval=0.001)
+    assert following().primary == "v1"
+    present[0] = BOTH
+    wait_until(lambda: following().primary == "v2")
 
 
 def test_threads_share_one_reading(engine: Engine) -> None:

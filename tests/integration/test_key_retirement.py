@@ -40,7 +40,7 @@ def ready(engine: Engine) -> KeyRegistry:
     """Return a registry in which v2 may be promoted."""
     own = registry(engine)
     own.register()
-    own.announce("web").start()
+    own.announce("web", interval=3600).start()
     return own
 
 
