@@ -24,13 +24,17 @@ from __future__ import annotations
 from . import _run as _run
 from ._autogenerate import LINT_PLUGIN_NAME, PLUGIN_NAME, setup
 from ._render import render_item
+from .key_tables import (
+    CreateLucentKeysOp,
+    DropLucentKeysOp,
+    create_lucent_keys,
+    drop_lucent_keys,
+)
 from .operations import (
     BoundTo,
-    CreateLucentKeysOp,
     CreateLucentSecretsOp,
     CreateSealedCheckOp,
     DecryptColumnOp,
-    DropLucentKeysOp,
     DropLucentSecretsOp,
     DropSealedCheckOp,
     EncryptColumnOp,
@@ -38,11 +42,9 @@ from .operations import (
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
     UnfenceKeyVersionOp,
-    create_lucent_keys,
     create_lucent_secrets,
     create_sealed_check,
     decrypt_column,
-    drop_lucent_keys,
     drop_lucent_secrets,
     drop_sealed_check,
     encrypt_column,

@@ -45,13 +45,12 @@ from ..types import EncryptedJSON
 from ._checks import SealedCheck, has_row, not_encrypted
 from ._convert import convert_column, log_failures, log_progress
 from .fence import Fence, fence_triggers
+from .key_tables import CreateLucentKeysOp, DropLucentKeysOp
 from .operations import (
     ColumnOp,
     ConvertColumnOp,
-    CreateLucentKeysOp,
     CreateLucentSecretsOp,
     CreateSealedCheckOp,
-    DropLucentKeysOp,
     DropLucentSecretsOp,
     DropSealedCheckOp,
     FenceKeyVersionOp,

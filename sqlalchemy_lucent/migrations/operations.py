@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import KW_ONLY, MISSING, InitVar, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, MISSING, InitVar, dataclass, fields, replace
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import alembic.op
@@ -99,7 +99,7 @@ _Op = TypeVar("_Op", bound=LucentOp)
 _P = ParamSpec("_P")
 
 
-def _registered(operation: type[_Op]) -> type[_Op]:
+def registered(operation: type[_Op]) -> type[_Op]:
     """Make the operation a method of ``op``; one on a column, a method of a batch as well."""
     methods: list[tuple[type[AbstractOperations], str]] = [(Operations, "invoke")]
     if issubclass(operation, ColumnOp):
@@ -110,7 +110,7 @@ def _registered(operation: type[_Op]) -> type[_Op]:
     return operation
 
 
-def _typed(operation: Callable[_P, LucentOp]) -> Callable[_P, None]:
+def typed(operation: Callable[_P, LucentOp]) -> Callable[_P, None]:
     """Return a function with the operation's signature and documentation that runs it."""
 
     def function(*args: _P.args, **kw: _P.kwargs) -> None:
@@ -132,7 +132,7 @@ def _typed(operation: Callable[_P, LucentOp]) -> Callable[_P, None]:
     return function
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class CreateLucentSecretsOp(LucentOp):
     """Create the table of scoped secrets, as ``op.create_lucent_secrets()``.
@@ -154,7 +154,7 @@ class CreateLucentSecretsOp(LucentOp):
         return DropLucentSecretsOp(self.table_name, schema=self.schema)
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class DropLucentSecretsOp(LucentOp):
     """Drop the table of scoped secrets, as ``op.drop_lucent_secrets()``.
@@ -179,55 +179,7 @@ class DropLucentSecretsOp(LucentOp):
         return CreateLucentSecretsOp(self.table_name, schema=self.schema)
 
 
-@_registered
-@dataclass(eq=False)
-class CreateLucentKeysOp(LucentOp):
-    """Create the tables of the key registry, as ``op.create_lucent_keys()``.
-
-    ::
-
-        def upgrade() -> None:
-            op.create_lucent_keys()
-
-    Add ``KeyRegistry.metadata`` to the ``target_metadata`` of your ``env.py`` as well, so that
-    autogenerate knows them.
-    """
-
-    name = "create_lucent_keys"
-
-    table_name: str = field(default="lucent_keys", init=False)
-
-    def reverse(self) -> DropLucentKeysOp:
-        """Return the operation that drops the tables if they have no receipt."""
-        return DropLucentKeysOp(schema=self.schema)
-
-
-@_registered
-@dataclass(eq=False)
-class DropLucentKeysOp(LucentOp):
-    """Drop the tables of the key registry, as ``op.drop_lucent_keys()``.
-
-    ::
-
-        def downgrade() -> None:
-            op.drop_lucent_keys()
-
-    :param force: drop them even if they hold receipts, which prove what was done.
-    :raises RotationError: they hold receipts, or may hold some (offline), and `force` is not set.
-    """
-
-    name = "drop_lucent_keys"
-
-    table_name: str = field(default="lucent_keys", init=False)
-    _: KW_ONLY
-    force: bool = False
-
-    def reverse(self) -> CreateLucentKeysOp:
-        """Return the operation that creates the tables."""
-        return CreateLucentKeysOp(schema=self.schema)
-
-
-@_registered
+@registered
 @dataclass(eq=False)
 class CreateSealedCheckOp(ColumnOp):
     """Have the database refuse values that are not sealed, as ``op.create_sealed_check()``.
@@ -253,7 +205,7 @@ class CreateSealedCheckOp(ColumnOp):
         return DropSealedCheckOp(self.table_name, self.column_name, schema=self.schema)
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class DropSealedCheckOp(ColumnOp):
     """Drop what :func:`create_sealed_check` adds, as ``op.drop_sealed_check()``."""
@@ -265,7 +217,7 @@ class DropSealedCheckOp(ColumnOp):
         return CreateSealedCheckOp(self.table_name, self.column_name, schema=self.schema)
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class FenceKeyVersionOp(ColumnOp):
     """Have the database refuse values under an old key version, as ``op.fence_key_version()``.
@@ -299,7 +251,7 @@ class FenceKeyVersionOp(ColumnOp):
         )
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class UnfenceKeyVersionOp(ColumnOp):
     """Drop what :func:`fence_key_version` adds, as ``op.unfence_key_version()``."""
@@ -315,7 +267,7 @@ class UnfenceKeyVersionOp(ColumnOp):
         )
 
 
-@_registered
+@registered
 @dataclass(eq=False, kw_only=True)
 class RotateEncryptedColumnOp(ValuesOp):
     """Re-encrypt a column under the keyring's primary key, as ``op.rotate_encrypted_column()``.
@@ -409,7 +361,7 @@ class ConvertColumnOp(ValuesOp):
         return operation(**{**arguments, "swap": True, "drop": True})
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class EncryptColumnOp(ConvertColumnOp):
     """Turn a plaintext column into an encrypted one, as ``op.encrypt_column()``.
@@ -460,7 +412,7 @@ class EncryptColumnOp(ConvertColumnOp):
         return self._undone_by(DecryptColumnOp)
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class DecryptColumnOp(ConvertColumnOp):
     """Turn an encrypted column into a plaintext one, as ``op.decrypt_column()``.
@@ -490,7 +442,7 @@ class DecryptColumnOp(ConvertColumnOp):
         return self._undone_by(EncryptColumnOp)
 
 
-@_registered
+@registered
 @dataclass(eq=False, kw_only=True)
 class RebindEncryptedColumnOp(ValuesOp):
     """Re-seal values in their new context after a rename, as ``op.rebind_encrypted_column()``.
@@ -522,15 +474,13 @@ class RebindEncryptedColumnOp(ValuesOp):
         return replace(self, from_context=self.own_context, context=self.from_context)
 
 
-create_lucent_secrets = _typed(CreateLucentSecretsOp)
-drop_lucent_secrets = _typed(DropLucentSecretsOp)
-create_lucent_keys = _typed(CreateLucentKeysOp)
-drop_lucent_keys = _typed(DropLucentKeysOp)
-create_sealed_check = _typed(CreateSealedCheckOp)
-drop_sealed_check = _typed(DropSealedCheckOp)
-fence_key_version = _typed(FenceKeyVersionOp)
-unfence_key_version = _typed(UnfenceKeyVersionOp)
-rotate_encrypted_column = _typed(RotateEncryptedColumnOp)
-encrypt_column = _typed(EncryptColumnOp)
-decrypt_column = _typed(DecryptColumnOp)
-rebind_encrypted_column = _typed(RebindEncryptedColumnOp)
+create_lucent_secrets = typed(CreateLucentSecretsOp)
+drop_lucent_secrets = typed(DropLucentSecretsOp)
+create_sealed_check = typed(CreateSealedCheckOp)
+drop_sealed_check = typed(DropSealedCheckOp)
+fence_key_version = typed(FenceKeyVersionOp)
+unfence_key_version = typed(UnfenceKeyVersionOp)
+rotate_encrypted_column = typed(RotateEncryptedColumnOp)
+encrypt_column = typed(EncryptColumnOp)
+decrypt_column = typed(DecryptColumnOp)
+rebind_encrypted_column = typed(RebindEncryptedColumnOp)
