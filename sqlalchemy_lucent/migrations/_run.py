@@ -411,7 +411,8 @@ def _alter_column(operations: Operations, operation: ops.AlterColumnOp) -> None:
 @event.listens_for(Table, "before_create")
 def _keep_fences(table: Table, connection: Connection | None, **kw: Any) -> None:
     """Refuse Alembic's copy of a SQLite table that has a fence, because it copies no trigger."""
-    by_alembic = isinstance(kw.get("_ddl_runner"), DefaultImpl)
+    runner = kw.get("_ddl_runner")
+    by_alembic = isinstance(runner, DefaultImpl) and not runner.as_sql
     if connection is None or connection.dialect.name != "sqlite" or not by_alembic:
         return
     for name, owner in fence_triggers(connection, table.schema):

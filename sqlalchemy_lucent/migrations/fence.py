@@ -22,7 +22,7 @@ from .._database.faults import Fault
 from .._database.reflection import dotted, reflect_columns
 from .._database.relations import is_binary
 from .._envelope import version_prefix
-from ..exceptions import KeyInUseError, RotationError
+from ..exceptions import KeyInUseError, RotationError, hide_locals
 from ..keyring import check_version
 from ..rotation import require_unused
 from ..rotation.targets import TargetTable, survey
@@ -55,6 +55,7 @@ class Fence:
     :raises InvalidKeyError: `version` breaks the rule for versions.
     """
 
+    @hide_locals
     def __init__(self, target: TargetTable, version: str) -> None:
         self.target = target
         self.version = check_version(version)

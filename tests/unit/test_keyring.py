@@ -53,8 +53,10 @@ from sqlalchemy_lucent import (
     set_default_keyring,
 )
 from sqlalchemy_lucent._envelope import is_older
+from sqlalchemy_lucent._subkeys import NO_RULES, RegistryRules
 from sqlalchemy_lucent.keyring import context_keys
 from tests.conftest import KEY_1, KEY_2
+from tests.frames import texts_in_frames
 from tests.strategies import KEY_VERSIONS, MASTER_KEYS
 
 ROOT = Path(__file__).parents[2]
@@ -1097,3 +1099,49 @@ engine.dispose()
 
 def test_importing_ddl_and_compiling_need_no_key() -> None:
     assert in_fresh_process(KEYLESS).strip() == "refused"
+
+
+# -- the key registry's part -----------------------------------------------------------------------
+
+
+def test_a_keyring_gives_the_check_id_and_mac_of_each_of_its_keys(promoted: Keyring) -> None:
+    assert promoted.check_id("v1").hex() == "080f95d803ffa57de29f38a85f5236c9"
+    assert promoted.check_id("v2").hex() == "0bc189cd688496d919d9eac527eac500"
+    assert len({promoted.mac(v, p, b"m") for v in ("v1", "v2") for p in ("a", "b")}) == 4
+    for missing in (promoted.check_id, lambda v: promoted.mac(v, "a", b"m")):
+        with pytest.raises(ConfigurationError, match="has no key of the given version"):
+            missing("v3")
+
+
+def test_a_keyring_under_the_registrys_rules_opens_nothing_that_is_retired(
+    keyring: Keyring, promoted: Keyring
+) -> None:
+    sealed = keyring.for_context("c").seal(b"{}")
+    ruled = promoted.ruled("v2", RegistryRules(frozenset({"v1"})))
+    with pytest.raises(RetiredKeyError, match="'v1', which the key registry says is retired"):
+        ruled.for_context("c").open(sealed)
+    assert ruled.for_context("c").open(ruled.for_context("c").seal(b"[]")) == b"[]"
+    assert promoted.ruled("v1", NO_RULES).for_context("c").open(sealed) == b"{}"
+    with pytest.raises(ConfigurationError, match="has no key of the given version"):
+        promoted.ruled("v3", NO_RULES)
+
+
+def test_a_keyring_under_the_registrys_rules_may_be_kept_from_sealing(promoted: Keyring) -> None:
+    sealed = promoted.for_context("c").seal(b"{}")
+    keys = promoted.ruled("v2", RegistryRules(refusal="not now")).for_context("c")
+    with pytest.raises(ConfigurationError, match="^not now$") as caught:
+        keys.seal(b"MARKER")
+    assert not any(b"MARKER" in data for _, data in texts_in_frames(caught.value))
+    assert keys.open(sealed) == b"{}"
+
+
+def test_a_keyring_keeps_its_oldest_version_under_the_registrys_rules(promoted: Keyring) -> None:
+    assert promoted.with_oldest("v2").ruled("v2", NO_RULES).oldest == "v2"
+
+
+def test_following_asks_the_registry(keyring: Keyring) -> None:
+    class Registry:
+        def following(self) -> Callable[[], Keyring]:
+            return lambda: keyring
+
+    assert Keyring.following(Registry())() is keyring
