@@ -1129,7 +1129,7 @@ def test_a_keyring_under_the_registrys_rules_opens_nothing_that_is_retired(
 def test_a_keyring_under_the_registrys_rules_may_be_kept_from_sealing(promoted: Keyring) -> None:
     sealed = promoted.for_context("c").seal(b"{}")
     keys = promoted.ruled("v2", RegistryRules(refusal="not now")).for_context("c")
-    with pytest.raises(ConfigurationError, match="^not now$") as caught:
+    with pytest.raises(ConfigurationError, match="not now") as caught:
         keys.seal(b"MARKER")
     assert not any(b"MARKER" in data for _, data in texts_in_frames(caught.value))
     assert keys.open(sealed) == b"{}"
