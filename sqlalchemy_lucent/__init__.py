@@ -13,9 +13,11 @@ from .exceptions import (
     DecryptionError,
     InvalidKeyError,
     KeyInUseError,
+    KeyStateError,
     LucentError,
     NotSealedError,
     PicklingRefusedError,
+    RetiredKeyError,
     RotationError,
     SchemaMismatchError,
     SecretNotFoundError,
@@ -32,6 +34,23 @@ if TYPE_CHECKING:
     from .binding import bound_rows, row_bound
     from .config import Lucent, LucentConfig, SecretsConfig
     from .events import SecretAccess
+    from .key_source import KeySource, KeySourceHealth
+    from .keys import (
+        Announcement,
+        AsyncAnnouncement,
+        AsyncKeyRegistry,
+        FollowingKeyring,
+        KeyCheck,
+        KeyHolder,
+        KeyReceipt,
+        KeyRegistry,
+        LeakedValue,
+        LeakReport,
+        Readiness,
+        ReceiptFault,
+        ReceiptsReport,
+        RegisteredKey,
+    )
     from .models import LucentBase, LucentSecret, LucentSecretMixin
     from .repository import AsyncLucentSecrets, LucentSecrets, SecretInfo
     from .rotation import (
@@ -55,6 +74,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Announcement",
+    "AsyncAnnouncement",
+    "AsyncKeyRegistry",
     "AsyncLucentSecrets",
     "Bound",
     "ConfigurationError",
@@ -62,9 +84,19 @@ __all__ = [
     "DecryptionError",
     "EncryptedJSON",
     "FailedRow",
+    "FollowingKeyring",
     "InvalidKeyError",
+    "KeyCheck",
+    "KeyHolder",
     "KeyInUseError",
+    "KeyReceipt",
+    "KeyRegistry",
+    "KeySource",
+    "KeySourceHealth",
+    "KeyStateError",
     "Keyring",
+    "LeakReport",
+    "LeakedValue",
     "Lucent",
     "LucentBase",
     "LucentConfig",
@@ -74,6 +106,11 @@ __all__ = [
     "LucentSecrets",
     "NotSealedError",
     "PicklingRefusedError",
+    "Readiness",
+    "ReceiptFault",
+    "ReceiptsReport",
+    "RegisteredKey",
+    "RetiredKeyError",
     "RotationError",
     "RotationProgress",
     "RotationReport",
@@ -114,6 +151,10 @@ _AT_FIRST_USE = {
         "binding": "bound_rows row_bound",
         "config": "Lucent LucentConfig SecretsConfig",
         "events": "SecretAccess",
+        "keys": "Announcement AsyncAnnouncement AsyncKeyRegistry FollowingKeyring KeyCheck "
+        "KeyHolder KeyReceipt KeyRegistry LeakReport LeakedValue Readiness ReceiptFault "
+        "ReceiptsReport RegisteredKey",
+        "key_source": "KeySource KeySourceHealth",
         "models": "LucentBase LucentSecret LucentSecretMixin",
         "repository": "AsyncLucentSecrets LucentSecrets SecretInfo",
         "rotation": "FailedRow RotationProgress RotationReport StatusReport StatusRow VerifyReport "

@@ -9,6 +9,7 @@ a closure. Debuggers, error reporters and serializers that walk attributes find 
 
 from __future__ import annotations
 
+import hmac
 import os
 from typing import Final, NoReturn
 
@@ -25,6 +26,11 @@ MASTER_KEY_SIZE: Final = 32
 
 _SUBKEY_INFO: Final = b"sqlalchemy-lucent/1/aes-256-gcm"
 _KEY_ID_INFO: Final = b"sqlalchemy-lucent/1/key-id"
+_CHECK_ID_INFO: Final = b"sqlalchemy-lucent/1/registry"
+_MAC_INFO: Final = b"sqlalchemy-lucent/1/mac/"
+
+CHECK_ID_SIZE: Final = 16
+"""Bytes that tell master keys apart for ever. The four bytes of a key id may meet by chance."""
 
 
 class MasterKey:
@@ -51,6 +57,14 @@ class MasterKey:
             header=pack_header(version, self.key_id),
             context=context,
         )
+
+    def check_id(self) -> bytes:
+        """Return the 16 bytes that the key registry knows the key by. They do not show it."""
+        return self._derive(_CHECK_ID_INFO)[:CHECK_ID_SIZE]
+
+    def mac(self, purpose: str, message: bytes) -> bytes:
+        """Return the HMAC-SHA256 of `message` under a key that serves only `purpose`."""
+        return hmac.digest(self._derive(_MAC_INFO + purpose.encode()), message, "sha256")
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise PicklingRefusedError("a master key cannot be pickled")

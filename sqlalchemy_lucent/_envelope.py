@@ -42,9 +42,25 @@ class Envelope(NamedTuple):
     body: bytes
 
 
+def is_older(version: str, other: str) -> bool:
+    """Say whether a key version comes before another in natural order: v9 before v10."""
+    return _natural_order(version) < _natural_order(other)
+
+
+def _natural_order(version: str) -> list[str | int]:
+    # Text and numbers take turns, so that like is compared with like.
+    parts = re.split(r"([0-9]+)", version)
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)]
+
+
+def version_prefix(version: str) -> bytes:
+    """Return what every value under a key version begins with, in any format."""
+    return version.encode("ascii") + _SEPARATOR
+
+
 def pack_header(version: str, key_id: bytes) -> bytes:
     """Return everything before the nonce."""
-    return b"%s:%c%s" % (version.encode("ascii"), FORMAT_AES_256_GCM, key_id)
+    return b"%s%c%s" % (version_prefix(version), FORMAT_AES_256_GCM, key_id)
 
 
 def as_bytes(stored: object) -> bytes:

@@ -11,28 +11,40 @@ from .exceptions import ConfigurationError
 ENV_KEY: Final = "LUCENT_SECRETS_KEY"
 ENV_KEY_VERSION: Final = "LUCENT_SECRETS_KEY_VERSION"
 ENV_KEYS: Final = "LUCENT_SECRETS_KEYS"
+ENV_OLDEST_VERSION: Final = "LUCENT_SECRETS_OLDEST_VERSION"
 ENV_FILE_SUFFIX: Final = "_FILE"
 ENV_VARIABLES: Final = tuple(
     name + suffix
     for name in (ENV_KEY, ENV_KEY_VERSION, ENV_KEYS)
     for suffix in ("", ENV_FILE_SUFFIX)
 )
+"""The variables that hold keys."""
+
 DEFAULT_KEY_VERSION: Final = "v1"
 
 
-class _Variable(NamedTuple):
+class Variable(NamedTuple):
+    """A variable that is set."""
+
     source: str
     """Its name, for messages."""
     text: str
 
 
-def read_environment(env: Mapping[str, str]) -> tuple[str, list[tuple[str, str]]]:
-    """Return the names of the variables that are set, and (version, key) pairs, the primary first.
+def read_environment(
+    env: Mapping[str, str],
+) -> tuple[str, list[tuple[str, str]], Variable | None]:
+    """Return the names of the variables that hold keys, (version, key) pairs with the primary
+    first, and the variable with the oldest version to open.
 
     The caller must hide its frames and those of this function: both hold the texts of keys.
 
     :raises ConfigurationError: nothing is set, or both forms are, or a value is malformed.
     """
+    return *_read_keys(env), _read_variable(env, ENV_OLDEST_VERSION)
+
+
+def _read_keys(env: Mapping[str, str]) -> tuple[str, list[tuple[str, str]]]:
     single = _read_variable(env, ENV_KEY)
     version = _read_variable(env, ENV_KEY_VERSION)
     several = _read_variable(env, ENV_KEYS)
@@ -56,7 +68,7 @@ def read_environment(env: Mapping[str, str]) -> tuple[str, list[tuple[str, str]]
     return f"{single.source}, {version.source}", [(version.text, single.text)]
 
 
-def _split(variable: _Variable) -> list[tuple[str, str]]:
+def _split(variable: Variable) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for position, entry in enumerate(variable.text.split(","), 1):
         version, separator, key = entry.partition(":")
@@ -68,7 +80,7 @@ def _split(variable: _Variable) -> list[tuple[str, str]]:
     return pairs
 
 
-def _read_variable(env: Mapping[str, object], name: str) -> _Variable | None:
+def _read_variable(env: Mapping[str, object], name: str) -> Variable | None:
     source, file_source = name, name + ENV_FILE_SUFFIX
     if source in env and file_source in env:
         raise ConfigurationError(f"both {source} and {file_source} are set; keep only one of them")
@@ -84,7 +96,7 @@ def _read_variable(env: Mapping[str, object], name: str) -> _Variable | None:
         text = _read_file(source, text)
     if not text:
         raise ConfigurationError(f"{source} is set but empty")
-    return _Variable(source, text)
+    return Variable(source, text)
 
 
 def _read_file(variable: str, path: str) -> str:

@@ -11,14 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
 
-from sqlalchemy import BinaryExpression, Boolean, CompoundSelect, Dialect, Select, String
+from sqlalchemy import (
+    BinaryExpression,
+    Boolean,
+    ColumnElement,
+    CompoundSelect,
+    Dialect,
+    Select,
+    String,
+)
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import elements
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import ScalarSelect, SelectStatementGrouping
 
-from ._envelope import FORMAT_AES_256_GCM, KEY_ID_SIZE, MAX_VERSION_LENGTH
+from ._envelope import FORMAT_AES_256_GCM, KEY_ID_SIZE, MAX_VERSION_LENGTH, version_prefix
 from .exceptions import UnsupportedOperationError
 
 
@@ -53,6 +61,22 @@ class is_sealed(FunctionElement[bool]):  # noqa: N801
     name = "lucent_is_sealed"
     type = Boolean()
     inherit_cache = True
+
+
+class lacks_version(FunctionElement[bool]):  # noqa: N801
+    """Whether a value does not begin with a key version and a colon; NULL for NULL.
+
+    For constraints: whatever the format after the colon is, a later one too. SQLite compares the
+    bytes of a text as well, because reading a value takes it for its bytes.
+    """
+
+    name = "lucent_lacks_version"
+    type = Boolean()
+    inherit_cache = False  # its SQL has the version in it
+
+    def __init__(self, value: ColumnElement[Any], version: str) -> None:
+        super().__init__(value)
+        self.prefix = version_prefix(version)
 
 
 class RefusedComparison(BinaryExpression[bool]):
@@ -145,6 +169,14 @@ _SEALED: Final[dict[str, str]] = {
 }
 _SEALED["mariadb"] = _SEALED["mysql"]
 
+_LACKS_VERSION: Final[dict[str, str]] = {
+    "sqlite": "(substr(CAST({value} AS BLOB), 1, {size}) <> x'{prefix}')",
+    # Of a value that is stored out of line, the first bytes alone are fetched.
+    "postgresql": r"(substr({value}, 1, {size}) <> '\x{prefix}'::bytea)",
+    "mysql": "(SUBSTRING({value}, 1, {size}) <> x'{prefix}')",
+}
+_LACKS_VERSION["mariadb"] = _LACKS_VERSION["mysql"]
+
 
 def has_form(dialect_name: str) -> bool:
     """Say whether these functions have a SQL form for a dialect."""
@@ -154,6 +186,7 @@ def has_form(dialect_name: str) -> bool:
 @compiles(key_version)
 @compiles(key_id)
 @compiles(is_sealed)
+@compiles(lacks_version)
 def _render(element: Any, compiler: SQLCompiler, **kw: Any) -> str:
     result = element.name.removeprefix("lucent_")
     if not has_form(compiler.dialect.name):
@@ -165,6 +198,11 @@ def _render(element: Any, compiler: SQLCompiler, **kw: Any) -> str:
     parts = {"value": compiler.process(argument, **kw)}
     if result == "is_sealed":
         return _SEALED[compiler.dialect.name].format(**parts)
+    if result == "lacks_version":
+        prefix = element.prefix
+        return _LACKS_VERSION[compiler.dialect.name].format(
+            size=len(prefix), prefix=prefix.hex(), **parts
+        )
     for name, template in _FORMS[compiler.dialect.name].items():
         parts[name] = template.format(**parts)
     return _GUARDED.format(result=parts[result], **parts)

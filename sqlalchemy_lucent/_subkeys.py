@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple, Protocol
 
 from ._aead import MasterKey
-from ._envelope import as_bytes, header_size, parse
+from ._envelope import as_bytes, header_size, is_older, parse
 from .exceptions import (
+    ConfigurationError,
     DecryptionError,
     NotSealedError,
+    RetiredKeyError,
     TamperedError,
     UnknownKeyVersionError,
     WrongKeyError,
@@ -20,16 +22,39 @@ _VERIFY: Final = "verify() lists the rows that do not open"
 _OTHER_FORMAT: Final = re.compile(rb"[A-Za-z0-9._-]{1,32}:[\x00-\x08]")
 
 
+class Seal(Protocol):
+    """Seals a plaintext; `row` is the length-prefixed row context."""
+
+    def __call__(self, plaintext: bytes, row: bytes = b"") -> bytes:
+        """Return the stored bytes."""
+
+
+class RegistryRules(NamedTuple):
+    """What the key registry allows a process that follows it."""
+
+    retired: frozenset[str] = frozenset()
+    """Versions whose values do not open."""
+    refusal: str | None = None
+    """Why nothing may be sealed."""
+
+
+NO_RULES: Final = RegistryRules()
+
+
 class ContextKeys:
     """The subkeys of one context under every key of a keyring, made by `Keyring.for_context`.
 
     :param accepted: the keys of other contexts whose values open as well.
+    :param oldest: the oldest version whose values open; ``None`` opens those of every key.
+    :param rules: what the key registry adds.
     """
 
     __slots__ = (
         "_accepted",
         "_context",
         "_master_keys",
+        "_oldest",
+        "_rules",
         "primary",
         "primary_header_size",
         "seal",
@@ -42,18 +67,27 @@ class ContextKeys:
         primary: str,
         context: str,
         accepted: Sequence[ContextKeys] = (),
+        oldest: str | None = None,
+        rules: RegistryRules = NO_RULES,
     ) -> None:
         self._accepted = accepted
         self._context = context
         self._master_keys = master_keys
+        self._oldest = oldest
+        self._rules = rules
         encoded = context.encode("utf-8", "surrogatepass")
-        subkeys = {v: key.subkey(v, encoded) for v, key in master_keys.items()}
+        # Without the subkeys of retired versions, no value pays for the test of its version.
+        subkeys = {
+            v: key.subkey(v, encoded) for v, key in master_keys.items() if not self._is_retired(v)
+        }
         # A header holds the version, the format and the key id, so one look-up finds the right key
         # or nothing. No key is ever tried on the chance that it fits.
         self.subkeys = {subkey.header: subkey for subkey in subkeys.values()}
         self.primary = subkeys[primary]
         self.primary_header_size = len(self.primary.header)
-        self.seal = self.primary.seal
+        self.seal: Seal = self.primary.seal
+        if rules.refusal is not None:
+            self.seal = _refusing(rules.refusal)
 
     def open(self, sealed: object, row: bytes = b"") -> bytes:
         """Return the plaintext of `sealed`, or raise the `DecryptionError` that says why not."""
@@ -79,6 +113,10 @@ class ContextKeys:
             f"pass the old name as EncryptedJSON(context=). {_VERIFY}"
         )
 
+    def _is_retired(self, version: str) -> bool:
+        is_too_old = self._oldest is not None and is_older(version, self._oldest)
+        return is_too_old or version in self._rules.retired
+
     def _diagnose(self, data: bytes) -> DecryptionError:
         envelope = parse(data)
         where = f"a value in {self._context}"
@@ -89,6 +127,19 @@ class ContextKeys:
                 f"migration that encrypts the column. {_VERIFY}"
             )
         version = envelope.version
+        if version in self._rules.retired:
+            return RetiredKeyError(
+                f"{where} is sealed under key version {version!r}, which the key registry says is "
+                "retired. If it is from a restored backup, unretire() the version, and rotate. "
+                f"{_VERIFY}"
+            )
+        if self._is_retired(version):
+            return RetiredKeyError(
+                f"{where} is sealed under key version {version!r}, which is retired: the keyring "
+                f"opens {self._oldest!r} and later (oldest=). If it is from a restored backup, "
+                "rotate it once with a keyring that has the old key and no such limit, "
+                f"with_oldest(None). {_VERIFY}"
+            )
         master = self._master_keys.get(version)
         if master is None:
             return UnknownKeyVersionError(
@@ -101,6 +152,14 @@ class ContextKeys:
             f"{envelope.key_id.hex()}, the keyring's key has {master.key_id.hex()}. "
             f"A new key needs a new version. {_VERIFY}"
         )
+
+
+def _refusing(reason: str) -> Seal:
+    def seal(plaintext: bytes, row: bytes = b"") -> bytes:
+        del plaintext, row
+        raise ConfigurationError(reason)
+
+    return seal
 
 
 def _shape(data: bytes) -> str:

@@ -12,12 +12,14 @@
       DecryptionError
         NotSealedError              not our bytes
         UnknownKeyVersionError      sealed under a version that the keyring lacks
+        RetiredKeyError             sealed under a version older than the keyring's oldest
         WrongKeyError               same version name, another key (fingerprints differ)
         TamperedError               right key, but not the bytes, column or row that were sealed
       SecretNotFoundError (LookupError)
       ConflictError                 compare-and-swap lost
       RotationError
         KeyInUseError               a key that rows still need
+        KeyStateError               a step that a key's state or its holders do not allow yet
 
 Every class derives from :class:`sqlalchemy.exc.DontWrapMixin`. SQLAlchemy wraps other exceptions
 that are raised while it binds parameters in a ``StatementError`` whose message prints the row's
@@ -85,6 +87,10 @@ class UnknownKeyVersionError(DecryptionError):
     """The value is sealed under a key version that the keyring lacks."""
 
 
+class RetiredKeyError(DecryptionError):
+    """The value is sealed under a key version older than the keyring's ``oldest``."""
+
+
 class WrongKeyError(DecryptionError):
     """The keyring has the version, but another key under its name (fingerprints differ)."""
 
@@ -107,6 +113,10 @@ class RotationError(LucentError):
 
 class KeyInUseError(RotationError):
     """Stored rows still need a key version."""
+
+
+class KeyStateError(RotationError):
+    """A key's state, or a process that lacks it, does not allow this step. Nothing was changed."""
 
 
 def hide_locals(function: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -10,12 +10,12 @@ import base64
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Final, NoReturn, Self
+from typing import Final, NoReturn, Protocol, Self
 
 from . import _aead
-from ._envelope import MAX_VERSION_LENGTH, VERSION_PATTERN
+from ._envelope import MAX_VERSION_LENGTH, VERSION_PATTERN, is_older
 from ._environment import read_environment
-from ._subkeys import ContextKeys
+from ._subkeys import NO_RULES, ContextKeys, RegistryRules
 from .exceptions import (
     ConfigurationError,
     InvalidKeyError,
@@ -60,7 +60,11 @@ def _decode_key(key: object) -> bytes:
     raise InvalidKeyError(f"the master key {fault}; a key is {_KEY_FORMS}")
 
 
-def _check_version(version: object) -> str:
+def check_version(version: object) -> str:
+    """Return a key version as a plain str. Internal.
+
+    :raises InvalidKeyError: it breaks the rule for versions.
+    """
     match = VERSION_PATTERN.fullmatch(version) if isinstance(version, str) else None
     if match is None:
         raise InvalidKeyError(
@@ -78,7 +82,7 @@ def _read_keys(pairs: Collection[tuple[object, object]]) -> dict[str, _aead.Mast
     keys: dict[str, _aead.MasterKey] = {}
     for position, (name, key) in enumerate(pairs, 1):
         try:
-            version, decoded = _check_version(name), _decode_key(key)
+            version, decoded = check_version(name), _decode_key(key)
         except InvalidKeyError as error:
             fault = str(error)
         else:
@@ -92,29 +96,47 @@ def _read_keys(pairs: Collection[tuple[object, object]]) -> dict[str, _aead.Mast
     return keys
 
 
+class Followed(Protocol):
+    """A key registry, as :meth:`Keyring.following` needs it."""
+
+    def following(self) -> Callable[[], Keyring]:
+        """Return a function that gives a keyring with the primary of the registry."""
+
+
 class Keyring:
     """An immutable set of master keys by version, one of them primary.
 
     :param keys: master keys by version. A version is 1 to 32 characters of ``A-Z a-z 0-9 . _ -``;
         a key is 32 bytes, or their base64, base64url (padded or not) or hex text.
     :param primary: the version that seals. May be left out when there is one key only.
+    :param oldest: one of the versions: values under an earlier one are refused with
+        :exc:`RetiredKeyError`, though the keyring may have its key. Versions are compared in
+        natural order, v9 before v10. If left out, every key opens.
     :raises InvalidKeyError: a version or key breaks its rule.
-    :raises ConfigurationError: there is no key, or one key under two versions, or `primary` is not
-        among them.
+    :raises ConfigurationError: there is no key, or one key under two versions; `primary` or
+        `oldest` is not among them; or `primary` is older than `oldest`.
 
     A keyring never shows a key: ``repr`` shows versions and fingerprints, copying returns the
     keyring itself, and pickling raises :exc:`PicklingRefusedError`. Let each process build its own.
     """
 
-    __slots__ = ("_contexts", "_master_keys", "_primary")
+    __slots__ = ("_contexts", "_master_keys", "_oldest", "_primary", "_rules")
 
     _contexts: dict[tuple[str, ...], ContextKeys]
     _master_keys: dict[str, _aead.MasterKey]
+    _oldest: str | None
     _primary: str
+    _rules: RegistryRules
 
     # `__new__`, because an `__init__` could be called again on an existing keyring.
     @hide_locals
-    def __new__(cls, keys: Mapping[str, bytes | str], *, primary: str | None = None) -> Self:
+    def __new__(
+        cls,
+        keys: Mapping[str, bytes | str],
+        *,
+        primary: str | None = None,
+        oldest: str | None = None,
+    ) -> Self:
         """Check and decode the keys."""
         if not isinstance(keys, Mapping):
             raise InvalidKeyError(
@@ -131,10 +153,17 @@ class Keyring:
                     f"one of {', '.join(map(repr, master_keys))}"
                 )
             (primary,) = master_keys
-        return cls._of(master_keys, primary)
+        keyring = cls._of(master_keys, primary)
+        return keyring if oldest is None else keyring._limited(oldest)
 
     @classmethod
-    def _of(cls, master_keys: dict[str, _aead.MasterKey], primary: str) -> Self:
+    def _of(
+        cls,
+        master_keys: dict[str, _aead.MasterKey],
+        primary: str,
+        oldest: str | None = None,
+        rules: RegistryRules = NO_RULES,
+    ) -> Self:
         versions: dict[bytes, str] = {}
         for version, key in master_keys.items():
             if (same := versions.setdefault(key.key_id, version)) != version:
@@ -145,10 +174,19 @@ class Keyring:
                 )
         keyring = super().__new__(cls)
         object.__setattr__(keyring, "_master_keys", master_keys)
-        object.__setattr__(keyring, "_primary", keyring._require(primary))
+        primary = keyring._require(primary)
+        if oldest is not None and is_older(primary, oldest):
+            raise ConfigurationError(
+                f"version {primary!r} cannot be the primary: it is older than {oldest!r}, the "
+                "oldest version that the keyring opens, so nothing that it seals would open. "
+                "with_oldest() changes the limit"
+            )
+        object.__setattr__(keyring, "_primary", primary)
+        object.__setattr__(keyring, "_oldest", oldest)
         # Subkeys are derived at first use and kept, because deriving one costs as much as sealing
         # several values. Their number is bounded by that of the encrypted columns.
         object.__setattr__(keyring, "_contexts", {})
+        object.__setattr__(keyring, "_rules", rules)
         return keyring
 
     @classmethod
@@ -159,15 +197,19 @@ class Keyring:
         Either ``LUCENT_SECRETS_KEY`` with optional ``LUCENT_SECRETS_KEY_VERSION`` (``v1`` if not
         set), or ``LUCENT_SECRETS_KEYS="v2:KEY,v1:KEY"``, whose first key is the primary. Each may
         be given as ``…_FILE`` instead: the path of a file that holds the value. White space around
-        a value is ignored.
+        a value is ignored. ``LUCENT_SECRETS_OLDEST_VERSION`` is `oldest`.
 
         :param environ: the variables, instead of ``os.environ``.
         :raises ConfigurationError: nothing is set, both forms are, or a value breaks a rule. The
             message names the variable and the fault, and shows no character of a key.
         """
-        source, pairs = read_environment(os.environ if environ is None else environ)
+        source, pairs, oldest = read_environment(os.environ if environ is None else environ)
         try:
-            return cls._of(_read_keys(pairs), pairs[0][0])
+            keyring = cls._of(_read_keys(pairs), pairs[0][0])
+            if oldest is None:
+                return keyring
+            source = oldest.source
+            return keyring._limited(oldest.text)
         except LucentError as error:
             fault = f"{source}: {error}"
         raise ConfigurationError(fault)
@@ -176,6 +218,11 @@ class Keyring:
     def primary(self) -> str:
         """The version that seals new values."""
         return self._primary
+
+    @property
+    def oldest(self) -> str | None:
+        """The oldest version whose values open; ``None`` if every key opens."""
+        return self._oldest
 
     @property
     def versions(self) -> tuple[str, ...]:
@@ -196,9 +243,24 @@ class Keyring:
     def with_primary(self, version: str) -> Keyring:
         """Return a keyring of the same keys in which `version` seals.
 
-        :raises ConfigurationError: the keyring lacks `version`.
+        :raises ConfigurationError: the keyring lacks `version`, or it is older than `oldest`.
         """
-        return self._of(self._master_keys, version)
+        return self._of(self._master_keys, version, self._oldest)
+
+    @hide_locals
+    def with_oldest(self, version: str | None) -> Keyring:
+        """Return a keyring of the same keys that opens values under `version` and later only.
+
+        ``None`` opens those of every key again: the way back for a restored backup.
+
+        :raises ConfigurationError: the keyring lacks `version`, or its primary is older.
+        """
+        if version is None:
+            return self._of(self._master_keys, self._primary)
+        return self._limited(version)
+
+    def _limited(self, oldest: str) -> Self:
+        return self._of(self._master_keys, self._primary, self._require(oldest))
 
     @hide_locals
     def adding(self, version: str, key: bytes | str) -> Keyring:
@@ -208,14 +270,14 @@ class Keyring:
             replaced under its version: values sealed under the old one would be lost.
         :raises InvalidKeyError: the version or key breaks its rule.
         """
-        name = _check_version(version)
+        name = check_version(version)
         if name in self._master_keys:
             raise ConfigurationError(
                 f"the keyring already has a key of version {name!r}; "
                 "give the new key a version of its own"
             )
         added = _aead.MasterKey(_decode_key(key))
-        return self._of({**self._master_keys, name: added}, self._primary)
+        return self._of({**self._master_keys, name: added}, self._primary, self._oldest)
 
     @hide_locals
     def without(self, version: str) -> Keyring:
@@ -229,7 +291,30 @@ class Keyring:
                 "make another version primary first"
             )
         rest = {name: key for name, key in self._master_keys.items() if name != version}
-        return self._of(rest, self._primary)
+        return self._of(rest, self._primary, self._oldest)
+
+    @hide_locals
+    def ruled(self, primary: str, rules: RegistryRules) -> Keyring:
+        """Return a keyring of the same keys as the key registry allows it. Internal."""
+        return self._of(self._master_keys, primary, self._oldest, rules)
+
+    @staticmethod
+    def following(registry: Followed) -> Callable[[], Keyring]:
+        """Return a function that gives the registry's keyring with the primary that it names.
+
+        ::
+
+            set_default_keyring(Keyring.following(registry))
+
+        The keys are those of the registry's ``keyring=``; without one, of the default keyring at
+        this moment. The function reads the registry at most every 30 seconds, with a connection of
+        the registry's engine. If the registry is out
+        of reach, the last known primary stays. If it names a key that this process lacks, values
+        are opened and none is sealed. Nothing opens under a retired key.
+
+        :param registry: a :class:`KeyRegistry` or :class:`AsyncKeyRegistry`.
+        """
+        return registry.following()
 
     def for_context(self, *contexts: str) -> ContextKeys:
         """Return keys that seal in the first of `contexts` and open in any of them. Internal."""
@@ -237,9 +322,21 @@ class Keyring:
         if keys is None:
             context, *others = contexts
             accepted = [self.for_context(other) for other in others]
-            keys = ContextKeys(self._master_keys, self._primary, context, accepted)
+            keys = ContextKeys(
+                self._master_keys, self._primary, context, accepted, self._oldest, self._rules
+            )
             keys = self._contexts.setdefault(contexts, keys)
         return keys
+
+    @hide_locals
+    def check_id(self, version: str) -> bytes:
+        """Return the 16 bytes that the key registry knows the key of `version` by. Internal."""
+        return self._master_keys[self._require(version)].check_id()
+
+    @hide_locals
+    def mac(self, version: str, purpose: str, message: bytes) -> bytes:
+        """Return the HMAC of `message` under a key derived for `purpose`. Internal."""
+        return self._master_keys[self._require(version)].mac(purpose, message)
 
     def _require(self, version: object) -> str:
         """Return `version` as a plain str, or raise an error that does not repeat it."""
@@ -254,10 +351,11 @@ class Keyring:
 
     def __repr__(self) -> str:
         keys = ", ".join(f"{v}={self.fingerprint(v)}" for v in self.versions)
-        return f"<Keyring primary={self._primary} {keys}>"
+        limit = "" if self._oldest is None else f" oldest={self._oldest}"
+        return f"<Keyring primary={self._primary}{limit} {keys}>"
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise AttributeError("a Keyring is immutable; with_primary(), adding() and without() copy")
+        raise AttributeError("a Keyring is immutable; with_primary() and the like copy it")
 
     def __delattr__(self, name: str) -> NoReturn:
         self.__setattr__(name, None)

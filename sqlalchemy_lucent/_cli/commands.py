@@ -59,6 +59,15 @@ ColumnOption = Annotated[
         "--column", metavar="COLUMN", help="Only this column, or table.column; may be repeated."
     ),
 ]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude",
+        metavar="VIEW",
+        help="A view or foreign table of your models that shows no value under VERSION; may be "
+        "repeated.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
 
@@ -146,18 +155,6 @@ def _next_version(versions: Sequence[str]) -> str:
             "the versions in use are not v1, v2, …: name the new version with --key-version"
         )
     return f"v{max(numbers) + 1}"
-
-
-@app.command()
-def keys(metadata: MetadataOption = None) -> None:
-    """Show versions and fingerprints of the configured keys."""
-    load_targets(metadata)
-    keyring = lucent.default_keyring()
-    rows = [
-        (version, keyring.fingerprint(version), "opens" if n else "seals and opens")
-        for n, version in enumerate(keyring.versions)
-    ]
-    write_rows(("version", "fingerprint", "use"), rows)
 
 
 # -- values of all tables --------------------------------------------------------------------------
@@ -283,14 +280,7 @@ def retire_check(
             help="Count twice, this long apart. Make it longer than your longest transaction.",
         ),
     ] = 0.0,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="VIEW",
-            help="A view or foreign table of your models that shows no value under VERSION; may be "
-            "repeated.",
-        ),
-    ] = None,
+    exclude: ExcludeOption = None,
 ) -> None:
     """Say whether any value still needs a key version. Opens nothing.
 

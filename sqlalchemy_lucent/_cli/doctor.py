@@ -12,15 +12,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from sqlalchemy import URL, Engine, Inspector, Table, func, inspect, select
+from sqlalchemy import URL, Engine, Inspector, Table, inspect
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine, _Binary
 
 from .._aead import MASTER_KEY_SIZE
+from .._database.clock import database_time
 from .._database.visibility import require_primary
 from .._sql import is_mysql
-from ..exceptions import ConfigurationError, RotationError
+from ..exceptions import ConfigurationError, LucentError, RotationError
 from ..keyring import Keyring, default_keyring
+from ..keys import KeyRegistry
 from ..rotation import StatusRow, status
 from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets
 from .database import Found, alembic_config, connected, holds_text, look_up, named_url, where
@@ -60,7 +62,8 @@ def examine(targets: Sequence[Target], url: str | None) -> Iterator[Finding]:
         others = [f"{v} ({keyring.fingerprint(v)})" for v in keyring.versions[1:]]
         opens = f"; {', '.join(others)} can be opened" if others else ""
         primary = f"{keyring.primary} ({keyring.fingerprint(keyring.primary)})"
-        yield Finding("ok", f"keyring: {primary} seals{opens}")
+        limit = f"; none older than {keyring.oldest}, though" if keyring.oldest else ""
+        yield Finding("ok", f"keyring: {primary} seals{opens}{limit}")
         yield from _constant_keys(keyring)
     yield from _alembic()
     with connected(url) as engine:
@@ -81,6 +84,23 @@ def examine(targets: Sequence[Target], url: str | None) -> Iterator[Finding]:
             if is_primary:
                 yield from _values(engine, found, models[found.target.name], keyring)
         yield from _unnamed(engine, tables)
+        if keyring is not None and is_primary:
+            yield from _registry(KeyRegistry(engine, targets=targets, keyring=keyring))
+
+
+def _registry(registry: KeyRegistry) -> Iterator[Finding]:
+    """Compare the keyring with the key registry, if there is one. Registers nothing."""
+    if not registry.exists():
+        return
+    try:
+        checked = registry.check(register=False)
+    except LucentError as error:
+        yield Finding("fix", f"key registry: {error}")
+        return
+    named = ", ".join(f"{key.version} {key.state}" for key in checked.keys)
+    yield Finding("ok", f"key registry: {named or 'no key is registered'}")
+    for note in checked.notes:
+        yield Finding("fix", f"key registry: {note}")
 
 
 def _constant_keys(keyring: Keyring) -> Iterator[Finding]:
@@ -177,12 +197,9 @@ def _clock(engine: Engine) -> Iterator[Finding]:
     if engine.dialect.name == "sqlite":
         return  # the same clock
     with engine.connect() as connection:
-        now = func.utc_timestamp(6) if is_mysql(engine.dialect) else func.clock_timestamp()
         before = datetime.now(UTC)
-        theirs: datetime = connection.execute(select(now)).scalar_one()
+        theirs = database_time(connection)
         after = datetime.now(UTC)
-    if theirs.tzinfo is None:
-        theirs = theirs.replace(tzinfo=UTC)
     apart = max(before - theirs, theirs - after, timedelta())
     if apart > _CLOCK_TOLERANCE:
         yield Finding(

@@ -14,6 +14,7 @@ from ..exceptions import (
     ConflictError,
     DecryptionError,
     KeyInUseError,
+    KeyStateError,
     LucentError,
     SchemaMismatchError,
     SecretNotFoundError,
@@ -24,6 +25,7 @@ _UsageError: Final[type[Any]] = typer.BadParameter.__mro__[1]
 
 _LEFT: Final = (
     KeyInUseError,
+    KeyStateError,
     DecryptionError,
     SchemaMismatchError,
     SecretNotFoundError,

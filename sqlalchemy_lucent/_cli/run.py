@@ -10,6 +10,7 @@ from typing import Any
 import typer
 from sqlalchemy.exc import SAWarning
 
+from . import keys as keys
 from . import secrets, terminal
 from .errors import ClosedPipeError, Exit, explain
 from .terminal import printable, tell
@@ -50,7 +51,7 @@ def _reporting(arguments: Sequence[str]) -> int:
 
 def _invoke(arguments: Sequence[str]) -> int:
     command: Any = typer.main.get_command(secrets.app)
-    for each in command.commands.values():
+    for each in (*command.commands.values(), *command.commands["keys"].commands.values()):
         # The default cuts descriptions to fit beside the names.
         each.short_help = each.get_short_help_str(limit=1000)
     result: object = command.main(

@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from .. import _sql
+from .. import _key_tables, _sql
+from .._database.reflection import translated
 from .._database.relations import relation_of
 from .._database.visibility import require_full_visibility
 from .._envelope import FORMAT_AES_256_GCM, MAX_VERSION_LENGTH
@@ -53,6 +54,9 @@ def unnamed_values(engine: sa.Engine, targets: list[TargetTable]) -> Iterator[Un
             if found is not None:
                 named |= {(found.schema, found.name, fold(c.name)) for c in target.columns}
         by_table: dict[tuple[str, str], list[_Column]] = {}
+        canaries = relation_of(connection, _key_tables.keys.name, translated(connection, None))
+        if canaries is not None:
+            named.add((canaries.schema, canaries.name, _key_tables.keys.c.canary.name))
         for each in _columns(connection):
             if (each.schema, each.table, fold(each.name)) not in named:
                 by_table.setdefault((each.schema, each.table), []).append(each)

@@ -59,6 +59,7 @@ _STATEMENT_POOLING: Final = (
     "The pooler is in statement mode, in which there are no transactions. Connect to the database "
     "itself, or to a pooler in transaction or session mode"
 )
+_MAY_NOT_ALTER: Final = re.compile(r"must be owner of|ALTER command denied")
 _READ_ONLY: Final = "Connect to a server, and as a user, that may write"
 _ADVICE: Final[dict[str | int, str]] = {
     **dict.fromkeys(("42501", 1142, 1143), "Grant this user SELECT and UPDATE on the table"),
@@ -179,6 +180,8 @@ def _advice(error: Exception, dialect: Dialect) -> str:
         return "Give it an engine of its own, such as one with poolclass=NullPool"
     if "statement pooling mode" in str(_original(error)):
         return _STATEMENT_POOLING
+    if _MAY_NOT_ALTER.search(str(_original(error))):
+        return "Connect as the table's owner, or grant this user ALTER on the table"
     code = _code(error, dialect)
     if dialect.name == "sqlite":
         code = "_".join(str(code).split("_")[:2])  # without the details, SQLITE_READONLY_DBMOVED

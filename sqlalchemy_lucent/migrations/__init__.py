@@ -24,6 +24,12 @@ from __future__ import annotations
 from . import _run as _run
 from ._autogenerate import LINT_PLUGIN_NAME, PLUGIN_NAME, setup
 from ._render import render_item
+from .key_tables import (
+    CreateLucentKeysOp,
+    DropLucentKeysOp,
+    create_lucent_keys,
+    drop_lucent_keys,
+)
 from .operations import (
     BoundTo,
     CreateLucentSecretsOp,
@@ -32,38 +38,50 @@ from .operations import (
     DropLucentSecretsOp,
     DropSealedCheckOp,
     EncryptColumnOp,
+    FenceKeyVersionOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
+    UnfenceKeyVersionOp,
     create_lucent_secrets,
     create_sealed_check,
     decrypt_column,
     drop_lucent_secrets,
     drop_sealed_check,
     encrypt_column,
+    fence_key_version,
     rebind_encrypted_column,
     rotate_encrypted_column,
+    unfence_key_version,
 )
 
 __all__ = [
     "LINT_PLUGIN_NAME",
     "PLUGIN_NAME",
     "BoundTo",
+    "CreateLucentKeysOp",
     "CreateLucentSecretsOp",
     "CreateSealedCheckOp",
     "DecryptColumnOp",
+    "DropLucentKeysOp",
     "DropLucentSecretsOp",
     "DropSealedCheckOp",
     "EncryptColumnOp",
+    "FenceKeyVersionOp",
     "RebindEncryptedColumnOp",
     "RotateEncryptedColumnOp",
+    "UnfenceKeyVersionOp",
+    "create_lucent_keys",
     "create_lucent_secrets",
     "create_sealed_check",
     "decrypt_column",
+    "drop_lucent_keys",
     "drop_lucent_secrets",
     "drop_sealed_check",
     "encrypt_column",
+    "fence_key_version",
     "rebind_encrypted_column",
     "render_item",
     "rotate_encrypted_column",
     "setup",
+    "unfence_key_version",
 ]

@@ -143,21 +143,26 @@ class SealedCheck(NamedTuple):
             )
 
 
-def find_check(
-    connection: sa.Connection, table_name: str, column_name: str, schema: str | None
-) -> ReflectedCheckConstraint | None:
-    """Find the constraint by its condition, since a renamed table or column keeps its name."""
-    own = re.compile(rf"(?<!\w){re.escape(column_name)}(?!\w)")
-    for check in sa.inspect(connection).get_check_constraints(table_name, schema=schema):
-        if _SIGNATURE.search(check["sqltext"]) and own.search(check["sqltext"]):
-            return check
-    return None
-
-
 _SIGNATURE: Final = re.compile(
     r"3A01\b.*\[\^A-Za-z0-9|\{1,32\}:\\+u0001", re.IGNORECASE | re.DOTALL
 )
 """What only :class:`._sql.is_sealed` has, as each database writes it."""
+
+
+def find_check(
+    connection: sa.Connection,
+    table_name: str,
+    column_name: str,
+    schema: str | None,
+    signature: re.Pattern[str] = _SIGNATURE,
+) -> ReflectedCheckConstraint | None:
+    """Find a constraint by its condition, since a renamed table or column keeps its name."""
+    written = "|".join(re.escape(column_name.replace(quote, 2 * quote)) for quote in '"`')
+    own = re.compile(rf"(?<!\w)(?:{written})(?!\w)")
+    for check in sa.inspect(connection).get_check_constraints(table_name, schema=schema):
+        if signature.search(check["sqltext"]) and own.search(check["sqltext"]):
+            return check
+    return None
 
 
 def has_row(

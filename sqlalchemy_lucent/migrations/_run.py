@@ -4,33 +4,48 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import partial
 from typing import Any, TypeVar
 
+from alembic.ddl.impl import DefaultImpl
 from alembic.operations import Operations, ops, toimpl
+from alembic.operations.batch import ApplyBatchImpl
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Column, ColumnElement, Connection, MetaData, func, select
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    ColumnElement,
+    Connection,
+    MetaData,
+    Table,
+    event,
+    func,
+    select,
+)
 from sqlalchemy import column as column_clause
 from sqlalchemy import table as table_clause
 from sqlalchemy.types import TypeEngine, to_instance
 
 from .. import _sql
 from .._database.faults import Fault, errors_of, fault_of
-from .._database.reflection import reflect_table, translated
+from .._database.reflection import dotted, reflect_table, translated
 from .._database.relations import is_binary
 from .._database.visibility import require_full_visibility
+from .._key_tables import key_tables
 from .._statements import refuse_server_default
-from ..exceptions import RotationError
+from ..exceptions import ConfigurationError, RotationError
 from ..keyring import default_keyring
 from ..models import secrets_table
 from ..rotation import RotationReport, needs_rotation, rotate, run_jobs
 from ..rotation.jobs import Rebind
-from ..rotation.targets import resolve_targets
+from ..rotation.targets import TargetColumn, TargetTable, resolve_targets
 from ..types import EncryptedJSON
 from ._checks import SealedCheck, has_row, not_encrypted
 from ._convert import convert_column, log_failures, log_progress
+from .fence import Fence, fence_triggers
+from .key_tables import CreateLucentKeysOp, DropLucentKeysOp
 from .operations import (
     ColumnOp,
     ConvertColumnOp,
@@ -38,8 +53,11 @@ from .operations import (
     CreateSealedCheckOp,
     DropLucentSecretsOp,
     DropSealedCheckOp,
+    FenceKeyVersionOp,
+    LucentOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
+    UnfenceKeyVersionOp,
     ValuesOp,
 )
 
@@ -56,22 +74,42 @@ def _create_lucent_secrets(operations: Operations, operation: CreateLucentSecret
 def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp) -> None:
     name = operation.table_name
     if not operation.force:
-        if operations.migration_context.as_sql:
-            raise RotationError(
-                f"offline, nothing can tell whether {name} holds secrets; "
-                "to drop it with any that it holds, pass force=True"
-            )
-        connection = operations.get_bind()
-        schema = translated(connection, operation.schema)
-        require_full_visibility(connection, name, schema)
-        counted = select(func.count()).select_from(table_clause(name, schema=schema))
-        count = connection.scalar(counted)
-        if count:
-            raise RotationError(
-                f"{name} holds {count} secrets, which cannot be restored; to drop them all the "
-                "same, pass force=True"
-            )
+        _require_empty(operations, operation, name, "secrets, which cannot be restored")
     operations.impl.drop_table(secrets_table(MetaData(), name, schema=operation.schema))
+
+
+def _require_empty(operations: Operations, operation: LucentOp, name: str, contents: str) -> None:
+    """Refuse to drop a table that holds something."""
+    if operations.migration_context.as_sql:
+        raise RotationError(
+            f"offline, nothing can tell whether {name} holds {contents.partition(',')[0]}; "
+            "to drop it with any that it holds, pass force=True"
+        )
+    connection = operations.get_bind()
+    schema = translated(connection, operation.schema)
+    require_full_visibility(connection, name, schema)
+    counted = select(func.count()).select_from(table_clause(name, schema=schema))
+    count = connection.scalar(counted)
+    if count:
+        raise RotationError(
+            f"{name} holds {count} {contents}; to drop them all the same, pass force=True"
+        )
+
+
+@Operations.implementation_for(CreateLucentKeysOp)
+def _create_lucent_keys(operations: Operations, operation: CreateLucentKeysOp) -> None:
+    for table in key_tables(MetaData(), schema=operation.schema):
+        operations.impl.create_table(table)
+
+
+@Operations.implementation_for(DropLucentKeysOp)
+def _drop_lucent_keys(operations: Operations, operation: DropLucentKeysOp) -> None:
+    tables = key_tables(MetaData(), schema=operation.schema)
+    if not operation.force:
+        contents = "receipts, which prove what was done to keys"
+        _require_empty(operations, operation, "lucent_key_receipts", contents)
+    for table in tables:
+        operations.impl.drop_table(table)
 
 
 _Op = TypeVar("_Op", bound=ColumnOp)
@@ -178,6 +216,70 @@ def _drop_sealed_check(operations: Operations, operation: DropSealedCheckOp) -> 
         )
     else:
         _in_batches(lambda *arguments: _check(*arguments).drop())(operations, operation)
+
+
+@Operations.implementation_for(FenceKeyVersionOp)
+def _fence_key_version(operations: Operations, operation: FenceKeyVersionOp) -> None:
+    if operations.migration_context.as_sql:
+        for check in _fence_as_sql(operations, operation):
+            operations.impl.add_constraint(check)
+    else:
+        _in_batches(_add_fence)(operations, operation)
+
+
+@Operations.implementation_for(UnfenceKeyVersionOp)
+def _unfence_key_version(operations: Operations, operation: UnfenceKeyVersionOp) -> None:
+    if operations.migration_context.as_sql:
+        for check in _fence_as_sql(operations, operation):
+            operations.drop_constraint(
+                str(check.name), operation.table_name, type_="check", schema=operation.schema
+            )
+    else:
+        _in_batches(_drop_fence)(operations, operation)
+
+
+def _add_fence(operations: Operations, operation: FenceKeyVersionOp) -> None:
+    version = operation.version
+    with suppress(ConfigurationError):  # no key is needed
+        if default_keyring().primary == version:
+            raise RotationError(
+                f"key version {version!r} is the primary of this process's keyring, so the fence "
+                "would refuse every value that is sealed. Promote another key and rotate first"
+            )
+    connection = operations.get_bind()
+    fence = _fence(connection, operation)
+    fence.add(connection)
+    fence.validate(connection)
+    logger.info("%s refuses values under key version %s", operation.full_name, version)
+
+
+def _drop_fence(operations: Operations, operation: UnfenceKeyVersionOp) -> None:
+    connection = operations.get_bind()
+    _fence(connection, operation).drop(connection)
+
+
+def _fence(connection: Connection, operation: FenceKeyVersionOp | UnfenceKeyVersionOp) -> Fence:
+    name = operation.column_name
+    _, table = reflect_table(connection, operation.table_name, operation.schema, name, {})
+    table.append_column(Column(name, EncryptedJSON()))
+    (target,) = resolve_targets(table, connection)
+    return Fence(target, operation.version)
+
+
+def _fence_as_sql(
+    operations: Operations, operation: FenceKeyVersionOp | UnfenceKeyVersionOp
+) -> list[CheckConstraint]:
+    dialect = operations.migration_context.dialect
+    if dialect.name == "sqlite":
+        raise RotationError(
+            f"{operation.name} of {operation.full_name} cannot be written as SQL (--sql) for "
+            "SQLite, where a fence is made of triggers, which do not look at the values that are "
+            "there. Run the migration online"
+        )
+    owner = table_clause(operation.table_name, schema=operation.schema)
+    column = TargetColumn(operation.column_name, EncryptedJSON(), ())
+    target = TargetTable(operation.full_name, owner, (), (column,))
+    return Fence(target, operation.version).constraints(dialect, validated=True)
 
 
 def _check(operations: Operations, operation: ColumnOp) -> SealedCheck:
@@ -304,3 +406,20 @@ def _alter_column(operations: Operations, operation: ops.AlterColumnOp) -> None:
         column = f"{operation.table_name}.{operation.column_name}"
         refuse_server_default(column, "server_default", default)
     toimpl.alter_column(operations, operation)
+
+
+@event.listens_for(Table, "before_create")
+def _keep_fences(table: Table, connection: Connection | None, **kw: Any) -> None:
+    """Refuse Alembic's copy of a SQLite table that has a fence, because it copies no trigger."""
+    runner = kw.get("_ddl_runner")
+    by_alembic = isinstance(runner, DefaultImpl) and not runner.as_sql
+    if connection is None or connection.dialect.name != "sqlite" or not by_alembic:
+        return
+    for name, owner in fence_triggers(connection, table.schema):
+        if ApplyBatchImpl._calc_temp_name(owner) == table.name:
+            raise RotationError(
+                f"SQLite makes this change of {dotted(table.schema, owner)} only on a copy of the "
+                f"table, and Alembic's copy would lose its fence, the trigger {name}. Run "
+                "op.unfence_key_version() in a revision before this one, and "
+                "op.fence_key_version() in one after it"
+            )

@@ -60,10 +60,10 @@ class ColumnOp(LucentOp):
     column_name: str
 
     @classmethod
-    def invoke_in_batch(cls, operations: BatchOperations, column_name: str, **kw: Any) -> None:
+    def invoke_in_batch(cls, operations: BatchOperations, *args: Any, **kw: Any) -> None:
         """Run the operation on the table of a batch."""
         batch = operations.impl
-        operations.invoke(cls(batch.table_name, column_name, schema=batch.schema, **kw))
+        operations.invoke(cls(batch.table_name, *args, schema=batch.schema, **kw))
 
     @property
     def full_name(self) -> str:
@@ -99,7 +99,7 @@ _Op = TypeVar("_Op", bound=LucentOp)
 _P = ParamSpec("_P")
 
 
-def _registered(operation: type[_Op]) -> type[_Op]:
+def registered(operation: type[_Op]) -> type[_Op]:
     """Make the operation a method of ``op``; one on a column, a method of a batch as well."""
     methods: list[tuple[type[AbstractOperations], str]] = [(Operations, "invoke")]
     if issubclass(operation, ColumnOp):
@@ -110,7 +110,7 @@ def _registered(operation: type[_Op]) -> type[_Op]:
     return operation
 
 
-def _typed(operation: Callable[_P, LucentOp]) -> Callable[_P, None]:
+def typed(operation: Callable[_P, LucentOp]) -> Callable[_P, None]:
     """Return a function with the operation's signature and documentation that runs it."""
 
     def function(*args: _P.args, **kw: _P.kwargs) -> None:
@@ -132,7 +132,7 @@ def _typed(operation: Callable[_P, LucentOp]) -> Callable[_P, None]:
     return function
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class CreateLucentSecretsOp(LucentOp):
     """Create the table of scoped secrets, as ``op.create_lucent_secrets()``.
@@ -154,7 +154,7 @@ class CreateLucentSecretsOp(LucentOp):
         return DropLucentSecretsOp(self.table_name, schema=self.schema)
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class DropLucentSecretsOp(LucentOp):
     """Drop the table of scoped secrets, as ``op.drop_lucent_secrets()``.
@@ -179,7 +179,7 @@ class DropLucentSecretsOp(LucentOp):
         return CreateLucentSecretsOp(self.table_name, schema=self.schema)
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class CreateSealedCheckOp(ColumnOp):
     """Have the database refuse values that are not sealed, as ``op.create_sealed_check()``.
@@ -205,7 +205,7 @@ class CreateSealedCheckOp(ColumnOp):
         return DropSealedCheckOp(self.table_name, self.column_name, schema=self.schema)
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class DropSealedCheckOp(ColumnOp):
     """Drop what :func:`create_sealed_check` adds, as ``op.drop_sealed_check()``."""
@@ -217,7 +217,57 @@ class DropSealedCheckOp(ColumnOp):
         return CreateSealedCheckOp(self.table_name, self.column_name, schema=self.schema)
 
 
-@_registered
+@registered
+@dataclass(eq=False)
+class FenceKeyVersionOp(ColumnOp):
+    """Have the database refuse values under an old key version, as ``op.fence_key_version()``.
+
+    ::
+
+        def upgrade() -> None:
+            op.fence_key_version("users", "credentials", "v1")
+
+    For the time after a rotation: a process that still has the old key as its primary gets an
+    error for each write, instead of a value that is lost with the key. Adds a CHECK constraint, or
+    two triggers on SQLite, and then proves that no value is left. It waits one second at most for
+    the table, so that nobody queues behind it, and tries again for half a minute. A column that
+    has this fence is left alone. Offline (``--sql``), the database finds the values that are left.
+
+    :param column_name: its :class:`EncryptedJSON` column.
+    :param version: the key version to refuse.
+    :raises KeyInUseError: there are values under the version. Nothing was changed.
+    :raises RotationError: the table, the column or its primary key is missing, `version` is the
+        primary of the process's keyring, or the database refuses.
+    """
+
+    name = "fence_key_version"
+
+    version: str
+
+    def reverse(self) -> UnfenceKeyVersionOp:
+        """Return the operation that drops the fence."""
+        return UnfenceKeyVersionOp(
+            self.table_name, self.column_name, self.version, schema=self.schema
+        )
+
+
+@registered
+@dataclass(eq=False)
+class UnfenceKeyVersionOp(ColumnOp):
+    """Drop what :func:`fence_key_version` adds, as ``op.unfence_key_version()``."""
+
+    name = "unfence_key_version"
+
+    version: str
+
+    def reverse(self) -> FenceKeyVersionOp:
+        """Return the operation that adds the fence."""
+        return FenceKeyVersionOp(
+            self.table_name, self.column_name, self.version, schema=self.schema
+        )
+
+
+@registered
 @dataclass(eq=False, kw_only=True)
 class RotateEncryptedColumnOp(ValuesOp):
     """Re-encrypt a column under the keyring's primary key, as ``op.rotate_encrypted_column()``.
@@ -311,7 +361,7 @@ class ConvertColumnOp(ValuesOp):
         return operation(**{**arguments, "swap": True, "drop": True})
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class EncryptColumnOp(ConvertColumnOp):
     """Turn a plaintext column into an encrypted one, as ``op.encrypt_column()``.
@@ -362,7 +412,7 @@ class EncryptColumnOp(ConvertColumnOp):
         return self._undone_by(DecryptColumnOp)
 
 
-@_registered
+@registered
 @dataclass(eq=False)
 class DecryptColumnOp(ConvertColumnOp):
     """Turn an encrypted column into a plaintext one, as ``op.decrypt_column()``.
@@ -392,7 +442,7 @@ class DecryptColumnOp(ConvertColumnOp):
         return self._undone_by(EncryptColumnOp)
 
 
-@_registered
+@registered
 @dataclass(eq=False, kw_only=True)
 class RebindEncryptedColumnOp(ValuesOp):
     """Re-seal values in their new context after a rename, as ``op.rebind_encrypted_column()``.
@@ -424,11 +474,13 @@ class RebindEncryptedColumnOp(ValuesOp):
         return replace(self, from_context=self.own_context, context=self.from_context)
 
 
-create_lucent_secrets = _typed(CreateLucentSecretsOp)
-drop_lucent_secrets = _typed(DropLucentSecretsOp)
-create_sealed_check = _typed(CreateSealedCheckOp)
-drop_sealed_check = _typed(DropSealedCheckOp)
-rotate_encrypted_column = _typed(RotateEncryptedColumnOp)
-encrypt_column = _typed(EncryptColumnOp)
-decrypt_column = _typed(DecryptColumnOp)
-rebind_encrypted_column = _typed(RebindEncryptedColumnOp)
+create_lucent_secrets = typed(CreateLucentSecretsOp)
+drop_lucent_secrets = typed(DropLucentSecretsOp)
+create_sealed_check = typed(CreateSealedCheckOp)
+drop_sealed_check = typed(DropSealedCheckOp)
+fence_key_version = typed(FenceKeyVersionOp)
+unfence_key_version = typed(UnfenceKeyVersionOp)
+rotate_encrypted_column = typed(RotateEncryptedColumnOp)
+encrypt_column = typed(EncryptColumnOp)
+decrypt_column = typed(DecryptColumnOp)
+rebind_encrypted_column = typed(RebindEncryptedColumnOp)

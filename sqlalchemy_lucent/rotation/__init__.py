@@ -5,10 +5,20 @@
 repeats that in batches, at the pace of ``throttle``. ``plain`` reads and writes plaintext columns.
 """
 
-from ._options import DEFAULT_BATCH_SIZE
+from ._options import DEFAULT_BATCH_SIZE, keyring_of
 from ._rotate import arotate, rotate
 from ._run import run_in_transaction, run_jobs
-from ._status import aretire_check, astatus, averify, needs_rotation, retire_check, status, verify
+from ._status import (
+    aretire_check,
+    astatus,
+    averify,
+    count_version,
+    needs_rotation,
+    require_unused,
+    retire_check,
+    status,
+    verify,
+)
 from .report import (
     FailedRow,
     RotationProgress,
@@ -30,7 +40,10 @@ __all__ = [
     "arotate",
     "astatus",
     "averify",
+    "count_version",
+    "keyring_of",
     "needs_rotation",
+    "require_unused",
     "retire_check",
     "rotate",
     "run_in_transaction",

@@ -91,12 +91,14 @@ class SealedColumn:
             return b""
         return encode_row([row[position] for position in self._positions], self._bound_to)
 
+    def open(self, row: Sequence[Any]) -> bytes | None:
+        """Return the plaintext, or ``None``; raise a `DecryptionError` if it does not open."""
+        value = self.value(row)
+        return None if value is None else self._open(value, self.row_context(row))
+
     def opens(self, row: Sequence[Any]) -> bool:
         """Say whether there is a value, which opens; raise a `DecryptionError` if it does not."""
-        value = self.value(row)
-        if value is not None:
-            self._open(value, self.row_context(row))
-        return value is not None
+        return self.open(row) is not None
 
     def is_stale(self, row: Sequence[Any]) -> bool:
         """Say whether there is a value, which is not under the primary key."""

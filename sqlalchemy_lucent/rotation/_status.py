@@ -234,24 +234,11 @@ def _raise_if_needed(
     rest: Keyring | None,
     exclude: Sequence[str],
 ) -> None:
-    def work(database: ManagedConnection, known: Survey) -> dict[str, int]:
+    def work(database: ManagedConnection, known: Survey) -> None:
         database.read(lambda connection: refuse_left_out(connection, known, exclude))
-        counts: dict[str, int] = {}
-        for table in known.tables:
-            rows = _rows(database, table)
-            for each in table.columns:
-                name = f"{table.name}.{each.name}"
-                counts[name] = _count_version(database, rows, each, version)
-        return counts
+        require_unused(database, known.tables, version)
 
-    needing = _examine(bind, targets, work)
-    if any(needing.values()):
-        counts = ", ".join(f"{count} in {name}" for name, count in needing.items() if count)
-        raise KeyInUseError(
-            f"key version {version!r} is still needed: {counts}. Rotate these values before the "
-            "key is retired; verify() names those that do not open, such as values that another "
-            "key of that name sealed"
-        )
+    _examine(bind, targets, work)
     if rest is None:
         return
     report = verify(bind, targets, keyring=rest)
@@ -263,6 +250,35 @@ def _raise_if_needed(
             f"key {first.primary_key!r} ({first.error}). verify() names them all: correct or "
             "delete them before the key is retired"
         )
+
+
+def require_unused(
+    database: ManagedConnection, tables: Iterable[TargetTable], version: str
+) -> None:
+    """Refuse a key version under which `tables` have values. Opens none of them.
+
+    :raises KeyInUseError: how many values need the version, per column.
+    """
+    counts = count_version(database, tables, version)
+    if any(counts.values()):
+        needing = ", ".join(f"{count} in {name}" for name, count in counts.items() if count)
+        raise KeyInUseError(
+            f"key version {version!r} is still needed: {needing}. Rotate these values before the "
+            "key is retired; verify() names those that do not open, such as values that another "
+            "key of that name sealed"
+        )
+
+
+def count_version(
+    database: ManagedConnection, tables: Iterable[TargetTable], version: str
+) -> dict[str, int]:
+    """Count the values under a key version, per column. Opens none of them."""
+    counts: dict[str, int] = {}
+    for table in tables:
+        rows = _rows(database, table)
+        for each in table.columns:
+            counts[f"{table.name}.{each.name}"] = _count_version(database, rows, each, version)
+    return counts
 
 
 def _count_version(

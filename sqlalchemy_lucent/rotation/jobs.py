@@ -16,9 +16,15 @@ from sqlalchemy.types import TypeEngine
 
 from .._envelope import LONGEST_PREFIX, as_bytes, parse
 from .._row import encode_row
-from ..exceptions import DecryptionError, LucentError, UnknownKeyVersionError
+from ..exceptions import (
+    DecryptionError,
+    LucentError,
+    RetiredKeyError,
+    UnknownKeyVersionError,
+)
 from ..keyring import Keyring
-from ._sealed_column import Change, Changed, SealedColumn, change_each
+from ._sealed_column import Change, Changed, change_each
+from ._sealed_column import SealedColumn as SealedColumn
 from ._updates import Changes, Writer, check_rights, writer_for
 from .plain import ConversionError, PlainColumn
 from .report import FailedRow
@@ -165,6 +171,13 @@ _SAME_KEY: Final = (
 )
 
 
+_RETIRED: Final = (
+    "its key version is retired. If it is from a restored backup, rotate once with "
+    "keyring.with_oldest(None) or without LUCENT_SECRETS_OLDEST_VERSION; unretire() the version if "
+    "it is the key registry that retired it"
+)
+
+
 class Reseal(Job):
     """Seal values under the primary key.
 
@@ -225,12 +238,14 @@ class Reseal(Job):
         failure = super().failure(row, name, error)
         if envelope is None:
             return failure
-        is_primary = sealed.header.endswith(envelope.key_id)
+        reason = _RETIRED if isinstance(error, RetiredKeyError) else None
+        if isinstance(error, UnknownKeyVersionError) and sealed.header.endswith(envelope.key_id):
+            reason = _SAME_KEY
         return replace(
             failure,
             key_version=envelope.version,
             fingerprint=envelope.key_id.hex(),
-            reason=_SAME_KEY if is_primary and isinstance(error, UnknownKeyVersionError) else None,
+            reason=reason,
         )
 
 

@@ -26,6 +26,7 @@ FIGURES = {
     "rotators": 2 * 2,
     "codec": 3 * 2 * 2 + 2 * 2 * 5 + 3 * 4,
     "check": 3 * 2,
+    "fence": 3 * 2 * 2,
     "swap": 3 * 2,
     "toast": 3,
     "memory": 1,

@@ -26,7 +26,8 @@ BELOW: Final = {
     "_database": frozenset({CORE}),
     "rotation": frozenset({CORE, "_database"}),
     "migrations": frozenset({CORE, "_database", "rotation"}),
-    "_cli": frozenset({CORE, "_database", "rotation"}),
+    "keys": frozenset({CORE, "_database", "rotation", "migrations"}),
+    "_cli": frozenset({CORE, "_database", "rotation", "keys"}),
 }
 """The packages, bottom to top, each with those that it may import."""
 

@@ -141,6 +141,10 @@ def test_keys_shows_versions_and_fingerprints(lucent: Lucent) -> None:
     keyring = Keyring({"v1": KEY_1, "v2": KEY_2}, primary="v2")
     one, two = keyring.fingerprint("v1"), keyring.fingerprint("v2")
     assert lucent("keys") == (0, f"v2\t{two}\tseals and opens\nv1\t{one}\topens\n", "")
+    oldest = {"LUCENT_SECRETS_OLDEST_VERSION": "v2"}
+    limited = lucent("keys", env=oldest)
+    assert limited == (0, f"v2\t{two}\tseals and opens\nv1\t{one}\tretired\n", "")
+    assert "unset" not in lucent("keygen", "--env", env=oldest).out
 
 
 def test_a_keyring_that_the_application_sets_on_import_is_the_one(tmp_path: Path) -> None:
@@ -369,6 +373,8 @@ def test_doctor_finds_nothing_to_do_where_all_is_well(at: Lucent, engine: Engine
     assert set(levels) == {"ok", "note"}
     assert "ix_lucent_secrets_key_version is on the key version" in done.out
     assert "keyring: v2" in done.out
+    limited = at("doctor", env={"LUCENT_SECRETS_OLDEST_VERSION": "v2"})
+    assert "can be opened; none older than v2, though" in limited.out
     if engine.dialect.name != "sqlite":
         assert "ok\tclock: as the database's" in done.out
 

@@ -21,6 +21,7 @@ from sqlalchemy_lucent import (
     Bound,
     EncryptedJSON,
     Keyring,
+    KeySource,
     LucentBase,
     LucentError,
     LucentSecrets,
@@ -32,6 +33,8 @@ from sqlalchemy_lucent import (
     verify,
 )
 from sqlalchemy_lucent.migrations import encrypt_column
+from sqlalchemy_lucent.migrations.fence import Fence
+from sqlalchemy_lucent.rotation.targets import resolve_targets
 from tests.conftest import KEY_1
 from tests.frames import frames_of_ours, texts_in_frames
 
@@ -102,6 +105,19 @@ def other_version(session: Session) -> object:
     return session.get_one(Account, 1, populate_existing=True).data
 
 
+def retired(session: Session) -> object:
+    set_default_keyring(Keyring({"v1": KEY_1, "v2": KEY}, primary="v2", oldest="v2"))
+    return session.get_one(Account, 1, populate_existing=True).data
+
+
+def key_manager_away(session: Session) -> object:
+    def load() -> Keyring:
+        raise OSError(f"{MARKER} {KEY}")
+
+    set_default_keyring(KeySource(load, refresh=None))
+    return add(data={"token": 1})(session)
+
+
 def tampered(session: Session) -> object:
     session.execute(sa.text("UPDATE accounts SET data = substr(data, 1, 30)"))
     return session.get_one(Account, 1, populate_existing=True).data
@@ -169,6 +185,16 @@ CASES: dict[str, tuple[str, Callable[[Session], object]]] = {
     "not sealed": ("NotSealedError", stored(f'{{"token": "{MARKER}"}}'.encode())),
     "tampered": ("TamperedError", tampered),
     "other key": ("WrongKeyError", other_key),
+    "retired": ("RetiredKeyError", retired),
+    "a key as the oldest version": (
+        "ConfigurationError",
+        lambda _: Keyring({"v1": KEY_1}, oldest=KEY),
+    ),
+    "a key as the version of a fence": (
+        "InvalidKeyError",
+        alone(lambda e: Fence(resolve_targets(accounts, e)[0], f"{KEY}:")),
+    ),
+    "a key manager that fails": ("ConfigurationError", key_manager_away),
     "other version": ("UnknownKeyVersionError", other_version),
     "misfit": ("SchemaMismatchError", misfit),
     "not bound": ("ConfigurationError", not_bound),

@@ -52,6 +52,7 @@ from sqlalchemy_lucent import (
     Keyring,
     LucentBase,
     LucentSecrets,
+    RetiredKeyError,
     RotationError,
     RotationProgress,
     RotationReport,
@@ -117,6 +118,33 @@ def test_every_row_is_re_encrypted_and_opens(engine: Engine, promoted: Keyring) 
     with engine.connect() as connection:
         found = connection.execute(select(table.c.id, table.c.payload)).all()
     assert {row.id: row.payload for row in found} == {n: {"n": n} for n in range(25)}
+
+
+def test_values_under_a_retired_version_are_left_with_the_way_back(
+    engine: Engine, promoted: Keyring
+) -> None:
+    table = documents_table()
+    fill(engine, table, 3)
+    limited = promoted.with_oldest("v2")
+    before = raw(engine, table)
+    report = rotate(engine, table, keyring=limited)
+    assert (report.ok, report.rotated, report.remaining) == (False, 0, 3)
+    assert {row.error for row in report.failed} == {"RetiredKeyError"}
+    assert all("with_oldest(None)" in str(row.reason) for row in report.failed)
+    assert {row.error for row in verify(engine, table, keyring=limited).failed} == {
+        "RetiredKeyError"
+    }
+    assert raw(engine, table) == before
+    set_default_keyring(limited)
+    with (
+        engine.connect() as connection,
+        pytest.raises(RetiredKeyError, match=r"documents\.payload"),
+    ):
+        connection.execute(select(table.c.payload)).all()
+
+    assert rotate(engine, table, keyring=limited.with_oldest(None)).ok
+    with engine.connect() as connection:
+        assert len(connection.execute(select(table.c.payload)).all()) == 3
 
 
 def test_a_second_run_finds_nothing(engine: Engine, promoted: Keyring) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hmac
 import os
 import pickle
 import traceback
@@ -79,6 +80,19 @@ def test_subkeys_and_key_ids_are_those_of_hkdf(
     sealed = subkey.seal(plaintext)[len(subkey.header) :]
     aead = AESGCM(hkdf(b"sqlalchemy-lucent/1/aes-256-gcm" + context))
     assert aead.decrypt(sealed[:12], sealed[12:], subkey.associated_data) == plaintext
+
+
+@given(MASTER_KEYS, st.binary(max_size=60))
+@example(bytes(32), b"")
+def test_check_ids_and_macs_are_those_of_hkdf_and_hmac(master: bytes, message: bytes) -> None:
+    def hkdf(info: bytes) -> bytes:
+        return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(master)
+
+    key = MasterKey(master)
+    assert key.check_id() == hkdf(b"sqlalchemy-lucent/1/registry")[:16]
+    for purpose in ("receipts", "leaks"):
+        own = hkdf(b"sqlalchemy-lucent/1/mac/" + purpose.encode())
+        assert key.mac(purpose, message) == hmac.new(own, message, "sha256").digest()
 
 
 def test_a_subkey_opens_what_it_sealed_without_a_row() -> None:

@@ -44,6 +44,7 @@ from sqlalchemy_lucent import (
     LucentConfig,
     LucentSecrets,
     PicklingRefusedError,
+    RetiredKeyError,
     SecretsConfig,
     TamperedError,
     UnknownKeyVersionError,
@@ -51,8 +52,11 @@ from sqlalchemy_lucent import (
     generate_master_key,
     set_default_keyring,
 )
+from sqlalchemy_lucent._envelope import is_older
+from sqlalchemy_lucent._subkeys import NO_RULES, RegistryRules
 from sqlalchemy_lucent.keyring import context_keys
 from tests.conftest import KEY_1, KEY_2
+from tests.frames import texts_in_frames
 from tests.strategies import KEY_VERSIONS, MASTER_KEYS
 
 ROOT = Path(__file__).parents[2]
@@ -523,6 +527,111 @@ def test_repr_shows_versions_and_fingerprints(promoted: Keyring) -> None:
     assert repr(promoted) == f"<Keyring primary=v2 v2={two}, v1={one}>"
 
 
+# -- the oldest version that opens -----------------------------------------------------------------
+
+FOUR = {f"v{n}": bytes([n]) * 32 for n in (1, 2, 9, 10)}
+
+
+@pytest.mark.parametrize("version", FOUR)
+@pytest.mark.parametrize("oldest", FOUR)
+def test_values_under_an_older_version_are_refused_though_the_key_is_there(
+    version: str, oldest: str
+) -> None:
+    sealed = Keyring(FOUR, primary=version).for_context("c").seal(b"text")
+    keyring = Keyring(FOUR, primary="v10", oldest=oldest)
+    assert keyring.oldest == oldest
+    for keys in (keyring.for_context("c"), keyring.for_context("d", "c")):
+        if int(version[1:]) >= int(oldest[1:]):
+            assert keys.open(sealed) == b"text"
+            continue
+        with pytest.raises(RetiredKeyError, match=f"'{version}'.*'{oldest}' and later") as caught:
+            keys.open(sealed)
+        assert "with_oldest(None)" in str(caught.value)
+    assert keyring.with_oldest(None).for_context("c").open(sealed) == b"text"
+
+
+def test_an_older_version_is_retired_whether_or_not_its_key_is_there() -> None:
+    sealed = Keyring({"v1": KEY_1}).for_context("c").seal(b"text")
+    with pytest.raises(RetiredKeyError):
+        Keyring({"v2": KEY_2}, oldest="v2").for_context("c").open(sealed)
+    with pytest.raises(UnknownKeyVersionError):
+        Keyring({"v2": KEY_2}).for_context("c").open(sealed)
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ("v9", "v10"),
+        ("v1", "v1.1"),
+        ("2024-09", "2024-10"),
+        ("a", "b"),
+        ("9", "v1"),
+        ("k-2", "k-11"),
+    ],
+)
+def test_versions_are_compared_in_natural_order(older: str, newer: str) -> None:
+    keys = {older: KEY_1, newer: KEY_2}
+    sealed = Keyring(keys, primary=older).for_context("c").seal(b"text")
+    with pytest.raises(RetiredKeyError):
+        Keyring(keys, primary=newer, oldest=newer).for_context("c").open(sealed)
+    assert Keyring(keys, primary=newer, oldest=older).for_context("c").open(sealed) == b"text"
+
+
+@given(KEY_VERSIONS, KEY_VERSIONS)
+def test_any_two_versions_can_be_compared(one: str, other: str) -> None:
+    assert not (is_older(one, other) and is_older(other, one))
+    assert not is_older(one, one)
+
+
+def test_every_copy_of_a_keyring_keeps_its_oldest() -> None:
+    keyring = Keyring({"v3": KEY_1, "v2": KEY_2}, primary="v3", oldest="v2")
+    copies = [
+        keyring.with_primary("v2"),
+        keyring.adding("v1", b"k" * 32),
+        keyring.without("v2"),
+        copy.copy(keyring),
+        copy.deepcopy(keyring),
+    ]
+    assert [each.oldest for each in copies] == ["v2"] * len(copies)
+    assert keyring.with_oldest("v3").oldest == "v3"
+    assert keyring.with_oldest(None).oldest is None
+    assert Keyring({"v1": KEY_1}).oldest is None
+    assert "primary=v3 oldest=v2 v3=" in repr(keyring)
+
+
+@pytest.mark.parametrize("oldest", [*UNKNOWN_VERSIONS, ""], ids=lambda v: f"{v!s:.8}")
+def test_an_oldest_version_that_the_keyring_lacks_is_refused_without_being_shown(
+    oldest: Any,
+) -> None:
+    with pytest.raises(ConfigurationError, match="it has 'v2', 'v1'") as caught:
+        Keyring({"v2": KEY_1, "v1": KEY_2}, primary="v2", oldest=oldest)
+    assert_shows_nothing(caught.value, URLSAFE_1[:8])
+
+
+def test_a_primary_that_is_older_than_the_oldest_is_refused() -> None:
+    keyring = Keyring({"v2": KEY_1, "v1": KEY_2}, primary="v2", oldest="v2")
+    for refused in (
+        partial(Keyring, {"v2": KEY_1, "v1": KEY_2}, primary="v1", oldest="v2"),
+        partial(keyring.with_primary, "v1"),
+        partial(keyring.with_oldest(None).with_primary("v1").with_oldest, "v2"),
+    ):
+        with pytest.raises(ConfigurationError, match=r"'v1' cannot be the primary.*'v2'"):
+            refused()
+
+
+def test_the_oldest_version_comes_from_the_environment(tmp_path: Path) -> None:
+    keys = f"v2:{URLSAFE_2},v1:{URLSAFE_1}"
+    assert Keyring.from_env(environ_of(KEYS=keys)).oldest is None
+    assert Keyring.from_env(environ_of(KEYS=keys, OLDEST_VERSION=" v2\n")).oldest == "v2"
+    path = tmp_path / "oldest"
+    path.write_text("v1\n")
+    assert Keyring.from_env(environ_of(KEYS=keys, OLDEST_VERSION_FILE=str(path))).oldest == "v1"
+    assert Keyring.from_env(environ_of(KEY=URLSAFE_1, OLDEST_VERSION="v1")).oldest == "v1"
+    config = LucentConfig.from_env(environ_of(KEYS=keys, OLDEST_VERSION="v2")).secrets
+    assert config.keyring is not None
+    assert config.keyring.oldest == "v2"
+
+
 # -- the environment -------------------------------------------------------------------------------
 
 
@@ -610,6 +719,16 @@ BAD_ENVIRONMENTS: list[tuple[dict[str, str], str]] = [
     ),
     (environ_of(KEYS=f"{URLSAFE_1}:v1"), "LUCENT_SECRETS_KEYS: the key version"),
     (environ_of(KEYS=f"v2:{URLSAFE_2},v1:short"), "key 2 of 2: the master key has 5 characters"),
+    (
+        environ_of(KEYS=f"v1:{URLSAFE_1},v2:{URLSAFE_2}", OLDEST_VERSION="v2"),
+        "LUCENT_SECRETS_OLDEST_VERSION: version 'v1' cannot be the primary",
+    ),
+    (
+        environ_of(KEY=URLSAFE_1, OLDEST_VERSION=URLSAFE_2),
+        "LUCENT_SECRETS_OLDEST_VERSION: the keyring has no key of the given version",
+    ),
+    (environ_of(KEY=URLSAFE_1, OLDEST_VERSION=""), "LUCENT_SECRETS_OLDEST_VERSION is set but"),
+    (environ_of(OLDEST_VERSION="v1"), "no keyring is configured"),
 ]
 
 
@@ -980,3 +1099,49 @@ engine.dispose()
 
 def test_importing_ddl_and_compiling_need_no_key() -> None:
     assert in_fresh_process(KEYLESS).strip() == "refused"
+
+
+# -- the key registry's part -----------------------------------------------------------------------
+
+
+def test_a_keyring_gives_the_check_id_and_mac_of_each_of_its_keys(promoted: Keyring) -> None:
+    assert promoted.check_id("v1").hex() == "080f95d803ffa57de29f38a85f5236c9"
+    assert promoted.check_id("v2").hex() == "0bc189cd688496d919d9eac527eac500"
+    assert len({promoted.mac(v, p, b"m") for v in ("v1", "v2") for p in ("a", "b")}) == 4
+    for missing in (promoted.check_id, lambda v: promoted.mac(v, "a", b"m")):
+        with pytest.raises(ConfigurationError, match="has no key of the given version"):
+            missing("v3")
+
+
+def test_a_keyring_under_the_registrys_rules_opens_nothing_that_is_retired(
+    keyring: Keyring, promoted: Keyring
+) -> None:
+    sealed = keyring.for_context("c").seal(b"{}")
+    ruled = promoted.ruled("v2", RegistryRules(frozenset({"v1"})))
+    with pytest.raises(RetiredKeyError, match="'v1', which the key registry says is retired"):
+        ruled.for_context("c").open(sealed)
+    assert ruled.for_context("c").open(ruled.for_context("c").seal(b"[]")) == b"[]"
+    assert promoted.ruled("v1", NO_RULES).for_context("c").open(sealed) == b"{}"
+    with pytest.raises(ConfigurationError, match="has no key of the given version"):
+        promoted.ruled("v3", NO_RULES)
+
+
+def test_a_keyring_under_the_registrys_rules_may_be_kept_from_sealing(promoted: Keyring) -> None:
+    sealed = promoted.for_context("c").seal(b"{}")
+    keys = promoted.ruled("v2", RegistryRules(refusal="not now")).for_context("c")
+    with pytest.raises(ConfigurationError, match="not now") as caught:
+        keys.seal(b"MARKER")
+    assert not any(b"MARKER" in data for _, data in texts_in_frames(caught.value))
+    assert keys.open(sealed) == b"{}"
+
+
+def test_a_keyring_keeps_its_oldest_version_under_the_registrys_rules(promoted: Keyring) -> None:
+    assert promoted.with_oldest("v2").ruled("v2", NO_RULES).oldest == "v2"
+
+
+def test_following_asks_the_registry(keyring: Keyring) -> None:
+    class Registry:
+        def following(self) -> Callable[[], Keyring]:
+            return lambda: keyring
+
+    assert Keyring.following(Registry())() is keyring

@@ -18,8 +18,10 @@ from sqlalchemy_lucent.migrations import (
     DecryptColumnOp,
     DropLucentSecretsOp,
     EncryptColumnOp,
+    FenceKeyVersionOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
+    UnfenceKeyVersionOp,
 )
 
 
@@ -68,6 +70,10 @@ from sqlalchemy_lucent.migrations import (
             RotateEncryptedColumnOp("users", "token", bound_to={"id": sa.Uuid()}),
             "op.rotate_encrypted_column('users', 'token', bound_to={'id': sa.Uuid()})",
         ),
+        (
+            FenceKeyVersionOp("users", "token", "v1", schema="app"),
+            "op.fence_key_version('users', 'token', 'v1', schema='app')",
+        ),
     ],
 )
 def test_an_operation_renders_as_it_is_called(operation: Any, code: str) -> None:
@@ -103,6 +109,16 @@ def test_the_reverse_of_a_rebinding_exchanges_the_contexts() -> None:
     assert reverse.reverse().to_diff_tuple() == operation.to_diff_tuple()
 
 
+def test_a_fence_and_its_end_undo_each_other() -> None:
+    fence = FenceKeyVersionOp("users", "token", "v1", schema="app")
+
+    unfence = fence.reverse()
+
+    assert isinstance(unfence, UnfenceKeyVersionOp)
+    assert unfence.to_diff_tuple() == ("unfence_key_version", "app", "users", "token", "v1")
+    assert unfence.reverse().to_diff_tuple() == fence.to_diff_tuple()
+
+
 OPERATIONS: list[Any] = [
     value
     for value in vars(lucent_migrations).values()
@@ -115,11 +131,11 @@ def test_each_operation_is_a_function_and_a_method_with_its_documentation(operat
     function = getattr(lucent_migrations, operation.name)
 
     parameters = inspect.signature(function).parameters
-    assert {*parameters} == {field.name for field in dataclasses.fields(operation)} | {"operations"}
+    fields = {field.name for field in dataclasses.fields(operation) if field.init}
+    assert {*parameters} == fields | {"operations"}
     assert [*parameters][-1] == "operations"
-    assert {p.kind for name, p in parameters.items() if not name.endswith("_name")} == {
-        inspect.Parameter.KEYWORD_ONLY
-    }
+    options = {name for name in parameters if not name.endswith(("_name", "version"))}
+    assert {parameters[name].kind for name in options} == {inspect.Parameter.KEYWORD_ONLY}
     assert inspect.getdoc(function) == inspect.getdoc(operation)
     assert f"``op.{operation.name}()``" in (inspect.getdoc(function) or "")
     method = getattr(alembic.operations.Operations, operation.name)
