@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Final
@@ -53,20 +52,16 @@ class FollowingKeyring:
         self._own = self._current = keyring_of(source)
         self._interval = interval
         self._next = 0.0
-        self._lock = threading.Lock()
         self._known: tuple[tuple[str, State, bytes], ...] = ()
         self.fault: str | None = None
         """The class of the error at the last reading; ``None`` if it succeeded."""
 
     def __call__(self) -> Keyring:
         """Return the keyring as the registry has it."""
-        is_due = time.monotonic() >= self._next and self._can_read()
-        if is_due and self._lock.acquire(blocking=False):
-            try:
-                self._next = time.monotonic() + self._interval
-                self._read()
-            finally:
-                self._lock.release()
+        # No lock, which a fork might leave locked: two threads that read at once do no harm.
+        if time.monotonic() >= self._next and self._can_read():
+            self._next = time.monotonic() + self._interval
+            self._read()
         return self._current
 
     def __repr__(self) -> str:

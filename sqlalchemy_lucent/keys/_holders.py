@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from .. import _key_tables
 from .._database.clock import database_time
-from ..exceptions import ConfigurationError, LucentError
+from ..exceptions import ConfigurationError, KeyStateError, LucentError
 from ..keyring import Keyring
 from ._state import RegisteredKey, json_ready
 
@@ -142,6 +142,28 @@ def find_readiness(
     seen = {holder.kind for holder in holders}
     missing = [kind for kind in dict.fromkeys(kinds) if kind not in seen]
     return Readiness(key.version, tuple(holders), tuple(lacking), tuple(missing))
+
+
+def require_ready(
+    connection: sa.Connection, key: RegisteredKey, kinds: Sequence[str], quiet: float
+) -> Readiness:
+    """Say which processes have a key that may be promoted.
+
+    :raises KeyStateError: it may not.
+    """
+    if key.state in ("fenced", "retired"):
+        undo = "unfence()" if key.state == "fenced" else "unretire()"
+        raise KeyStateError(
+            f"key version {key.version!r} is {key.state} and cannot be promoted; {undo} brings it "
+            "back"
+        )
+    found = find_readiness(connection, key, kinds, quiet)
+    if not found.ok:
+        raise KeyStateError(
+            f"key version {key.version!r} cannot be promoted: {found.reason}. Give every process "
+            "the key beside its present one, have each announce() itself, and call it again"
+        )
+    return found
 
 
 def write_holder(connection: sa.Connection, id_: str, kind: str, keyring: Keyring) -> None:

@@ -29,6 +29,7 @@ from ._holders import (
     check_seconds,
     delete_holder,
     find_readiness,
+    require_ready,
     write_holder,
 )
 from ._leaks import LeakReport
@@ -80,6 +81,8 @@ class KeyRegistry:
         targets: Target | Iterable[Target] | None = None,
         keyring: Keyring | Callable[[], Keyring] | None = None,
     ) -> None:
+        if keyring is not None and not callable(keyring):
+            keyring_of(keyring)  # refuses what is none
         self._store = Store(engine)
         self._engine = engine
         self._tables = Tables(self._store, targets)
@@ -152,6 +155,7 @@ class KeyRegistry:
 
     # -- ready, primary ----------------------------------------------------------------------------
 
+    @hide_locals
     def announce(self, kind: str, *, interval: float = DEFAULT_INTERVAL) -> Announcement:
         """Return a context manager that tells the registry which keys this process has.
 
@@ -179,6 +183,7 @@ class KeyRegistry:
             "the end of an announcement", lambda connection: delete_holder(connection, id_)
         )
 
+    @hide_locals
     def readiness(
         self, version: str, kinds: Iterable[str] = (), *, quiet: float = DEFAULT_QUIET
     ) -> Readiness:
@@ -196,6 +201,7 @@ class KeyRegistry:
             ),
         )
 
+    @hide_locals
     def promote(
         self, version: str, kinds: Iterable[str] = (), *, quiet: float = DEFAULT_QUIET
     ) -> RegisteredKey:
@@ -223,7 +229,7 @@ class KeyRegistry:
             key = require_key(keys, version)
             if key.state in ("ready", "primary"):
                 return
-            found = _require_ready(connection, key, wanted, seconds)
+            found = require_ready(connection, key, wanted, seconds)
             now = database_time(connection)
             change_state(connection, version, "ready")
             held_by = [f"{h.kind} {h.id[:8]} on {h.host}" for h in found.holders]
@@ -234,7 +240,7 @@ class KeyRegistry:
             key = require_key(keys, version)
             if key.state == "primary":
                 return
-            _require_ready(connection, key, wanted, seconds)
+            require_ready(connection, key, wanted, seconds)
             now = database_time(connection)
             former = primary_of(keys)
             if former is not None:
@@ -256,6 +262,7 @@ class KeyRegistry:
 
     # -- fenced, retired ---------------------------------------------------------------------------
 
+    @hide_locals
     def fence(self, version: str, *, exclude: Iterable[str] = ()) -> RegisteredKey:
         """Have the database refuse new values under a key, in every column of the targets.
 
@@ -265,6 +272,7 @@ class KeyRegistry:
         """
         return self._end(version, "fenced", exclude)
 
+    @hide_locals
     def unfence(self, version: str) -> RegisteredKey:
         """Have the database take values under a fenced key again: it is draining.
 
@@ -278,6 +286,7 @@ class KeyRegistry:
             )
         return self._reopen(version, "unfence", ("fenced",))
 
+    @hide_locals
     def retire(self, version: str, *, exclude: Iterable[str] = ()) -> RegisteredKey:
         """Fence a key, prove that no value is under it, and write that it is retired.
 
@@ -290,6 +299,7 @@ class KeyRegistry:
         """
         return self._end(version, "retired", exclude)
 
+    @hide_locals
     def unretire(self, version: str) -> RegisteredKey:
         """Bring a retired key back, for a backup that was restored: it is draining.
 
@@ -306,6 +316,7 @@ class KeyRegistry:
 
     # -- leaked ------------------------------------------------------------------------------------
 
+    @hide_locals
     def leaked(self, version: str, *, since: datetime | None = None) -> LeakReport:
         """Write that a key has leaked, and return what it sealed: the values to replace.
 
@@ -460,24 +471,6 @@ class KeyRegistry:
 
 
 _VERB = {"fenced": "fence", "retired": "retire"}
-
-
-def _require_ready(
-    connection: sa.Connection, key: RegisteredKey, kinds: Sequence[str], quiet: float
-) -> Readiness:
-    if key.state in ("fenced", "retired"):
-        undo = "unfence()" if key.state == "fenced" else "unretire()"
-        raise KeyStateError(
-            f"key version {key.version!r} is {key.state} and cannot be promoted; {undo} brings it "
-            "back"
-        )
-    found = find_readiness(connection, key, kinds, quiet)
-    if not found.ok:
-        raise KeyStateError(
-            f"key version {key.version!r} cannot be promoted: {found.reason}. Give every process "
-            "the key beside its present one, have each announce() itself, and call it again"
-        )
-    return found
 
 
 def _register(connection: sa.Connection, keyring: Keyring, counts: Counts) -> None:

@@ -20,6 +20,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy_lucent import (
     Bound,
     EncryptedJSON,
+    KeyRegistry,
     Keyring,
     KeySource,
     LucentBase,
@@ -166,6 +167,13 @@ def alone(call: Callable[[Engine], object]) -> Callable[[Session], object]:
     return case
 
 
+def key_as_a_registered_version(engine: Engine) -> object:
+    KeyRegistry.metadata.create_all(engine)
+    registry = KeyRegistry(engine, targets=Base)
+    registry.register()
+    return registry.retire(KEY)
+
+
 CASES: dict[str, tuple[str, Callable[[Session], object]]] = {
     "orm": ("SerializationError", add(data=BAD)),
     "typed": ("SerializationError", add(typed=MARKER)),
@@ -214,6 +222,11 @@ CASES: dict[str, tuple[str, Callable[[Session], object]]] = {
     ),
     "a key as a version": ("RotationError", alone(lambda e: retire_check(e, KEY, Base))),
     "a version in use": ("KeyInUseError", alone(lambda e: retire_check(e, "v1", Base))),
+    "a key as a registered version": ("KeyStateError", alone(key_as_a_registered_version)),
+    "a key as the registry's": (
+        "RotationError",
+        alone(lambda e: KeyRegistry(e, keyring=KEY)),  # type: ignore[arg-type]
+    ),
     "conversion": ("RotationError", conversion),
 }
 

@@ -332,7 +332,7 @@ def test_keys_that_a_function_gives_later_are_followed_too(engine: Engine) -> No
     wait_until(lambda: following().primary == "v2")
 
 
-def test_threads_share_one_reading(engine: Engine) -> None:
+def test_threads_may_follow_at_once(engine: Engine) -> None:
     create(engine)
     own = promoted(engine)
     following = own.following()
