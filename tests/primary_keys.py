@@ -102,6 +102,9 @@ SPECIAL_KEYS: dict[str, Keys] = {
     "pg-citext": single(
         postgresql.CITEXT(), "a", "B", "c", "D", kinds=("postgresql",), extension="citext"
     ),
+    "pg-array": single(
+        postgresql.ARRAY(Integer, as_tuple=True), (), (1,), (1, 2), (3, None), kinds=("postgresql",)
+    ),
     "pg-inet": single(
         postgresql.INET(),
         *(ipaddress.ip_address(a) for a in ("::1", "10.0.0.1", "9.0.0.1")),

@@ -53,6 +53,11 @@ async def run_sync(
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
     if isinstance(bind, AsyncConnection):
+        if bind.sync_connection is None:
+            raise RotationError(
+                "the connection is not open. Open it with `async with engine.connect()`, or pass "
+                "the engine"
+            )
         return await bind.run_sync(work)
     if not isinstance(bind, AsyncEngine):
         raise RotationError(

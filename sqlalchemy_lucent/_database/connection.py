@@ -67,6 +67,8 @@ class ManagedConnection:
     ) -> None:
         if not isinstance(bind, (Engine, Connection)):
             raise _not_a_bind(type(bind).__name__)
+        if isinstance(bind, Connection) and bind.closed:
+            raise RotationError("the connection is closed. Pass an open one, or the engine")
         self._bind = bind
         self._has_engine = isinstance(bind, Engine)
         self._connection: Connection | None = None

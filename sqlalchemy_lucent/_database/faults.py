@@ -169,7 +169,10 @@ def describe(error: Exception, dialect: Dialect) -> str:
         return f"{name}: {code}, {_first_line(words.splitlines())}"
     lines = re.sub(r"^<class '[^']*'>: ", "", str(original)).splitlines()
     first = _first_line(lines)
-    if isinstance(error, DataError) or str(_code(error, dialect)).startswith("22"):
+    code = _code(error, dialect)
+    # SQLite's driver quotes text that is not UTF-8, by an error without a code.
+    of_driver = code is None and dialect.name == "sqlite"
+    if of_driver or isinstance(error, DataError) or str(code).startswith("22"):
         first = _without_values(first)
     hint = next((line for line in lines[1:] if line.startswith("HINT:")), None)
     return f"{name}: {first}" + (f" ({' '.join(hint.split())})" if hint else "")

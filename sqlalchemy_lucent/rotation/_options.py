@@ -39,17 +39,15 @@ class RotationOptions:
         return not (is_throttled or self.dry_run or self.on_error == "raise")
 
     def __post_init__(self) -> None:
-        if not _is_number(self.batch_size, int) or self.batch_size < 1:
+        if not is_number(self.batch_size, int) or self.batch_size < 1:
             raise RotationError("batch_size is a whole number of rows, 1 or more")
-        if not _is_number(self.retries, int) or self.retries < 0:
+        if not is_number(self.retries, int) or self.retries < 0:
             raise RotationError("retries is a whole number, 0 or more")
-        if self.batch_time is not None and not (
-            _is_number(self.batch_time) and self.batch_time > 0
-        ):
+        if self.batch_time is not None and not (is_number(self.batch_time) and self.batch_time > 0):
             raise RotationError("batch_time is a number of seconds above 0")
-        if self.max_rate is not None and not (_is_number(self.max_rate) and self.max_rate >= 1):
+        if self.max_rate is not None and not (is_number(self.max_rate) and self.max_rate >= 1):
             raise RotationError("max_rate is a number of rows per second, 1 or more")
-        if not (_is_number(self.pause) and self.pause >= 0):
+        if not (is_number(self.pause) and self.pause >= 0):
             raise RotationError("pause is a number of seconds, 0 or more")
         if self.on_error not in ("report", "raise"):
             raise RotationError('on_error is "report" or "raise"')
@@ -68,9 +66,10 @@ class RotationOptions:
                 )
 
 
-def _is_number(value: object, kind: type[int | float] | None = None) -> bool:
+def is_number(value: object, kind: type[int | float] | None = None) -> bool:
+    """Say whether `value` is a finite number, of `kind` if given; a bool is none."""
     kinds = (int, float) if kind is None else kind
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def keyring_of(keyring: Keyring | Callable[[], Keyring] | None) -> Keyring:

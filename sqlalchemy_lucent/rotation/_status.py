@@ -24,7 +24,7 @@ from ..exceptions import (
     hide_locals,
 )
 from ..keyring import Keyring, default_keyring
-from ._options import keyring_of
+from ._options import is_number, keyring_of
 from .jobs import Reseal
 from .report import Failures, StatusReport, StatusRow, VerifyReport
 from .rows import BatchBounds, Rows
@@ -186,7 +186,7 @@ def retire_check(
     """
     if not isinstance(version, str) or not VERSION_PATTERN.fullmatch(version):
         raise RotationError("retire_check() takes a key version, such as 'v1'")
-    if isinstance(settle, bool) or not isinstance(settle, (int, float)) or settle < 0:
+    if not (is_number(settle) and settle >= 0):
         raise RotationError("settle is a number of seconds, 0 or more")
     if settle and isinstance(bind, Connection) and bind.in_transaction():
         raise RotationError(

@@ -74,7 +74,9 @@ def writer_for(
             }
             return JoinWriter(rows, pinned, packet, rows_first=rows_first)
         return RowWriter(rows, pinned, types)
-    if dialect.name == "postgresql" and not types:
+    # PostgreSQL has no arrays of arrays of different lengths.
+    has_array = any(isinstance(type_, sa.ARRAY) for type_ in rows.key_types)
+    if dialect.name == "postgresql" and not types and not has_array:
         in_psycopg = dialect.driver in ("psycopg", "psycopg_async")
         return BinaryArrayWriter(rows) if in_psycopg else ArrayWriter(rows)
     return RowWriter(rows, types=types)

@@ -217,9 +217,8 @@ class Rows:
         key = bounds.upto
         if len(rows) == bounds.limit:
             key = self.key_of(rows[-1])
-            self._lookahead = 1
-        elif bounds.limit is not None and 2 * len(rows) < bounds.limit:
-            self._lookahead = min(2 * self._lookahead, MAX_LOOKAHEAD)
+        if bounds.limit is not None:
+            self._look_ahead(len(rows), bounds.limit)
         if key is not None and key == bounds.after:
             raise RotationError(
                 f"{self.name} cannot be paged by primary key: a value does not compare equal to "
@@ -227,10 +226,21 @@ class Rows:
             )
         return key
 
+    def _look_ahead(self, found: int, limit: int) -> None:
+        """Search more rows in the next batch if few were pending in this one."""
+        if found >= limit:
+            self._lookahead = 1
+        elif 2 * found < limit:
+            self._lookahead = min(2 * self._lookahead, MAX_LOOKAHEAD)
+
     def batches(
         self, read: Read, sample: int | None = None, limit: int = BATCH_ROWS
     ) -> Iterator[Sequence[sa.Row[Any]]]:
-        """Give all pending rows, or the first `sample` of them, in constant memory."""
+        """Give all pending rows, or the first `sample` of them, in constant memory.
+
+        A batch is everything between two keys, however many rows that is. So every row is in one,
+        even if the key is not unique, or the database does not find a row by it.
+        """
         after: PrimaryKey | None = None
         left = sample
         while left is None or left > 0:
@@ -239,8 +249,9 @@ class Rows:
             if found is None:
                 return
             bounds, rows = found
-            yield rows
+            yield rows[:left]
             after = self.next_after(bounds, rows)
+            self._look_ahead(len(rows), size)
             if after is None:
                 return
             left = None if left is None else left - len(rows)
@@ -249,7 +260,10 @@ class Rows:
         self, connection: sa.Connection, after: PrimaryKey | None, limit: int
     ) -> tuple[BatchBounds, Sequence[sa.Row[Any]]] | None:
         bounds = self.find_bounds(connection, after, limit)
-        return None if bounds is None else (bounds, self.read(connection, bounds))
+        if bounds is None:
+            return None
+        bounds = bounds._replace(limit=None)
+        return bounds, self.read(connection, bounds)
 
     def key_of(self, row: Sequence[Any]) -> PrimaryKey:
         """Return the primary key of a row that was read."""

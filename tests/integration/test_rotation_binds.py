@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -24,11 +25,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.mysql import VARBINARY
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from sqlalchemy_lucent import (
     EncryptedJSON,
     Keyring,
     RotationError,
+    arotate,
     rotate,
     status,
     verify,
@@ -71,6 +74,24 @@ def test_an_autocommit_connection_is_given_back_in_no_transaction(
         with connection.begin():
             connection.execute(delete(table).where(table.c.id == 1))
     assert number_of_rows(engine, table) == 24
+
+
+@pytest.mark.parametrize("run", [rotate, status, verify])
+def test_a_connection_that_is_closed_is_refused(engine: Engine, run: Callable[..., object]) -> None:
+    connection = engine.connect()
+    connection.close()
+    with pytest.raises(RotationError, match=r"connection is closed\. Pass an open one"):
+        run(connection, documents_table())
+
+
+def test_an_async_connection_that_is_not_open_is_refused(
+    run_async: Callable[[Callable[[AsyncEngine], Awaitable[None]]], None],
+) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        with pytest.raises(RotationError, match="connection is not open"):
+            await arotate(engine.connect(), documents_table())
+
+    run_async(work)
 
 
 def test_a_transaction_that_only_the_driver_knows_of_is_not_ended(

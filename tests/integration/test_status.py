@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import sqlite3
 import threading
@@ -20,6 +21,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     create_engine,
     event,
     insert,
@@ -62,6 +64,26 @@ def rows_of(engine: Engine) -> list[tuple[str, str | None, str | None, int]]:
 def test_retire_check_refuses_what_is_no_version(engine: Engine, version: Any) -> None:
     with pytest.raises(RotationError, match="takes a key version"):
         retire_check(engine, version, ledger)
+
+
+@pytest.mark.parametrize("settle", [-1, True, "1", math.nan, math.inf])
+def test_retire_check_refuses_a_wait_that_is_no_time(engine: Engine, settle: Any) -> None:
+    fill(engine, 1)
+    with pytest.raises(RotationError, match="settle is a number of seconds, 0 or more"):
+        retire_check(engine, "v2", ledger, settle=settle)
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_text_that_the_driver_cannot_read_is_not_quoted(engine: Engine) -> None:
+    table = Table(
+        "named", MetaData(), Column("name", Text, primary_key=True), Column("v", EncryptedJSON)
+    )
+    table.create(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("INSERT INTO named (name) VALUES (CAST(x'4a616e65ff' AS TEXT))")
+    with pytest.raises(RotationError, match="Could not decode to UTF-8") as caught:
+        verify(engine, table)
+    assert "Jane" not in str(caught.value)
 
 
 def test_values_are_counted_by_column_version_and_fingerprint(

@@ -7,10 +7,21 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import Column, Engine, MetaData, Table, event, insert, update
+from sqlalchemy import (
+    Column,
+    DateTime,
+    Engine,
+    Integer,
+    MetaData,
+    Table,
+    event,
+    func,
+    insert,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from sqlalchemy_lucent import Keyring, RotationError, averify, rotate, verify
+from sqlalchemy_lucent import EncryptedJSON, Keyring, RotationError, averify, rotate, verify
 from tests.databases import create_unguarded
 from tests.integration.workers import fill, ledger, metadata
 
@@ -92,6 +103,37 @@ def test_rows_are_read_in_batches_by_primary_key(engine: Engine) -> None:
     assert all("ORDER BY ledger.id" in statement for statement in reads)
     assert ["ledger.id <= " in statement for statement in reads] == [True, False]
     assert ["ledger.id > " in statement for statement in reads] == [False, True]
+
+
+def test_every_row_is_opened_where_the_model_s_key_is_not_unique(engine: Engine) -> None:
+    Table("rows_alike", stored := MetaData(), Column("number", Integer), Column("v", EncryptedJSON))
+    stored.create_all(engine)
+    table = Table(
+        "rows_alike",
+        MetaData(),
+        Column("number", Integer, primary_key=True, autoincrement=False),
+        Column("v", EncryptedJSON),
+    )
+    with engine.begin() as connection:
+        connection.execute(insert(table), [{"number": n // 7, "v": n} for n in range(3001)])
+    assert verify(engine, table).opened == 3001
+    assert verify(engine, table, sample=1500).opened == 1500
+
+
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+def test_every_row_is_opened_where_no_row_is_found_by_its_key(engine: Engine) -> None:
+    # SQLite's CURRENT_TIMESTAMP has no microseconds; SQLAlchemy's parameters have.
+    table = Table(
+        "moments",
+        MetaData(),
+        Column("moment", DateTime, server_default=func.now(), primary_key=True),
+        Column("number", Integer, primary_key=True, autoincrement=False),
+        Column("v", EncryptedJSON),
+    )
+    table.create(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(table), [{"number": n, "v": n} for n in range(3000)])
+    assert verify(engine, table).opened == 3000
 
 
 def test_a_connection_may_be_in_a_transaction(engine: Engine) -> None:
