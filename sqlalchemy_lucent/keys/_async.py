@@ -102,23 +102,26 @@ class AsyncAnnouncement:
         self._registry = registry
         self._interval = interval
         self._task: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
 
     async def __aenter__(self) -> Self:
+        self._closing.clear()
         await self._registry.write_holder(self.id, self.kind)
         self._task = asyncio.create_task(self._renew())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        # Not by cancelling the task, which would leave a connection half-used.
+        self._closing.set()
+        if self._task is not None:
+            await self._task
         with suppress(LucentError):  # it is forgotten after `quiet` seconds anyway
             await self._registry.delete_holder(self.id)
 
     async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(self._interval)
-            with suppress(LucentError):
-                await self._registry.write_holder(self.id, self.kind)
+        while not self._closing.is_set():
+            try:
+                await asyncio.wait_for(self._closing.wait(), self._interval)
+            except TimeoutError:
+                with suppress(LucentError):
+                    await self._registry.write_holder(self.id, self.kind)

@@ -415,7 +415,7 @@ def _keep_fences(table: Table, connection: Connection | None, **kw: Any) -> None
     by_alembic = isinstance(runner, DefaultImpl) and not runner.as_sql
     if connection is None or connection.dialect.name != "sqlite" or not by_alembic:
         return
-    for name, owner in fence_triggers(connection, table.schema):
+    for name, owner in fence_triggers(connection, connection.schema_for_object(table)):
         if ApplyBatchImpl._calc_temp_name(owner) == table.name:
             raise RotationError(
                 f"SQLite makes this change of {dotted(table.schema, owner)} only on a copy of the "

@@ -181,7 +181,7 @@ def test_a_column_that_is_not_encrypted_is_refused_at_once(
     ):
         invoke(connection, operation(name, "plain", "value"))
 
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.endswith(".lucent")]
 
 
 def test_sealed_values_in_a_column_of_another_type_are_rotated_on_sqlite(

@@ -694,9 +694,13 @@ def test_a_constraint_that_shows_its_key_still_does(engine: Engine) -> None:
 def test_listeners_do_not_pile_up(engine: Engine) -> None:
     table = users()
     table.create(engine)
+    dispatch = engine.dialect.dispatch
+    numbers = []
     with engine.begin() as connection:
         for number in range(1, 4):
             connection.execute(table.insert(), {"id": number, "creds": VALUE})
             connection.execute(sa.select(table.c.creds).where(table.c.id == number)).all()
-    assert len(list(engine.dialect.dispatch.handle_error)) == 1
-    assert len(list(engine.dialect.dispatch.do_execute)) == 1
+            listeners = dispatch.handle_error, dispatch.do_execute
+            numbers.append([len(list(each)) for each in listeners])
+    assert numbers[0][0] == 1
+    assert numbers[0] == numbers[2]

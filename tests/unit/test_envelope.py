@@ -24,6 +24,7 @@ from sqlalchemy.dialects.sqlite.pysqlite import dialect as sqlite_dialect
 from sqlalchemy_lucent import EncryptedJSON, Keyring, set_default_keyring
 from sqlalchemy_lucent._envelope import (
     NONCE_SIZE,
+    as_bytes,
     header_size,
     length_prefixed,
     pack_header,
@@ -175,3 +176,18 @@ def test_different_tuples_of_parts_give_different_bytes(
     left: list[bytes], right: list[bytes]
 ) -> None:
     assert (length_prefixed(*left) == length_prefixed(*right)) == (left == right)
+
+
+@pytest.mark.parametrize(
+    "stored, data",
+    [
+        (b"v1", b"v1"),
+        (bytearray(b"v1"), b"v1"),
+        (memoryview(b"v1"), b"v1"),
+        ("v1:é", "v1:é".encode()),
+        ("a\udc00b", b"a?b"),
+        (12, b"12"),
+    ],
+)
+def test_whatever_a_driver_gives_is_read_as_bytes(stored: object, data: bytes) -> None:
+    assert as_bytes(stored) == data

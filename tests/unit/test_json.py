@@ -28,6 +28,7 @@ from sqlalchemy_lucent._json import (
     MAX_INTEGER_DIGITS,
     STRICT,
     EngineCodec,
+    path_of,
     same_document,
     same_value,
 )
@@ -725,3 +726,34 @@ def test_a_document_that_the_deserializer_refuses_is_not_shown(data: bytes) -> N
 def test_the_json_of_python_as_the_engines_functions_carries_every_value(value: Any) -> None:
     codec = EngineCodec(json.dumps, json.loads)
     assert repr(codec.loads(codec.dumps(value))) == repr(value)
+
+
+class _OtherMembers(dict[str, Any]):
+    """Says that it has one member, of another name."""
+
+    def keys(self) -> Any:
+        return ["b"]
+
+    def __iter__(self) -> Any:
+        return iter(self.keys())
+
+    def __getitem__(self, name: str) -> Any:
+        return None
+
+
+class _OtherItems(list[Any]):
+    """Says that it has as many items, but others."""
+
+    def __iter__(self) -> Any:
+        return iter([2])
+
+
+@pytest.mark.parametrize("value", [_OtherMembers(a=1), _OtherItems([1])], ids=type)
+def test_a_subclass_that_shows_what_it_does_not_hold_is_refused(value: Any) -> None:
+    with pytest.raises(SerializationError):
+        STRICT.dumps([value])
+
+
+@pytest.mark.parametrize("steps, is_cut", [(16, False), (17, True)])
+def test_a_long_path_is_cut(steps: int, is_cut: bool) -> None:
+    assert path_of(["[0]"] * steps) == "$" + "[0]" * 16 + "..." * is_cut

@@ -1145,3 +1145,22 @@ def test_following_asks_the_registry(keyring: Keyring) -> None:
             return lambda: keyring
 
     assert Keyring.following(Registry())() is keyring
+
+
+def test_a_value_of_an_accepted_context_opens_for_its_row_only() -> None:
+    keyring = Keyring({"v1": KEY_1})
+    sealed = keyring.for_context("old").seal(b"text", b"row")
+    keys = keyring.for_context("new", "other", "old")
+    assert keys.open(sealed, b"row") == b"text"
+    assert keys.seal(b"", b"row") != keyring.for_context("old").seal(b"", b"row")
+    for row in (b"", b"another"):
+        with pytest.raises(TamperedError):
+            keys.open(sealed, row)
+    with pytest.raises(TamperedError):
+        keyring.for_context("new", "other").open(sealed, b"row")
+
+
+@pytest.mark.parametrize("type_", [bytes, bytearray, memoryview])
+def test_a_value_opens_whatever_type_of_bytes_it_is(type_: Callable[[bytes], Any]) -> None:
+    keys = Keyring({"v1": KEY_1}).for_context("c")
+    assert keys.open(type_(keys.seal(b"text"))) == b"text"
