@@ -313,6 +313,6 @@ def test_a_document_that_the_cipher_does_not_take_is_refused(keys: ContextKeys) 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_keys_are_not_pickled(keys: ContextKeys, protocol: int) -> None:
     for holder in (keys, keys.primary, MasterKey(KEY_1)):
-        with pytest.raises(TypeError) as caught:
+        with pytest.raises(TypeError, match="pickle") as caught:
             pickle.dumps(holder, protocol)
         assert KEY_1.hex() not in str(caught.value)

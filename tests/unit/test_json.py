@@ -757,3 +757,8 @@ def test_a_subclass_that_shows_what_it_does_not_hold_is_refused(value: Any) -> N
 @pytest.mark.parametrize("steps, is_cut", [(16, False), (17, True)])
 def test_a_long_path_is_cut(steps: int, is_cut: bool) -> None:
     assert path_of(["[0]"] * steps) == "$" + "[0]" * 16 + "..." * is_cut
+
+
+def test_a_document_that_cannot_be_read_is_told_by_the_class_of_the_error() -> None:
+    with pytest.raises(SerializationError, match=r"\(\w+Error\)"):
+        STRICT.loads(b"{")

@@ -1164,3 +1164,8 @@ def test_a_value_of_an_accepted_context_opens_for_its_row_only() -> None:
 def test_a_value_opens_whatever_type_of_bytes_it_is(type_: Callable[[bytes], Any]) -> None:
     keys = Keyring({"v1": KEY_1}).for_context("c")
     assert keys.open(type_(keys.seal(b"text"))) == b"text"
+
+
+def test_a_variable_of_another_type_is_told_by_its_type() -> None:
+    with pytest.raises(ConfigurationError, match="of type int"):
+        Keyring.from_env({"LUCENT_SECRETS_KEY": 5})  # type: ignore[dict-item]
