@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -24,6 +25,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy_lucent import EncryptedJSON
 from tests.conftest import Databases
 from tests.databases import drop_everything, with_driver
+
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, version("asyncmy").split(".")[:3])) < (0, 2, 13),
+    reason="asyncmy has stmt_cache_size since 0.2.13",
+)
 
 metadata = MetaData()
 things = Table(
