@@ -38,7 +38,8 @@ from sqlalchemy_lucent import (
 from sqlalchemy_lucent import migrations as lucent_migrations
 from sqlalchemy_lucent.migrations.fence import Fence
 from sqlalchemy_lucent.rotation.targets import TargetTable, resolve_targets
-from tests.databases import create_unguarded
+from tests.conftest import LONG
+from tests.databases import SYNC_DRIVERS, create_unguarded
 from tests.integration.test_database_faults import as_another
 from tests.integration.test_migrations_generated import Project
 from tests.integration.test_sealed_check import Operate, every_text, insert_raw, needs_comparators
@@ -281,6 +282,8 @@ def test_nobody_queues_behind_it_for_long(
 
 
 @pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("url", list(SYNC_DRIVERS) if LONG else ["postgresql"], indirect=True)
 def test_it_gives_up_with_a_sentence(engine: Engine, keyring: Keyring) -> None:
     table = users()
     table.create(engine)
