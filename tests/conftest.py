@@ -45,6 +45,7 @@ LONG = os.environ.get("LUCENT_TEST_LONG") == "1"
 
 KEY_1 = bytes(range(32))
 KEY_2 = bytes(range(32, 64))
+KEY_3 = bytes(range(64, 96))
 
 
 @pytest.fixture

@@ -217,8 +217,8 @@ class KeyRegistry:
         :raises UnknownKeyVersionError: this process lacks the key.
         """
         wanted, seconds = check_kinds(kinds), check_seconds("quiet", quiet)
-        keyring = self._own_keyring()
-        known = require_key(self._keys(), version)
+        keyring, keys = self._own_keys()
+        known = require_key(keys, version)
         if known.state == "primary":
             return known
         require_own(keyring, version, "which it is to promote")
@@ -332,9 +332,9 @@ class KeyRegistry:
         """
         if since is not None and since.tzinfo is None:
             raise ConfigurationError("since= is a datetime with a time zone")
-        keyring = self._own_keyring()
-        key = require_key(self._keys(), version)
-        signing = keyring.with_oldest(None).with_primary(signer_of(self._keys(), keyring))
+        keyring, keys = self._own_keys()
+        key = require_key(keys, version)
+        signing = keyring.with_oldest(None).with_primary(signer_of(keys, keyring))
         leaked_since = key.leaked_since
         if leaked_since is None or (since is not None and since != leaked_since):
             leaked_since = self._mark_leaked(version, since, keyring)
@@ -373,11 +373,12 @@ class KeyRegistry:
     def _key(self, version: str) -> RegisteredKey:
         return require_key(self._keys(), version)
 
-    def _own_keyring(self) -> Keyring:
-        """Return this process's keyring, if its keys are those that were registered."""
+    def _own_keys(self) -> tuple[Keyring, dict[str, RegisteredKey]]:
+        """Return this process's keyring and the registered keys, if the two agree."""
         keyring = keyring_of(self._keyring)
-        require_same_keys(self._keys(), keyring)
-        return keyring
+        keys = self._keys()
+        require_same_keys(keys, keyring)
+        return keyring, keys
 
     def _notes(self, keys: dict[str, RegisteredKey], keyring: Keyring) -> Iterable[str]:
         for version in keyring.versions:
@@ -405,14 +406,14 @@ class KeyRegistry:
 
     def _end(self, version: str, state: State, exclude: Iterable[str]) -> RegisteredKey:
         """Fence a key and write its new state, with a receipt of the proof."""
-        keyring = self._own_keyring()
-        key = require_key(self._keys(), version)
+        keyring, known_keys = self._own_keys()
+        key = require_key(known_keys, version)
         refuse_primary(key, _VERB[state])
         if state == "fenced" and key.state == "retired":
             raise KeyStateError(
                 f"key version {version!r} is retired, and fenced: there is nothing to do"
             )
-        signer_of(self._keys(), keyring)
+        signer_of(known_keys, keyring)
         self._tables.fence(version, exclude)
         if key.state == state:
             return key
@@ -438,7 +439,7 @@ class KeyRegistry:
 
     def _reopen(self, version: str, action: str, states: Sequence[State]) -> RegisteredKey:
         """Write that a key is draining again, then drop its fences."""
-        keyring = self._own_keyring()
+        keyring, _ = self._own_keys()
 
         def write(connection: sa.Connection) -> None:
             keys = read_keys(connection)

@@ -259,9 +259,10 @@ class Fence:
 
     def _find_triggers(self, connection: sa.Connection) -> dict[str, _Found]:
         found = {}
+        triggers = _triggers_in(connection, self._schema)
         for column in self._columns:
             names = []
-            for name, owner, sql in _triggers_in(connection, self._schema):
+            for name, owner, sql in triggers:
                 match = _TRIGGER.search(sql)
                 if (
                     match is not None
@@ -309,7 +310,7 @@ _TRIGGER: Final = re.compile(
     r"WHEN NOT \(substr\(CAST\(NEW\.(?P<column>\"(?:[^\"]|\"\")+\"|\S+) AS BLOB\), 1, \d+\)"
     r" <> x'(?P<prefix>[0-9a-f]+)'\)"
 )
-"""What only the triggers of a fence have. SQLite writes the column anew when it is renamed."""
+"""What only the triggers of a fence have. SQLite rewrites the column's name when it is renamed."""
 
 
 def fence_triggers(connection: sa.Connection, schema: str | None) -> list[tuple[str, str]]:

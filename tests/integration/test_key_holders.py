@@ -29,7 +29,7 @@ from sqlalchemy_lucent import (
     set_default_keyring,
     verify,
 )
-from tests.conftest import KEY_1, KEY_2
+from tests.conftest import KEY_1, KEY_2, KEY_3
 from tests.frames import texts_in_frames
 from tests.registries import (
     BOTH,
@@ -46,7 +46,6 @@ from tests.registries import (
     under,
 )
 
-KEY_3 = bytes(range(64, 96))
 HOLDERS = KeyRegistry.metadata.tables["lucent_key_holders"]
 KEYS = KeyRegistry.metadata.tables["lucent_keys"]
 

@@ -21,7 +21,7 @@ from sqlalchemy_lucent import (
     LucentSecrets,
     rotate,
 )
-from tests.conftest import KEY_1, KEY_2
+from tests.conftest import KEY_1, KEY_2, KEY_3
 from tests.registries import (
     BOTH,
     V1,
@@ -36,8 +36,6 @@ from tests.registries import (
     under,
     using,
 )
-
-KEY_3 = bytes(range(64, 96))
 
 
 def store(engine: Engine, keyring: Keyring, id_: int, value: Any) -> None:

@@ -32,7 +32,7 @@ from sqlalchemy_lucent import (
 )
 from sqlalchemy_lucent.migrations.fence import Fence
 from sqlalchemy_lucent.rotation.targets import resolve_targets
-from tests.conftest import KEY_1, KEY_2
+from tests.conftest import KEY_1, KEY_2, KEY_3
 from tests.frames import texts_in_frames
 from tests.integration.test_database_faults import as_another
 from tests.registries import (
@@ -49,7 +49,6 @@ from tests.registries import (
     states,
 )
 
-KEY_3 = bytes(range(64, 96))
 LUCENT_KEYS = KeyRegistry.metadata.tables["lucent_keys"]
 
 

@@ -1,6 +1,6 @@
 """A session that routes reads to a replica, by SQLAlchemy's own recipe: writes go to the writer.
 
-So does whatever a write depends on: a row that it locks, a target that must be free.
+What a write depends on goes there too: a row that it locks, a target that must be free.
 """
 
 from __future__ import annotations

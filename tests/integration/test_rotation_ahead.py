@@ -193,7 +193,7 @@ def test_stop_when_ends_both(engine: Engine, promoted: Keyring) -> None:
     assert report.stopped
     assert asked.count(True) == 1
     assert report.rotated + report.remaining == 2 * ROWS
-    # The batch that the other connection had in hand was written.
+    # The batch that the other connection had begun was written.
     assert 4 * BATCH <= report.rotated < 2 * ROWS
 
 
@@ -209,7 +209,7 @@ def test_progress_is_told_in_order_by_the_thread_that_called(
         with engine.connect() as connection:
             values = connection.execute(select(ledger.c.free, ledger.c.bound)).all()
         committed = sum(value.key_version == "v2" for row in values for value in row)
-        # What the other connection has in hand may be committed already.
+        # The other connection may have committed its batch already.
         assert progress.rotated <= committed
         told.append(progress.rotated)
 
