@@ -1,4 +1,7 @@
-"""Run the command ``lucent`` as a process: redirected, through pipes, or in a pseudo-terminal."""
+"""Run ``lucent`` and other programs as processes: redirected, piped, or in a pseudo-terminal.
+
+Most are forked from one process that has the package imported; see ``tests/command_server.py``.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,17 @@ import json
 import os
 import pty
 import re
+import select
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import termios
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -66,7 +73,7 @@ def request_run(
     *,
     terminal: bool = False,
 ) -> int:
-    """Have a program run; return the descriptor from which its exit code can be read."""
+    """Have a program run; return the descriptor from which its end can be read."""
     request = {
         "program": program,
         "arguments": arguments,
@@ -178,7 +185,62 @@ class Lucent:
 def exit_code(descriptor: int) -> int:
     """Wait for a run to end; return its exit code."""
     with open(descriptor, "rb") as told:
-        return int(told.read())
+        _pid, code = told.read().split()
+        return int(code)
+
+
+class Forked:
+    """A run that goes on meanwhile: what tests need of ``subprocess.Popen``."""
+
+    def __init__(
+        self, program: str, arguments: Sequence[str], environ: Mapping[str, str], directory: Path
+    ) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        given, stdin = os.pipe()
+        stdout, out = os.pipe()
+        streams = (given, out, self._errors.fileno())
+        self._told = open(request_run(program, arguments, directory, environ, streams))  # noqa: SIM115
+        os.close(given)
+        os.close(out)
+        self.stdin, self.stdout = open(stdin, "w"), open(stdout)  # noqa: SIM115
+        self.pid = int(self._told.readline())
+        self.returncode: int | None = None
+        self._output: tuple[str, str] | None = None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with suppress(ProcessLookupError):  # it ended this moment
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def poll(self) -> int | None:
+        """Return the exit code, or ``None`` while it runs."""
+        if self.returncode is None and select.select([self._told], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self) -> int:
+        """Return the exit code once there is one."""
+        if self.returncode is None:
+            self.returncode = int(self._told.read())
+        return self.returncode
+
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
+        """Return what it prints until it ends, and what it printed to stderr."""
+        if self._output is None:
+            watch = threading.Timer(timeout, self.kill)
+            watch.start()
+            self.stdin.close()
+            output = self.stdout.read()
+            self.wait()
+            watch.cancel()
+            self._errors.seek(0)
+            self._output = output, self._errors.read()
+            for stream in (self.stdout, self._errors, self._told):
+                stream.close()
+        return self._output
 
 
 @cache

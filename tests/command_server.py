@@ -1,4 +1,6 @@
-"""Start ``lucent`` or ``alembic`` often at the cost of once: imported once, forked for each run.
+"""Start programs often at the cost of once: imported once, forked for each run.
+
+``lucent``, ``alembic``, and the scripts of ``tests/integration/workers``.
 
 Each run is a process of its own, with its own streams, directory, environment and terminal. The
 tests of what others see of a process (its arguments, its exit by a signal) start it themselves.
@@ -9,6 +11,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
+import runpy
 import signal
 import socket
 import sys
@@ -25,6 +29,7 @@ import sqlalchemy.ext.asyncio  # noqa: F401
 import sqlalchemy_lucent.migrations  # noqa: F401
 from sqlalchemy_lucent import cli
 from sqlalchemy_lucent._cli import run  # noqa: F401
+from tests import registries  # noqa: F401
 from tests.integration import workers  # noqa: F401
 
 STREAMS = 3
@@ -36,7 +41,13 @@ def run_alembic(arguments: Sequence[str]) -> int:
     return 0
 
 
-PROGRAMS = {"lucent": cli.main, "alembic": run_alembic}
+def run_worker(arguments: Sequence[str]) -> int:
+    sys.argv = list(arguments)
+    runpy.run_module(f"tests.integration.workers.{arguments[0]}", run_name="__main__")
+    return 0
+
+
+PROGRAMS = {"lucent": cli.main, "alembic": run_alembic, "worker": run_worker}
 
 
 def serve(channel: socket.socket) -> None:
@@ -54,13 +65,14 @@ def serve(channel: socket.socket) -> None:
 
 
 def supervise(request: dict[str, Any], descriptors: Sequence[int]) -> None:
-    """Fork the run itself; tell its exit code."""
+    """Fork the run itself; tell its process number, and its exit code once it has ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     *streams, told = descriptors
     pid = os.fork()
     if pid == 0:
         os.close(told)
         os._exit(run_command(request, streams))
+    os.write(told, f"{pid}\n".encode())
     for descriptor in streams:
         os.close(descriptor)
     _, status = os.waitpid(pid, 0)
@@ -79,6 +91,7 @@ def run_command(request: dict[str, Any], streams: Sequence[int]) -> int:
     os.chdir(request["directory"])
     os.environ.clear()
     os.environ.update(request["environ"])
+    random.seed()  # or each run would draw the same numbers
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
     sys.stdin = open(0, encoding=encoding, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,6 +45,7 @@ from sqlalchemy_lucent.rotation._updates import (
 from sqlalchemy_lucent.rotation.jobs import Reseal
 from sqlalchemy_lucent.rotation.rows import BatchBounds, Rows
 from sqlalchemy_lucent.rotation.targets import resolve_targets
+from tests.command import Forked
 from tests.databases import SYNC_DRIVERS
 from tests.integration.workers import contents, fill, finish, ledger, reap, start
 
@@ -57,14 +57,12 @@ def versions(engine: Engine, target: Any = ledger) -> set[str | None]:
     return {row.key_version for row in status(engine, target).rows}
 
 
-def line_of(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
+def line_of(process: Forked) -> str:
     return process.stdout.readline()
 
 
-def rest_of(process: subprocess.Popen[str]) -> list[str]:
+def rest_of(process: Forked) -> list[str]:
     """Return the other lines, for which communicate() would not look where line_of() has them."""
-    assert process.stdout is not None
     lines = process.stdout.readlines()
     finish(process)
     return lines
@@ -76,10 +74,10 @@ def test_four_writers_beside_two_rotators_lose_nothing(engine: Engine, promoted:
     url = engine.url.render_as_string(hide_password=False)
     # The writers still have the old primary, so there is always something to rotate.
     writers = [
-        start("writer", url, number, WRITERS, ROWS, primary="v1", stdin=subprocess.PIPE)
+        start("writer", url, number, WRITERS, ROWS, primary="v1")
         for number in range(WRITERS)
     ]
-    rotators: list[subprocess.Popen[str]] = []
+    rotators: list[Forked] = []
     try:
         changes = [line_of(writer) for writer in writers]
         # Long enough for one pass that both are at work before the other one is through.

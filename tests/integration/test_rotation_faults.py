@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
@@ -50,7 +52,7 @@ from sqlalchemy_lucent import (
 from sqlalchemy_lucent.rotation.report import MAX_FAILED
 from tests.conftest import KEY_2, LONG
 from tests.databases import drop_everything
-from tests.integration.workers import contents, fill, finish, ledger, reap, start
+from tests.integration.workers import ROOT, contents, fill, keys, ledger, reap, start
 
 KILLS = 50 if LONG else 5
 
@@ -93,7 +95,6 @@ def test_a_run_killed_at_any_moment_loses_nothing_and_the_next_goes_on(
     for _ in range(KILLS):
         process = start("rotator", url_of(engine), batch_size, 0.001, primary=primary)
         try:
-            assert process.stdout is not None
             told = [int(process.stdout.readline()) for _ in range(random.randrange(1, 10))]
             # Before its first batch, a run connects, prepares and counts.
             time.sleep(random.uniform(0, 0.005 if told[-1] else 0.03))
@@ -121,7 +122,6 @@ def test_ctrl_c_rolls_the_batch_in_hand_back_and_leaves(engine: Engine) -> None:
     fill(engine, 300)
     process = start("rotator", url_of(engine), 10, 0.002)
     try:
-        assert process.stdout is not None
         told = [int(process.stdout.readline()) for _ in range(3)]
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
@@ -892,6 +892,14 @@ def test_another_dialect_is_refused_by_name(promoted: Keyring) -> None:
 # -- Memory ----------------------------------------------------------------------------------------
 
 
+def measured(url: str, what: str, count: int) -> str:
+    """Run the script that measures, as a process whose memory is the library's alone."""
+    command = [sys.executable, "-m", "tests.integration.workers.measured", url, what, str(count)]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "LUCENT_SECRETS_KEYS": keys("v2")}
+    environ.pop("COVERAGE_PROCESS_CONFIG", None)
+    return subprocess.run(command, env=environ, stdout=subprocess.PIPE, check=True).stdout.decode()
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
@@ -907,7 +915,7 @@ def test_memory_does_not_grow_with_the_table(engine: Engine) -> None:
                 [{"id": n, "free": sealed} for n in range(first, first + 10_000)],
             )
     for what in ("verify", "rotate"):
-        peaks = json.loads(finish(start("measured", url_of(engine), what, count)))
+        peaks = json.loads(measured(url_of(engine), what, count))
         assert peaks["done"] == count
         assert peaks["end"] < 150 << 20
         # Some bytes for each of the rows between would be more.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from sqlalchemy import Column, Engine, Integer, MetaData, Table, insert
 
 from sqlalchemy_lucent import Bound, EncryptedJSON, Keyring
+from tests.command import Forked
 from tests.conftest import KEY_1, KEY_2
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -64,38 +63,20 @@ def keys(primary: str) -> str:
     return f"{primary}:{texts[primary]},{other}:{texts[other]}"
 
 
-def start(
-    script: str, *arguments: object, primary: str = "v2", **options: Any
-) -> subprocess.Popen[str]:
+def start(script: str, *arguments: object, primary: str = "v2") -> Forked:
     """Start a script of this folder."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LUCENT_SECRETS_KEYS": keys(primary)}
-    if script == "measured":  # its memory is the library's alone
-        environment.pop("COVERAGE_PROCESS_CONFIG", None)
-    command: Sequence[str] = [
-        sys.executable,
-        "-m",
-        f"tests.integration.workers.{script}",
-        *map(str, arguments),
-    ]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "LUCENT_SECRETS_KEYS": keys(primary)}
+    return Forked("worker", [script, *map(str, arguments)], environ, ROOT)
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+def finish(process: Forked, code: int = 0) -> str:
     """Wait for a process and return its output; fail with its errors if it failed."""
-    output, errors = process.communicate(timeout=600)
+    output, errors = process.communicate()
     assert process.returncode == code, errors
     return output
 
 
-def reap(processes: Sequence[subprocess.Popen[str]]) -> None:
+def reap(processes: Sequence[Forked]) -> None:
     """End what is still running, whatever became of the test."""
     for process in processes:
         if process.poll() is None:
