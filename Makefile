@@ -4,7 +4,8 @@ BIN := .venv/bin
 # One more than there are cores: the tests often wait for a server or for another process.
 TEST_WORKERS := $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 
-.PHONY: demo demo-web test test-long test-release lint docs bench wheel mutants checklist clean
+.PHONY: demo demo-web test test-long test-release coverage oldest newest pythons lint docs bench \
+	wheel mutants checklist clean
 
 demo: .venv/.demo
 	$(BIN)/python docs/examples/demo.py
@@ -21,6 +22,18 @@ test-long: .venv/.dev
 
 test-release: .venv/.dev
 	$(BIN)/python -m pytest -m release $(PYTEST_ARGS)
+
+coverage: .venv/.dev
+	$(MAKE) test PYTEST_ARGS=--cov
+
+oldest:
+	.ci/oldest
+
+newest: .venv/.dev
+	$(BIN)/python .ci/newest_postgresql.py
+
+pythons: wheel
+	.ci/pythons
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

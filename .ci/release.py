@@ -88,6 +88,22 @@ def gate_is_green() -> None:
     run("the gate is red; its message stands above", ".ci/run")
 
 
+def tests_reach_the_package() -> None:
+    run("the tests reach too little of the package", "make", "--silent", "coverage")
+
+
+def oldest_versions_work() -> None:
+    run("a test fails on the oldest versions", "make", "--silent", "oldest")
+
+
+def newest_postgresql_works() -> None:
+    run("a test fails on the newest PostgreSQL", "make", "--silent", "newest")
+
+
+def each_python_works() -> None:
+    run("a unit test fails on one of the Pythons", "make", "--silent", "pythons")
+
+
 def long_tests_pass() -> None:
     run("a test fails in its long form", "make", "--silent", "test-long")
 
@@ -133,6 +149,10 @@ STEPS: Final[tuple[tuple[str, Callable[[], None]], ...]] = (
     ("the version is new", tag_is_free),
     ("the changelog names it, dated today", changelog_names_the_version),
     ("the gate is green", gate_is_green),
+    ("the tests reach the package", tests_reach_the_package),
+    ("the oldest versions work", oldest_versions_work),
+    ("the newest PostgreSQL works", newest_postgresql_works),
+    ("each Python works", each_python_works),
     ("the long forms of the tests pass", long_tests_pass),
     ("other libraries do what the docs say", release_tests_pass),
     ("no unexplained mutant survives", no_mutant_survives),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import tempfile
@@ -65,6 +66,12 @@ def default_keyring_is_v1(keyring: Keyring) -> Iterator[None]:
     set_default_keyring(keyring)
     yield
     set_default_keyring(None)
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector leave alone what stays: thousands of tests, and modules."""
+    gc.collect()
+    gc.freeze()
 
 
 class Databases:

@@ -259,7 +259,7 @@ def measure_on(
         assert report.rotated in (few_rows, rows)
 
     def tidied(work: Callable[[], None]) -> Contender:
-        return Contender(work, partial(tidy_up, engine))
+        return Contender(work, partial(tidy_up, engine) if rounds > 1 else None)
 
     by_hand = {
         f"by hand, {form}": tidied(lambda loop=loop: loop(engine, next(keyrings)))  # type: ignore[misc]

@@ -7,7 +7,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -141,14 +141,15 @@ def in_turns(
     With `collect`, garbage is collected before each turn. Rounds of `warm_up` are not counted. A
     single round is a smoke run, whose times mean nothing.
     """
-    if rounds == 1:
+    is_smoke = rounds == 1
+    if is_smoke:
         collect, warm_up = False, 0
     order = [
         (name, each if isinstance(each, Contender) else Contender(each))
         for name, each in contenders.items()
     ]
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    with frozen_heap():
+    with nullcontext() if is_smoke else frozen_heap():
         for number in range(-warm_up, rounds):
             for name, contender in order:
                 if contender.before is not None:

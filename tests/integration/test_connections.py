@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -142,16 +143,21 @@ def test_a_connection_that_is_cut_at_any_round_trip_is_replaced(
     primaries = [promoted, promoted.with_primary("v1")]
     assert run(name, proxy.url, keyring=promoted)
     answers = proxy.answers[1]
-    step = 1 if LONG else 3
+    step = 1 if LONG else 4
     for number in range(1, answers + 1, step):
         proxy.begin({(1, number)})
         assert run(name, proxy.url, keyring=primaries[number % 2]), number
     assert len(contents(direct, promoted)) == 12
 
 
+# Connecting is the same for all that one does: each with each driver is for `make test-long`.
+EACH_ONCE = [*((driver, "rotate") for driver in DRIVERS), *(("psycopg", name) for name in WORKS)]
+PAIRS = list(itertools.product(DRIVERS, WORKS)) if LONG else sorted(set(EACH_ONCE))
+
+
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("name", list(WORKS))
+@pytest.mark.parametrize("own_url, name", PAIRS, indirect=["own_url"])
 def test_three_connections_that_are_cut_while_they_are_set_up_are_replaced(
     direct: Engine, proxy: Proxy, promoted: Keyring, name: str
 ) -> None:
@@ -164,7 +170,12 @@ def test_three_connections_that_are_cut_while_they_are_set_up_are_replaced(
         assert proxy.connections == 4
 
 
-@pytest.mark.parametrize("name", ["rotate", "status"])
+@pytest.mark.parametrize(
+    "own_url, name",
+    # A status tries for seconds, as the others do.
+    [*((driver, "rotate") for driver in DRIVERS), ("psycopg", "status")],
+    indirect=["own_url"],
+)
 def test_a_server_that_is_not_there_is_told_in_our_words(
     own_url: URL, promoted: Keyring, name: str
 ) -> None:
@@ -209,9 +220,9 @@ def test_a_balancer_that_cuts_idle_connections_does_not_end_a_check(
 ) -> None:
     assert rotate(direct, ledger, keyring=promoted).ok
     set_default_keyring(promoted)
-    with haproxy(own_url, idle=0.3) as url:
-        assert run("retire_check", url, version="v1", settle=0.8)
-        assert run("rotate", url, keyring=promoted.with_primary("v1"), batch_size=4, pause=0.6)
+    with haproxy(own_url, idle=0.2) as url:
+        assert run("retire_check", url, version="v1", settle=0.5)
+        assert run("rotate", url, keyring=promoted.with_primary("v1"), batch_size=12, pause=0.5)
 
 
 def test_a_wrong_password_is_told_at_once(databases: Databases) -> None:
@@ -253,6 +264,7 @@ OPERATIONS: dict[str, Callable[[Operations], object]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(OPERATIONS))
 @pytest.mark.parametrize("own_url", ["psycopg", "pymysql"], indirect=True)
 def test_an_operation_whose_connection_is_cut_raises_an_error_of_ours(
@@ -263,7 +275,7 @@ def test_an_operation_whose_connection_is_cut_raises_an_error_of_ours(
         connection.execute(text("ALTER TABLE ledger ADD COLUMN plain JSON"))
         connection.execute(text("UPDATE ledger SET plain = '{}'"))
     engine = create_engine(proxy.url)
-    for number in range(8, 60, 3):
+    for number in range(8, 60, 3 if LONG else 6):
         engine.dispose()
         connection = engine.connect()
         proxy.begin({(0, 0)})

@@ -39,7 +39,7 @@ from sqlalchemy_lucent import migrations as lucent_migrations
 from sqlalchemy_lucent.migrations.fence import Fence
 from sqlalchemy_lucent.rotation.targets import TargetTable, resolve_targets
 from tests.conftest import LONG
-from tests.databases import SYNC_DRIVERS, create_unguarded
+from tests.databases import create_unguarded
 from tests.integration.test_database_faults import as_another
 from tests.integration.test_migrations_generated import Project
 from tests.integration.test_sealed_check import Operate, every_text, insert_raw, needs_comparators
@@ -243,7 +243,7 @@ def test_a_writer_with_an_open_value_is_waited_for_and_its_value_found(
     with open_write(engine, table, keyring) as writer:
         adding = threading.Thread(target=fence.add, args=(engine,))
         adding.start()
-        time.sleep(2.5)  # the first attempts give up meanwhile
+        time.sleep(1.5)  # the first attempt gives up meanwhile
         assert adding.is_alive()
         writer.commit()
         adding.join()
@@ -283,7 +283,7 @@ def test_nobody_queues_behind_it_for_long(
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("url", list(SYNC_DRIVERS) if LONG else ["postgresql"], indirect=True)
+@pytest.mark.skipif(not LONG, reason="it tries for half a minute: for `make test-long`")
 def test_it_gives_up_with_a_sentence(engine: Engine, keyring: Keyring) -> None:
     table = users()
     table.create(engine)

@@ -74,8 +74,7 @@ def test_four_writers_beside_two_rotators_lose_nothing(engine: Engine, promoted:
     url = engine.url.render_as_string(hide_password=False)
     # The writers still have the old primary, so there is always something to rotate.
     writers = [
-        start("writer", url, number, WRITERS, ROWS, primary="v1")
-        for number in range(WRITERS)
+        start("writer", url, number, WRITERS, ROWS, primary="v1") for number in range(WRITERS)
     ]
     rotators: list[Forked] = []
     try:
