@@ -53,14 +53,15 @@ def script(page: str) -> str:
     return "".join(lines)
 
 
-def run(page: str) -> list[str]:
-    """Run the page; return what each command printed."""
+def run(page: str, programs: Path) -> list[str]:
+    """Run the page with the programs of a folder; return what each command printed."""
     environ = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("LUCENT_", "DATABASE_URL", "PYTHON"))
     }
-    environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
+    folders = (str(programs), str(Path(sys.executable).parent), environ["PATH"])
+    environ["PATH"] = os.pathsep.join(folders)
     environ["PYTHONPATH"] = str(PAGE.parents[1])
     environ["PYTHONUNBUFFERED"] = "1"  # for the order of what is printed and what is logged
     environ["PYTHONDONTWRITEBYTECODE"] = "1"  # files of the page are replaced within a second
@@ -73,6 +74,7 @@ def run(page: str) -> list[str]:
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
+            close_fds=False,  # the programs may have been handed something
         )
     output = done.stdout.replace(str(Path(folder).resolve()), FOLDER)
     if done.returncode:
@@ -80,9 +82,9 @@ def run(page: str) -> list[str]:
     return [ALIKE.sub("", printed) for printed in output.split(SEPARATOR)[1:]]
 
 
-def recorded(page: str) -> str:
+def recorded(page: str, programs: Path) -> str:
     """Return `page` with what its commands print when they are run now."""
-    printed = iter(run(page))
+    printed = iter(run(page, programs))
 
     def renew(block: re.Match[str]) -> str:
         if block["console"] is None:
@@ -98,10 +100,16 @@ def main() -> None:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail if the page differs"
     )
+    parser.add_argument(
+        "--programs",
+        type=Path,
+        default=Path(sys.executable).parent,
+        help="a folder whose programs to prefer",
+    )
     parser.add_argument("page", nargs="?", type=Path, default=PAGE)
     arguments = parser.parse_args()
     before = arguments.page.read_text("utf-8")
-    after = recorded(before)
+    after = recorded(before, arguments.programs)
     if not arguments.check:
         arguments.page.write_text(after, "utf-8")
     elif before != after:

@@ -202,7 +202,7 @@ class Forked:
         self._told = open(request_run(program, arguments, directory, environ, streams))  # noqa: SIM115
         os.close(given)
         os.close(out)
-        self.stdin, self.stdout = open(stdin, "w"), open(stdout)  # noqa: SIM115
+        self.stdin, self.stdout = os.fdopen(stdin, "w"), os.fdopen(stdout)
         self.pid = int(self._told.readline())
         self.returncode: int | None = None
         self._output: tuple[str, str] | None = None
@@ -241,6 +241,12 @@ class Forked:
             for stream in (self.stdout, self._errors, self._told):
                 stream.close()
         return self._output
+
+
+def script(program: str) -> str:
+    """Return a shell script that runs a program as others here; it inherits :func:`server`."""
+    client = ROOT / "tests" / "command_client.py"
+    return f'#!/bin/sh\nexec {sys.executable} -IS {client} {server().fileno()} {program} "$@"\n'
 
 
 @cache

@@ -94,7 +94,8 @@ def run_command(request: dict[str, Any], streams: Sequence[int]) -> int:
     random.seed()  # or each run would draw the same numbers
     encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
     sys.stdin = open(0, encoding=encoding, closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+    lines = 1 if "PYTHONUNBUFFERED" in os.environ else -1
+    sys.stdout = open(1, "w", lines, encoding=encoding, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding=encoding, closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

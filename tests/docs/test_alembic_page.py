@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import script, server
+
 from .pages import ROOT
 
 PAGE = """\
@@ -27,12 +29,17 @@ goodbye
 
 def record(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "docs" / "record_alembic.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    passed = [server().fileno()]
+    return subprocess.run(command, capture_output=True, text=True, check=False, pass_fds=passed)
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page_print_what_it_says() -> None:
-    done = record("--check")
+def test_the_commands_of_the_page_print_what_it_says(tmp_path: Path) -> None:
+    alembic = tmp_path / "alembic"
+    alembic.write_text(script("alembic"))
+    alembic.chmod(0o755)
+
+    done = record("--check", "--programs", tmp_path)
 
     assert done.returncode == 0, done.stderr
 

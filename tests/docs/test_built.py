@@ -22,6 +22,7 @@ import pytest
 
 import sqlalchemy_lucent
 from sqlalchemy_lucent import migrations
+from tests.conftest import LONG
 
 from . import screens
 from .pages import PAGES, ROOT, links
@@ -186,7 +187,8 @@ def test_what_leaves_the_screen_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(screens.missing() is not None, reason=str(screens.missing()))
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.long
+@pytest.mark.parametrize("dark", [False, True] if LONG else [False])
 def test_every_page_fits_a_phone(html: Path, dark: bool) -> None:
     wide = {}
     with screens.phone(dark=dark) as browser:

@@ -8,13 +8,12 @@ import pty
 import re
 import struct
 import subprocess
-import sys
 import termios
 from pathlib import Path
 
 import pytest
 
-from tests.command import ESCAPE, Lucent
+from tests.command import ESCAPE, Lucent, script, server
 
 from .pages import ROOT, blocks
 from .shell import Terminal, commands
@@ -31,7 +30,13 @@ class RealTerminal(Terminal):
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         process = subprocess.Popen(
-            arguments, cwd=self.cwd, env=self.environ, stdin=theirs, stdout=theirs, stderr=theirs
+            arguments,
+            cwd=self.cwd,
+            env=self.environ,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            pass_fds=[server().fileno()],
         )
         os.close(theirs)
         raw = b""
@@ -64,9 +69,9 @@ def test_the_commands_of_the_page_print_what_it_says(tmp_path: Path) -> None:
     project.mkdir()
     programs = tmp_path / "bin"
     programs.mkdir()
-    script = programs / "lucent"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m sqlalchemy_lucent "$@"\n')
-    script.chmod(0o755)
+    lucent = programs / "lucent"
+    lucent.write_text(script("lucent"))
+    lucent.chmod(0o755)
     environ = Lucent(project).environ({"TERM": "xterm", "NO_COLOR": "1"})
     terminal = RealTerminal(project, tmp_path / "state", environ)
     terminal.environ["PATH"] = f"{programs}{os.pathsep}{terminal.environ['PATH']}"

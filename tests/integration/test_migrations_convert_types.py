@@ -25,9 +25,12 @@ from sqlalchemy.types import TypeEngine
 
 from sqlalchemy_lucent import EncryptedJSON, RotationError
 from sqlalchemy_lucent.migrations import decrypt_column, encrypt_column
+from tests.conftest import LONG
 from tests.databases import ASYNC_DRIVERS, SYNC_DRIVERS, create_extension, with_driver
 
 DRIVERS = {kind: (kind, driver) for kind, driver in SYNC_DRIVERS.items()} | ASYNC_DRIVERS
+# Two of the async drivers read with the code of an ordinary one: for `make test-long`.
+DIFFERENT = list(DRIVERS) if LONG else [*SYNC_DRIVERS, "asyncpg", "asyncmy"]
 POSTGRESQL, MYSQL = ("postgresql",), ("mysql",)
 EVERYWHERE = ("sqlite", "postgresql", "mysql")
 
@@ -225,7 +228,7 @@ pytestmark = [
 ]
 
 
-def each(of: dict[str, Case], labels: Iterable[str] = DRIVERS) -> pytest.MarkDecorator:
+def each(of: dict[str, Case], labels: Iterable[str]) -> pytest.MarkDecorator:
     """Try every type on each of the drivers that have it."""
     return pytest.mark.parametrize(
         ("label", "name"),
@@ -238,7 +241,8 @@ def each(of: dict[str, Case], labels: Iterable[str] = DRIVERS) -> pytest.MarkDec
     )
 
 
-@each(CONVERTED)
+@pytest.mark.long
+@each(CONVERTED, DIFFERENT)
 def test_a_type_with_json_values_is_converted_and_comes_back(
     database: Database, label: str, name: str
 ) -> None:
@@ -295,7 +299,8 @@ READERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 
 
-@each({name: case for name, case in REFUSED.items() if name in READERS})
+@pytest.mark.long
+@each({name: case for name, case in REFUSED.items() if name in READERS}, DIFFERENT)
 def test_functions_give_other_values_a_json_form(database: Database, label: str, name: str) -> None:
     type_, values, _ = REFUSED[name]
     reader, writer = READERS[name]
@@ -374,7 +379,8 @@ def test_a_value_that_would_not_come_back_is_named_by_its_key_and_not_shown(
     assert (stored, list(map(type, stored))) == (expected, list(map(type, expected)))
 
 
-@pytest.mark.parametrize("label", list(DRIVERS))
+@pytest.mark.long
+@pytest.mark.parametrize("label", DIFFERENT)
 def test_no_value_is_logged(
     database: Database, label: str, databases: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

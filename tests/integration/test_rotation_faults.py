@@ -79,11 +79,16 @@ def engine(request: pytest.FixtureRequest, url: URL) -> Iterator[Engine]:
     engine.dispose()
 
 
+# What it rotates with is another engine, so one form of the fixture's is enough.
+has_its_own_engine = pytest.mark.parametrize("engine", ["one connection"], indirect=True)
+
+
 # -- Killed ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.long
+@has_its_own_engine
 def test_a_run_killed_at_any_moment_loses_nothing_and_the_next_goes_on(
     engine: Engine, keyring: Keyring, promoted: Keyring
 ) -> None:
@@ -118,6 +123,7 @@ def test_a_run_killed_at_any_moment_loses_nothing_and_the_next_goes_on(
 # -- Interrupted -----------------------------------------------------------------------------------
 
 
+@has_its_own_engine
 def test_ctrl_c_rolls_the_batch_in_hand_back_and_leaves(engine: Engine) -> None:
     fill(engine, 300)
     process = start("rotator", url_of(engine), 10, 0.002)
@@ -438,6 +444,7 @@ def engine_with(settings: dict[str, str], engine: Engine) -> Engine:
 
 
 @pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+@has_its_own_engine
 def test_a_batch_that_takes_longer_than_a_statement_may_is_halved(
     engine: Engine, promoted: Keyring
 ) -> None:
@@ -483,6 +490,7 @@ def test_a_batch_that_takes_longer_than_a_statement_may_is_halved(
 
 
 @pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+@has_its_own_engine
 def test_a_table_that_somebody_locks_is_come_back_to(engine: Engine, promoted: Keyring) -> None:
     fill(engine, 20)
     limit = {
@@ -618,6 +626,7 @@ def test_a_terminated_backend_is_replaced(engine: Engine, promoted: Keyring, bef
 
 
 @pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+@has_its_own_engine
 def test_a_lost_connection_that_is_the_callers_is_reported(
     engine: Engine, promoted: Keyring
 ) -> None:
@@ -657,6 +666,7 @@ def stop_server_of(away: Engine, engine: Engine, times: int) -> Callable[[object
 
 
 @pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+@has_its_own_engine
 def test_a_database_that_stays_away_is_reported(engine: Engine, promoted: Keyring) -> None:
     fill(engine, 40)
     away = create_engine(engine.url)
@@ -668,6 +678,7 @@ def test_a_database_that_stays_away_is_reported(engine: Engine, promoted: Keyrin
 
 
 @pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+@has_its_own_engine
 def test_a_database_that_comes_back_is_gone_on_with(engine: Engine, promoted: Keyring) -> None:
     fill(engine, 40)
     away = create_engine(engine.url)
@@ -855,6 +866,7 @@ def test_a_table_that_vanishes_is_told_with_what_was_done(
     own.dispose()
 
 
+@has_its_own_engine
 def test_a_database_that_may_only_be_read_is_told_before_the_first_write(
     engine: Engine, promoted: Keyring
 ) -> None:
@@ -903,8 +915,9 @@ def measured(url: str, what: str, count: int) -> str:
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@has_its_own_engine
 def test_memory_does_not_grow_with_the_table(engine: Engine) -> None:
-    count = 1_000_000 if LONG else 200_000
+    count = 1_000_000 if LONG else 100_000
     ledger.metadata.create_all(engine)
     keys = Keyring({"v1": bytes(range(32))})
     sealed = keys.for_context("ledger.free").seal(json.dumps({"x": "y" * 100}).encode())
@@ -919,4 +932,4 @@ def test_memory_does_not_grow_with_the_table(engine: Engine) -> None:
         assert peaks["done"] == count
         assert peaks["end"] < 150 << 20
         # Some bytes for each of the rows between would be more.
-        assert peaks["end"] - peaks["quarter"] < 3 << 20, what
+        assert peaks["end"] - peaks["quarter"] < 2 << 20, what

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing
-from multiprocessing.connection import Connection
-from multiprocessing.synchronize import Barrier
 
 import pytest
 from dask.config import set as dask_settings
@@ -19,7 +16,7 @@ from sqlalchemy import Engine, create_engine, func, select
 from sqlalchemy_lucent import Keyring, rotate, set_default_keyring
 from tests.conftest import KEY_1, KEY_2, Databases
 from tests.databases import drop_everything
-from tests.integration.workers import contents, fill, keys, ledger
+from tests.integration.workers import contents, fill, finish, keys, ledger, reap, start
 
 ROWS = 3_000
 
@@ -41,11 +38,6 @@ def work(url: str, number: int = 0, *, max_rate: float | None = None) -> tuple[i
     return os.getpid(), report.rotated, report.remaining
 
 
-def work_and_say(url: str, channel: Connection, ready: Barrier) -> None:
-    ready.wait()
-    channel.send(work(url, max_rate=2_000))
-
-
 def under_v2(engine: Engine) -> int:
     counted = select(func.count()).where(ledger.c.free.key_version == "v2")
     with engine.connect() as connection:
@@ -56,20 +48,14 @@ def under_v2(engine: Engine) -> int:
 def test_rotators_share_the_rows_and_lose_none(server: Engine) -> None:
     fill(server, ROWS)
     url = server.url.render_as_string(hide_password=False)
-    spawn = multiprocessing.get_context("spawn")
-    pipes = [spawn.Pipe(duplex=False) for _ in range(2)]
-    ready = spawn.Barrier(2)
-    processes = [
-        spawn.Process(target=work_and_say, args=(url, theirs, ready)) for _, theirs in pipes
-    ]
-    for process in processes:
-        process.start()
-    reports = [ours.recv() for ours, _ in pipes]
-    for process in processes:
-        process.join()
-    assert sum(rotated for _, rotated, _ in reports) == 2 * ROWS
-    assert {remaining for _, _, remaining in reports} == {0}
-    assert sum(rotated > 0 for _, rotated, _ in reports) > 1
+    processes = [start("rotator", url, 50, 0.02) for _ in range(2)]
+    try:
+        reports = [json.loads(finish(process).splitlines()[-1]) for process in processes]
+    finally:
+        reap(processes)
+    assert sum(report["rotated"] for report in reports) == 2 * ROWS
+    assert {report["remaining"] for report in reports} == {0}
+    assert all(report["rotated"] > 0 for report in reports)
     assert len(contents(server, Keyring({"v2": KEY_2}))) == ROWS
 
 
@@ -77,22 +63,16 @@ def test_rotators_share_the_rows_and_lose_none(server: Engine) -> None:
 def test_a_rotator_that_is_killed_loses_nothing(server: Engine) -> None:
     fill(server, ROWS)
     url = server.url.render_as_string(hide_password=False)
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe(duplex=False)
-    ready = spawn.Barrier(2)
-    arguments = (url, theirs, ready)
-    processes = [spawn.Process(target=work_and_say, args=arguments) for _ in range(2)]
-    for process in processes:
-        process.start()
-    while not under_v2(server):
-        time.sleep(0.01)
-    killed, other = processes
-    assert killed.pid is not None
-    os.kill(killed.pid, signal.SIGKILL)
-    with closing(ours):
-        pid, _, remaining = ours.recv()
-    other.join()
-    assert (pid, remaining) == (other.pid, 0)
+    killed, other = processes = [start("rotator", url, 50, 0.02) for _ in range(2)]
+    try:
+        while not under_v2(server):
+            time.sleep(0.01)
+        killed.kill()
+        report = json.loads(finish(other).splitlines()[-1])
+    finally:
+        reap(processes)
+    assert killed.returncode == -signal.SIGKILL
+    assert report["remaining"] == 0
     assert len(contents(server, Keyring({"v2": KEY_2}))) == ROWS
 
 

@@ -342,7 +342,7 @@ def test_an_async_second_count_sees_what_is_committed_while_the_event_loop_runs(
             await connection.run_sync(metadata.create_all)
         writing = asyncio.create_task(write_late(engine))
         with pytest.raises(KeyInUseError, match=r"1 in ledger\.free"):
-            await aretire_check(engine, "v1", ledger, settle=3)
+            await aretire_check(engine, "v1", ledger, settle=1.5)
         await writing
 
     run_async(work)
