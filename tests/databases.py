@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, inspect, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from sqlalchemy_lucent import EncryptedJSON
+
+T = TypeVar("T", bound=Callable[..., object])
 
 POSTGRESQL_VARIABLE = "LUCENT_TEST_POSTGRESQL_URL"
 MYSQL_VARIABLE = "LUCENT_TEST_MYSQL_URL"
@@ -38,6 +40,27 @@ ASYNC_DRIVERS = {
     "psycopg_async": ("postgresql", "postgresql+psycopg_async"),
     "asyncmy": ("mysql", "mysql+asyncmy"),
 }
+
+
+def everywhere(names: str, cases: Iterable[Any], *, on_servers: Sequence[Any]) -> Callable[[T], T]:
+    """Parametrise `names` with every case on SQLite, and with some on the servers.
+
+    For what is decided before a database sees it: `make test-long` tries every case everywhere.
+    """
+    cases = list(cases)
+    some = cases if "LUCENT_TEST_LONG" in os.environ else on_servers
+    tried = [("sqlite", cases), ("postgresql", some), ("mysql", some)]
+    count = len(names.split(","))
+    values = [
+        (kind, *(case if count > 1 else (case,))) for kind, chosen in tried for case in chosen
+    ]
+
+    def mark(test: T) -> T:
+        return pytest.mark.long(
+            pytest.mark.parametrize(f"url, {names}", values, indirect=["url"])(test)
+        )
+
+    return mark
 
 
 def with_driver(url: URL, drivername: str) -> URL:

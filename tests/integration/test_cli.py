@@ -1006,7 +1006,7 @@ def test_a_second_interrupt_ends_the_workers_at_once(
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep is not installed")
 def test_what_a_worker_that_died_left_is_done(on_postgresql: tuple[Lucent, Engine]) -> None:
     lucent, engine = on_postgresql
-    fill(engine, 1500)
+    fill(engine, 900)
     process = lucent.start(
         "rotate", "--workers", "2", "--max-rate", "500", "--column", "free", "--json", *LEDGER
     )
@@ -1020,7 +1020,7 @@ def test_what_a_worker_that_died_left_is_done(on_postgresql: tuple[Lucent, Engin
         process.kill()
     report = json.loads(out)
     assert (process.returncode, report["ok"]) == (0, True)
-    assert report["rotated"] <= stored_under(engine, "v2") == 1500
+    assert report["rotated"] <= stored_under(engine, "v2") == 900
     assert "a worker died (signal 9)" in err
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Engine
 
 from sqlalchemy_lucent import ConfigurationError, KeyReceipt, KeyRegistry, Keyring, ReceiptsReport
 from tests.conftest import KEY_1, KEY_2
+from tests.databases import everywhere
 from tests.registries import BOTH, V1, V2, create, registry, rotated
 
 LINES = KeyRegistry.metadata.tables["lucent_key_receipts"]
@@ -132,28 +133,29 @@ def repeat(connection: Connection, lines: list[KeyReceipt]) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("tamper", "expected"),
-    [
-        (change(action="fence"), [(3, "changed")]),
-        (change(version="v1"), [(3, "changed")]),
-        (change_body(held_by=["nobody"]), [(3, "changed")]),
-        (change_body(key="v0"), [(3, "replaced")]),
-        (change(body="no receipt"), [(3, "changed")]),
-        (change(body="[]"), [(3, "changed")]),
-        (change(mac=bytes(32)), [(3, "changed")]),
-        (remove(3), [(3, "removed")]),
-        (remove(1, 2), [(1, "removed"), (2, "removed")]),
-        (exchange, [(2, "reordered"), (3, "reordered")]),
-        (
-            remove_and_close_the_gap,
-            [(3, "reordered"), (3, "removed"), (4, "reordered"), (5, "reordered")],
-        ),
-        (forge, [(7, "changed")]),
-        (forge_under_an_unknown_key, [(7, "unproven")]),
-        (repeat, [(7, "reordered")]),
-    ],
-)
+TAMPERED = [
+    (change(action="fence"), [(3, "changed")]),
+    (change(version="v1"), [(3, "changed")]),
+    (change_body(held_by=["nobody"]), [(3, "changed")]),
+    (change_body(key="v0"), [(3, "replaced")]),
+    (change(body="no receipt"), [(3, "changed")]),
+    (change(body="[]"), [(3, "changed")]),
+    (change(mac=bytes(32)), [(3, "changed")]),
+    (remove(3), [(3, "removed")]),
+    (remove(1, 2), [(1, "removed"), (2, "removed")]),
+    (exchange, [(2, "reordered"), (3, "reordered")]),
+    (
+        remove_and_close_the_gap,
+        [(3, "reordered"), (3, "removed"), (4, "reordered"), (5, "reordered")],
+    ),
+    (forge, [(7, "changed")]),
+    (forge_under_an_unknown_key, [(7, "unproven")]),
+    (repeat, [(7, "reordered")]),
+]
+"""What is done to the six lines, and what is told of it."""
+
+
+@everywhere("tamper, expected", TAMPERED, on_servers=[TAMPERED[3], TAMPERED[9], TAMPERED[-1]])
 def test_each_line_that_was_tampered_with_is_named(
     engine: Engine,
     own: KeyRegistry,
@@ -215,7 +217,7 @@ def test_another_key_of_the_name_proves_nothing(engine: Engine, own: KeyRegistry
     assert [fault for _, fault in faults(wrong.verify_receipts())] == ["changed"] * 6
 
 
-@pytest.mark.parametrize("head", ["", "6", "six:" + "0" * 64, "6:00", "-1:" + "0" * 64])
+@everywhere("head", ["", "6", "six:" + "0" * 64, "6:00", "-1:" + "0" * 64], on_servers=["6:00"])
 def test_a_head_that_is_none_is_refused(engine: Engine, head: str) -> None:
     create(engine, rows=0)
     own = registry(engine, V1)

@@ -21,8 +21,9 @@ from sqlalchemy_lucent import (
     set_default_keyring,
     status,
 )
+from tests.conftest import LONG
 from tests.databases import create_extension
-from tests.primary_keys import CASES, Keys, keys_of
+from tests.primary_keys import CASES, KEYS, Keys, keys_of
 
 LOCKS = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE", "mysql": "LOCK TABLES"}
 
@@ -179,6 +180,10 @@ def test_no_write_is_lost_by_encrypting_and_decrypting(engine: Engine, keys: Key
     assert read(engine, plain) == written
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "keys", [case for case in CASES if LONG or case[1] in KEYS], indirect=True, ids="-".join
+)
 def test_every_row_is_bound_anew_and_rotated(engine: Engine, keys: Keys, promoted: Keyring) -> None:
     earlier, sealed = table_of(keys, sealed_type("t.earlier")), table_of(keys, sealed_type())
     fill(engine, earlier, keys)
