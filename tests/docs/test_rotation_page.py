@@ -20,7 +20,7 @@ from .shell import Terminal
 PAGE = ROOT / "docs" / "rotation.md"
 ROWS = 2500
 
-# Notes which connection writes.
+# Notes each write.
 TRIGGER = """
 CREATE TABLE writers (pid int);
 CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS
@@ -56,9 +56,7 @@ def test_the_workers_of_the_script_do_the_work_once(databases: Databases, tmp_pa
         rows = [(row.key_version, row.count) for row in status(engine, table).rows]
         assert rows == [("v2", ROWS)]
         with engine.connect() as connection:
-            counted = text("SELECT count(DISTINCT pid), count(*) FROM writers")
-            writers, updates = connection.execute(counted).one()
-            assert (0 < writers <= 2, updates) == (True, ROWS)
+            assert connection.scalar(text("SELECT count(*) FROM writers")) == ROWS
     finally:
         drop_everything(engine)
         with engine.begin() as connection:
