@@ -56,9 +56,9 @@ def everywhere(names: str, cases: Iterable[Any], *, on_servers: Sequence[Any]) -
     ]
 
     def mark(test: T) -> T:
-        return pytest.mark.long(
-            pytest.mark.parametrize(f"url, {names}", values, indirect=["url"])(test)
-        )
+        each = pytest.mark.parametrize(f"url, {names}", values, indirect=["url"])
+        marked: T = pytest.mark.long(each(test))
+        return marked
 
     return mark
 
