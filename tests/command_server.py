@@ -9,6 +9,7 @@ tests of what others see of a process (its arguments, its exit by a signal) star
 from __future__ import annotations
 
 import fcntl
+import importlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import sys
 import termios
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import alembic.config
@@ -31,6 +33,21 @@ from sqlalchemy_lucent import cli
 from sqlalchemy_lucent._cli import run  # noqa: F401
 from tests import registries  # noqa: F401
 from tests.integration import workers  # noqa: F401
+
+# What a run imports when it needs it, where there is such a module.
+for name in (
+    "logging.config",
+    "psycopg",
+    "pymysql",
+    "pydantic",
+    "sqlalchemy.dialects.mysql.pymysql",
+    "sqlalchemy.dialects.postgresql.psycopg",
+    "sqlalchemy.dialects.sqlite",
+    "typer._adapters",
+    "typer._click.decorators",
+):
+    with suppress(ImportError):
+        importlib.import_module(name)
 
 STREAMS = 3
 
