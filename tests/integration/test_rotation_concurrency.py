@@ -79,11 +79,11 @@ def test_four_writers_beside_two_rotators_lose_nothing(engine: Engine, promoted:
     rotators: list[Forked] = []
     try:
         changes = [line_of(writer) for writer in writers]
-        # Long enough for one pass that both are at work before the other one is through.
-        rotators += [start("rotator", url, 20, 0.05) for _ in range(2)]
+        # Batches so large that there is often a write between the read and the write of one.
+        rotators += [start("rotator", url, 100, 0.05) for _ in range(2)]
         told: list[list[str]] = [[], []]
         # The writers go on until what they wrote meanwhile was re-encrypted too.
-        while sum(int(lines[-1]) for lines in told if lines) <= 2 * ROWS:
+        while sum(int(lines[-1]) for lines in told if lines) <= 4 * ROWS:
             for rotator, lines in zip(rotators, told, strict=True):
                 lines.append(line_of(rotator))
         for writer in writers:
