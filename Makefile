@@ -4,6 +4,9 @@ BIN := .venv/bin
 # One more than there are cores: the tests often wait for a server or for another process.
 TEST_WORKERS := $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 
+# Compiled modules are kept, whatever the shell says: the tests start many processes.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo demo-web test test-long test-release coverage oldest newest pythons lint docs bench \
 	wheel mutants checklist clean
 
