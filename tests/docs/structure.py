@@ -1,4 +1,4 @@
-"""The modules of the package and what they import, as ``docs/CONTRIBUTING.md`` shows them.
+"""The modules of the package and what they import, as ``docs/modules.md`` shows them.
 
 ``python -m tests.docs.structure`` writes both blocks into the page.
 """
@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from .pages import ROOT
 
 SOURCE: Final = ROOT / "sqlalchemy_lucent"
-PAGE: Final = ROOT / "docs/CONTRIBUTING.md"
+PAGE: Final = ROOT / "docs/modules.md"
 COMMAND: Final = "python -m tests.docs.structure"
 
 CORE: Final = "core"
