@@ -168,8 +168,8 @@ def test_the_guides_have_code() -> None:
         "docs/errors.md",
         "docs/index.md",
         "docs/logs.md",
-        "docs/modules.md",
         "docs/protection.md",
+        "docs/modules.md",
         "docs/reference.md",
         "docs/rotation-promises.md",
     }
