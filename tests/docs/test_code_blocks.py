@@ -169,6 +169,7 @@ def test_the_guides_have_code() -> None:
         "docs/index.md",
         "docs/logs.md",
         "docs/protection.md",
+        "docs/modules.md",
         "docs/reference.md",
         "docs/rotation-promises.md",
     }
