@@ -167,7 +167,7 @@ def test_the_guides_have_code() -> None:
         "docs/demo-web.md",
         "docs/errors.md",
         "docs/index.md",
-        "docs/logs.md",
+        "docs/admin-and-logs.md",
         "docs/protection.md",
         "docs/reference.md",
         "docs/rotation-promises.md",
