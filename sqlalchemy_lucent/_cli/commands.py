@@ -179,7 +179,7 @@ def status(
         (f"{r.table}.{r.column}", r.key_version or "not sealed", r.fingerprint or "-", r.count)
         for r in report.rows
     ]
-    write_rows(("column", "version", "fingerprint", "values"), rows)
+    write_rows(("column", "version", "fingerprint", "values"), rows, is_report=True)
     if not report.rows:
         tell("no values")
     tell_left_out(report)
@@ -293,12 +293,13 @@ def retire_check(
     with opened(url, targets) as (engine, tables):
         lucent.retire_check(engine, version, targets, settle=settle, exclude=exclude or ())
         report = lucent.status(engine, targets)
-    counts = {(table.name, column.name): 0 for table in tables for column in table.columns}
-    for row in report.rows:
-        counts[row.table, row.column] += row.count
-    rows = [(f"{table}.{column}", count) for (table, column), count in counts.items()]
-    write_rows(("column", "values"), rows)
     write(wrapped(f"no value in these tables needs key version {version}") + "\n")
+    rows = []
+    for table, column in ((table.name, column.name) for table in tables for column in table.columns):
+        found = [row for row in report.rows if (row.table, row.column) == (table, column)]
+        under = sum(row.count for row in found if row.key_version == version)
+        rows.append((f"{table}.{column}", under, sum(row.count for row in found)))
+    write_rows(("column", f"under {version}", "all values"), rows, is_report=True)
     tell_left_out(report)
     if not settle:
         tell(

@@ -80,13 +80,20 @@ def printable(value: object) -> str:
     )
 
 
-def write_rows(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table on a terminal, elsewhere one line of tab-separated fields per row."""
+def write_rows(
+    headings: Sequence[str], rows: Iterable[Sequence[object]], *, is_report: bool = False
+) -> None:
+    """Write a table on a terminal, elsewhere one line of tab-separated fields per row.
+
+    :param is_report: write the headings elsewhere too: people read it in a log, and programs have
+        ``--json``.
+    """
     rows = list(rows)
     if not rows:
         return
     if not sys.stdout.isatty():
-        write("".join("\t".join(map(printable, row)) + "\n" for row in rows))
+        lines = [headings, *rows] if is_report else rows
+        write("".join("\t".join(map(printable, line)) + "\n" for line in lines))
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading, sample in zip(headings, rows[0], strict=True):

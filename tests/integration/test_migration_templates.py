@@ -276,17 +276,46 @@ def test_the_multidb_template_is_told_why_it_is_refused(multidb: Project) -> Non
     assert versions(multidb) == ["v1", "v1"]
 
 
-def test_the_multidb_template_with_the_function_of_the_documentation(multidb: Project) -> None:
+def function_of_the_page(caption: str) -> str:
     (function,) = (
         block.text.partition("\n\n")[2]
         for block in blocks(ROOT / "docs" / "alembic.md")
-        if block.text.startswith(":caption: run_migrations_online.py")
+        if block.text.startswith(f":caption: {caption}\n")
     )
+    return function
+
+
+def test_the_multidb_template_with_the_function_of_the_documentation(multidb: Project) -> None:
     env = multidb.folder / "migrations" / "env.py"
     before, _, after = env.read_text().partition("def run_migrations_online() -> None:")
     end = after[after.index("\nif context.is_offline_mode():") :]
-    env.write_text(before + function + end)
+    env.write_text(before + function_of_the_page("run_migrations_online.py") + end)
 
     multidb.alembic("upgrade", "head")
 
     assert versions(multidb) == ["v2", "v2"]
+
+
+def test_the_async_template_with_the_function_of_the_documentation(tmp_path: Path) -> None:
+    project = Project(tmp_path, "async", make_url(f"sqlite+aiosqlite:///{tmp_path}/app.db"))
+    env = tmp_path / "migrations" / "env.py"
+    before, _, after = env.read_text().partition("def do_run_migrations(")
+    end = after[after.index("\nasync def run_async_migrations") :]
+    env.write_text(before + function_of_the_page("do_run_migrations.py") + end)
+    set_default_keyring(Keyring({"v1": KEY_1}))
+    engine = create_engine(f"sqlite:///{tmp_path}/app.db")
+    USERS.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(USERS).values(id=1, token={"n": 1}))
+    (tmp_path / "migrations" / "versions" / "1.py").write_text(
+        "from alembic import op\n"
+        "revision, down_revision = '1', None\n"
+        "def upgrade():\n"
+        "    op.rotate_encrypted_column('users', 'token')\n"
+    )
+    project.primary = "v2"
+
+    project.alembic("upgrade", "head")
+
+    assert [row.key_version for row in status(engine, USERS).rows] == ["v2"]
+    engine.dispose()
