@@ -39,9 +39,8 @@ def test_a_filled_table_gets_an_encrypted_column_that_is_not_null(engine: Engine
     given = {"id": 2000, "credentials": {"plan": "pro"}}
     with engine.begin() as connection:
         connection.execute(users.insert(), given)
-    with engine.begin() as connection:
-        with Operations.context(MigrationContext.configure(connection)):
-            page["fill_and_close"]()
+    with engine.begin() as connection, Operations.context(MigrationContext.configure(connection)):
+        page["fill_and_close"]()
     with engine.connect() as connection:
         rows = connection.execute(sa.select(users.c.id, users.c.credentials))
         found = {row.id: row.credentials for row in rows}
