@@ -38,11 +38,13 @@ _PROJECTS: Final = frozenset(
 # These install or test the whole project, which `.ci/run` and `make` do; or need a cluster, whose
 # side of it test_containers.py checks; or a server, as in test_rotation_page.py.
 _RUN_ELSEWHERE: Final = (
+    ". .venv/bin/activate",
     ".venv/bin/",
     "git ",
     "kubectl ",
     "make ",
     "pip install ",
+    "python3 -m venv ",
     "python rotate_by_workers.py",
 )
 
