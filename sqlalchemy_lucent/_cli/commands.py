@@ -16,8 +16,8 @@ from .._envelope import VERSION_PATTERN
 from .._environment import DEFAULT_KEY_VERSION, ENV_FILE_SUFFIX, ENV_KEY, ENV_KEYS, ENV_VARIABLES
 from ..exceptions import hide_locals
 from ..rotation import DEFAULT_BATCH_SIZE
-from ..rotation.targets import TargetTable
-from .database import METADATA_VARIABLE, Selection, load_targets, opened
+from ..rotation.targets import TargetTable, resolve_targets
+from .database import METADATA_VARIABLE, Selection, load_targets, opened, with_stored_secrets
 from .doctor import examine
 from .errors import CommandError, Exit
 from .rotate import run_rotation, tell_left_out, write_failures
@@ -284,21 +284,25 @@ def retire_check(
 ) -> None:
     """Say whether any value still needs a key version. Opens nothing.
 
-    Name every model that the key was used for: other tables are not counted. A version that neither
-    the keyring nor a value has is refused, because it must be misspelt.
+    Name every model that the key was used for: other tables are not counted, except lucent_secrets.
+    A version that neither the keyring nor a value has is refused, because it must be misspelt.
     """
     if not VERSION_PATTERN.fullmatch(version):
         raise CommandError("retire-check takes a key version, such as v1")
-    targets = load_targets(metadata)
-    with opened(url, targets) as (engine, tables):
+    named = load_targets(metadata)
+    with opened(url, named) as (engine, _):
+        targets = with_stored_secrets(engine, named)
+        tables = resolve_targets(targets, engine)
         lucent.retire_check(engine, version, targets, settle=settle, exclude=exclude or ())
         report = lucent.status(engine, targets)
     write(wrapped(f"no value in these tables needs key version {version}") + "\n")
     rows = []
-    for table, column in ((table.name, column.name) for table in tables for column in table.columns):
-        found = [row for row in report.rows if (row.table, row.column) == (table, column)]
-        under = sum(row.count for row in found if row.key_version == version)
-        rows.append((f"{table}.{column}", under, sum(row.count for row in found)))
+    for table in tables:
+        for column in table.columns:
+            of_column = (table.name, column.name)
+            found = [row for row in report.rows if (row.table, row.column) == of_column]
+            under = sum(row.count for row in found if row.key_version == version)
+            rows.append((".".join(of_column), under, sum(row.count for row in found)))
     write_rows(("column", f"under {version}", "all values"), rows, is_report=True)
     tell_left_out(report)
     if not settle:

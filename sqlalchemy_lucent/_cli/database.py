@@ -24,7 +24,7 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.types import TypeEngine
 
 from .._database.relations import Relation, relation_of
-from ..models import LucentBase, LucentSecretMixin
+from ..models import LucentBase, LucentSecret, LucentSecretMixin
 from ..rotation.targets import Target, TargetTable, columns_in, resolve_targets, tables_in
 from .errors import CommandError, first_line, said_by
 
@@ -274,6 +274,18 @@ def _raised(named: str, error: BaseException) -> str:
         f"{named}: importing it raised {type(error).__name__} at "
         f"{last.filename}:{last.lineno}; import it in Python to see why"
     )
+
+
+def with_stored_secrets(engine: sa.Engine, targets: Sequence[Target]) -> list[Target]:
+    """Return `targets`, and the table ``lucent_secrets`` too if the database has it.
+
+    A key must not go because somebody forgot to name the package's own table.
+    """
+    name = LucentSecret.__tablename__
+    is_named = any(column.table.name == name for column in columns_in(targets))
+    if is_named or not sa.inspect(engine).has_table(name):
+        return list(targets)
+    return [*targets, LucentSecret]
 
 
 @dataclass(frozen=True)

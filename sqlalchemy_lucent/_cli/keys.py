@@ -14,7 +14,7 @@ import sqlalchemy_lucent as lucent
 from .._envelope import is_older
 from ..keys import KeyRegistry, RegisteredKey
 from .commands import ExcludeOption, JsonOption, MetadataOption, UrlOption, app
-from .database import load_targets, opened
+from .database import load_targets, opened, with_stored_secrets
 from .errors import CommandError, Exit
 from .terminal import counted, tell, wrapped, write, write_json, write_rows
 
@@ -47,7 +47,7 @@ def _registry(url: str | None, metadata: Sequence[str] | None) -> Iterator[KeyRe
     targets = load_targets(metadata)
     lucent.default_keyring()  # raises before a database is asked
     with opened(url, targets) as (engine, _):
-        yield KeyRegistry(engine, targets=targets)
+        yield KeyRegistry(engine, targets=with_stored_secrets(engine, targets))
 
 
 def _write_keys(found: Sequence[RegisteredKey]) -> None:

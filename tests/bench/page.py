@@ -69,6 +69,9 @@ PLOTS: dict[str, tuple[str, Callable[[Sequence[Figure], Path], None]]] = {
 
 Results = Mapping[str, Sequence[Figure]]
 
+LEFT_OUT = "psycopg async"
+"""The driver that the page leaves out, because it is as quick as psycopg."""
+
 PACKAGES = (
     *("sqlalchemy-lucent", "SQLAlchemy", "cryptography", "orjson", "msgspec", "ormsgpack"),
     *("psycopg", "asyncpg", "PyMySQL", "asyncmy"),
@@ -92,7 +95,7 @@ def write_details(results: Results, folder: Path) -> Path:
 def update_page(page: Path, results: Results) -> None:
     """Replace what stands in `page` between ``<!-- NAME -->`` and ``<!-- end -->``."""
     parts: dict[str, Iterable[str]] = {
-        "machine": machine(),
+        "machine": machine(PACKAGES[:2]),
         "columns": columns_table(results["columns"]),
         "repository": repository_table(results["repository"]),
         "rotation": rotation_table(results["rotation"]),
@@ -108,14 +111,17 @@ def update_page(page: Path, results: Results) -> None:
 
 def columns_table(figures: Sequence[Figure]) -> Iterator[str]:
     """One line for each driver and size: microseconds a row, and the ratio to plain JSON."""
-    beside_json = [each for each in figures if each.against == "JSON"]
+    beside_json = [
+        each for each in figures if each.against == "JSON" and LEFT_OUT not in each.group
+    ]
     yield from pivot(beside_json, lambda each: f"{number(each.ours)} ({each.ratio:.2f})")
     yield from met(figures)
 
 
 def repository_table(figures: Sequence[Figure]) -> Iterator[str]:
     """One line for each driver and size: microseconds a call, and the ratio to plain JSON."""
-    yield from pivot(figures, lambda each: f"{number(each.ours)} ({each.ratio:.2f})")
+    with_goals = [each for each in figures if each.goal is not None]
+    yield from pivot(with_goals, lambda each: f"{number(each.ours)} ({each.ratio:.2f})")
     yield from met(figures)
 
 
@@ -150,18 +156,18 @@ def met(figures: Sequence[Figure]) -> Iterator[str]:
     yield from ("", f"Goals met: {sum(each.met is True for each in goals)} of {len(goals)}.")
 
 
-def machine() -> Iterator[str]:
+def machine(packages: Iterable[str] = PACKAGES) -> Iterator[str]:
     """Say where and when it was measured, and with which versions."""
     memory = int(_first(r"^MemTotal: *(\d+) kB$", "/proc/meminfo") or 0) / 2**20
     system = _first(r'^PRETTY_NAME="(.*)"$', "/etc/os-release")
     processor = _first(r"^model name\s*: (.*)$", "/proc/cpuinfo")
     yield (
         f"{datetime.now(UTC):%Y-%m-%d}; {processor}, {os.cpu_count()} cores, {memory:.0f} GiB; "
-        f"{system}; {', '.join(_versions())}."
+        f"{system}; {', '.join(_versions(packages))}."
     )
 
 
-def _versions() -> Iterator[str]:
+def _versions(packages: Iterable[str]) -> Iterator[str]:
     yield f"Python {'.'.join(map(str, sys.version_info[:3]))}"
     yield f"SQLite {sqlite3.sqlite_version}"
     for kind, what in (("postgresql", "SHOW server_version"), ("mysql", "SELECT version()")):
@@ -171,7 +177,7 @@ def _versions() -> Iterator[str]:
                 version = str(connection.execute(text(what)).scalar_one())
             engine.dispose()
         yield version if "Maria" in version else f"{kind.title()} {version}"
-    for name in PACKAGES:
+    for name in packages:
         yield f"{name} {importlib.metadata.version(name)}"
 
 

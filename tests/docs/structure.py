@@ -1,4 +1,4 @@
-"""The modules of the package and what they import, as ``docs/CONTRIBUTING.md`` shows them.
+"""The modules of the package and what they import, as ``docs/modules.md`` shows them.
 
 ``python -m tests.docs.structure`` writes both blocks into the page.
 """
@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from .pages import ROOT
 
 SOURCE: Final = ROOT / "sqlalchemy_lucent"
-PAGE: Final = ROOT / "docs/CONTRIBUTING.md"
+PAGE: Final = ROOT / "docs/modules.md"
 COMMAND: Final = "python -m tests.docs.structure"
 
 CORE: Final = "core"
@@ -155,15 +155,15 @@ def tree() -> str:
 
 
 def picture() -> str:
-    """Return what imports what: each package with its modules, top to bottom."""
+    """Return what imports what: the packages, top to bottom, and the layers of the core."""
     files = modules()
     found = imports(files)
     lines = []
     for package in reversed(BELOW):
-        members = [m for m in _members(files, package) if m not in ENTRY_POINTS]
-        layers = import_layers(found, members)
         if package == CORE:
-            lines += ["core, in layers: a module imports only from the layers below its own"]
+            members = [m for m in _members(files, package) if m not in ENTRY_POINTS]
+            layers = import_layers(found, members)
+            lines += ["", "core, in layers: a module imports only from the layers below its own"]
             for number, layer in reversed(list(enumerate(layers, 1))):
                 lines += _entry(f"  {number}", ", ".join(layer))
             continue
@@ -171,9 +171,6 @@ def picture() -> str:
         lines.append(
             f"{package} -> {', '.join(p for p in reversed(BELOW) if p in below - {package})}"
         )
-        for module in (module for layer in reversed(layers) for module in layer):
-            lines += _arrows(module, found)
-        lines.append("")
     lines += ["", "core, when a function is called or a name is first used"]
     for module in _members(files, CORE):
         lines += _arrows(module, [each for each in found if each.when is not When.IMPORT])
@@ -187,23 +184,11 @@ def _members(files: Mapping[str, Path], package: str) -> list[str]:
 
 
 def _arrows(module: str, found: Iterable[Import]) -> list[str]:
-    """Return a line of the modules that `module` imports, its own package's first.
-
-    Those of the core are left out for the other packages, which may import all of it.
-    """
-    package = package_of(module)
-    names = {
-        each.module
-        for each in found
-        if each.by == module and (package == CORE or package_of(each.module) != CORE)
-    }
-    ordered = sorted(names, key=lambda name: (package_of(name) != package, name))
-    text = ", ".join(_short(name, package) for name in ordered)
-    return _entry(f"  {_short(module, package)}", text and f"-> {text}")
-
-
-def _short(module: str, package: str) -> str:
-    return module.removeprefix(f"{package}.").removesuffix(".__init__")
+    """Return a line of the modules that `module` of the core imports, the core's own first."""
+    names = {each.module for each in found if each.by == module}
+    ordered = sorted(names, key=lambda name: (package_of(name) != CORE, name))
+    text = ", ".join(name.removesuffix(".__init__") for name in ordered)
+    return _entry(f"  {module}", text and f"-> {text}")
 
 
 def _purpose(path: Path) -> str:

@@ -173,6 +173,7 @@ def test_the_guides_have_code() -> None:
         "docs/index.md",
         "docs/admin-and-logs.md",
         "docs/protection.md",
+        "docs/modules.md",
         "docs/reference.md",
         "docs/rotation-promises.md",
     }

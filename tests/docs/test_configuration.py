@@ -1,4 +1,4 @@
-"""``docs/configuration.md`` has every variable and option that the code reads, and their defaults."""
+"""``docs/configuration.md`` has every variable and option that the code reads, and the defaults."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 def test_every_variable_that_is_read_is_on_the_page() -> None:
     named = {
-        name
-        for row in rows("Environment variables")
-        for name in re.findall(r"`([A-Z_]+)`", row[0])
+        name for row in rows("Environment variables") for name in re.findall(r"`([A-Z_]+)`", row[0])
     }
     by_literal = {
         name

@@ -58,7 +58,8 @@ def test_the_workers_of_the_script_do_the_work_once(databases: Databases, tmp_pa
         with engine.connect() as connection:
             counted = text("SELECT count(DISTINCT pid), count(*) FROM writers")
             writers, updates = connection.execute(counted).one()
-            assert (0 < writers <= 2, updates) == (True, ROWS)
+            # Each of the two processes may read ahead on a second connection.
+            assert (0 < writers <= 4, updates) == (True, ROWS)
     finally:
         drop_everything(engine)
         with engine.begin() as connection:

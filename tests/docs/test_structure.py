@@ -1,4 +1,4 @@
-"""The imports of the package go one way, and ``docs/CONTRIBUTING.md`` shows them as they are."""
+"""The imports of the package go one way, and ``docs/modules.md`` shows them as they are."""
 
 from __future__ import annotations
 

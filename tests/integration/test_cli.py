@@ -219,8 +219,10 @@ def test_a_key_is_rotated_verified_and_retired(at: Lucent, engine: Engine) -> No
 def test_a_retired_key_is_looked_for_in_the_tables_that_are_named(lucent: Lucent) -> None:
     assert lucent("retire-check", "v1", "--settle", "0.01") == (
         0,
-        "no value in these tables needs key version v1\n"
-        "column\tunder v1\tall values\nlucent_secrets.payload\t0\t0\n",
+        (
+            "no value in these tables needs key version v1\n"
+            "column\tunder v1\tall values\nlucent_secrets.payload\t0\t0\n"
+        ),
         "only lucent_secrets was counted: name your models with --metadata as well\n",
     )
     assert lucent("retire-check", "v1").err.startswith(
@@ -236,6 +238,18 @@ def test_a_retired_key_is_looked_for_in_the_tables_that_are_named(lucent: Lucent
     # Without any keyring, nothing knows of a version that no value has.
     without = Lucent(lucent.directory, lucent.url)
     assert [without("retire-check", version).code for version in ("v1", "v3")] == [1, 2]
+
+
+def test_secrets_that_nobody_named_keep_their_key(at: Lucent, engine: Engine) -> None:
+    LucentBase.metadata.create_all(engine)
+    fill(engine, 1)
+    assert at("rotate", *LEDGER).code == 0
+    settled = ("retire-check", "v1", "--settle", "0.01", *LEDGER)
+    assert at(*settled).out.endswith("\nlucent_secrets.payload\t0\t0\n")
+    store(at, apiKey=PLAINTEXT)
+    forgotten = at(*settled)
+    assert (forgotten.code, forgotten.out) == (1, "")
+    assert "1 in lucent_secrets.payload" in forgotten.err
 
 
 def test_a_view_is_left_out_and_named(at: Lucent, engine: Engine) -> None:

@@ -276,10 +276,10 @@ def test_the_multidb_template_is_told_why_it_is_refused(multidb: Project) -> Non
     assert versions(multidb) == ["v1", "v1"]
 
 
-def function_of_the_page(caption: str) -> str:
+def function_of_the_page(page: str, caption: str) -> str:
     (function,) = (
         block.text.partition("\n\n")[2]
-        for block in blocks(ROOT / "docs" / "alembic.md")
+        for block in blocks(ROOT / "docs" / page)
         if block.text.startswith(f":caption: {caption}\n")
     )
     return function
@@ -289,7 +289,7 @@ def test_the_multidb_template_with_the_function_of_the_documentation(multidb: Pr
     env = multidb.folder / "migrations" / "env.py"
     before, _, after = env.read_text().partition("def run_migrations_online() -> None:")
     end = after[after.index("\nif context.is_offline_mode():") :]
-    env.write_text(before + function_of_the_page("run_migrations_online.py") + end)
+    env.write_text(before + function_of_the_page("reference.md", "run_migrations_online.py") + end)
 
     multidb.alembic("upgrade", "head")
 
@@ -301,7 +301,7 @@ def test_the_async_template_with_the_function_of_the_documentation(tmp_path: Pat
     env = tmp_path / "migrations" / "env.py"
     before, _, after = env.read_text().partition("def do_run_migrations(")
     end = after[after.index("\nasync def run_async_migrations") :]
-    env.write_text(before + function_of_the_page("do_run_migrations.py") + end)
+    env.write_text(before + function_of_the_page("alembic.md", "do_run_migrations.py") + end)
     set_default_keyring(Keyring({"v1": KEY_1}))
     engine = create_engine(f"sqlite:///{tmp_path}/app.db")
     USERS.metadata.create_all(engine)
