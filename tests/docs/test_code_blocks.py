@@ -27,9 +27,7 @@ from .pages import PAGES, ROOT, blocks, functions, relative
 from .shell import Terminal, commands
 
 _NOT_RUN: Final = frozenset({"bash", "ini", "json", "sql", "text", "toml", "typescript"})
-_DIRECTIVES: Final = frozenset(
-    {"{toctree}", "{eval-rst}", "{raw} html", "{include} ../README.md"}
-)
+_DIRECTIVES: Final = frozenset({"{toctree}", "{eval-rst}", "{raw} html", "{include} ../README.md"})
 
 # Their files and commands are made and run by tests of their own.
 _PROJECTS: Final = frozenset(
