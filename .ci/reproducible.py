@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 
 NEEDED_BY_THE_TESTS = (
     ".ci/oldest.txt", "CHANGELOG.md", "LICENSE",
-    "Makefile", "README.md", "alembic/env.py", "docs/quickstart.md", "pyproject.toml",
+    "Makefile", "README.md", "alembic/env.py", "docs/tutorial.md", "pyproject.toml",
     "sqlalchemy_lucent/py.typed", "tests/conftest.py", "tests/vectors/rows.json",
 )  # fmt: skip
 

@@ -91,6 +91,18 @@ class RotationReport:
         """Whether nothing is left to do."""
         return self.remaining == 0
 
+    def __str__(self) -> str:
+        if self.dry_run:
+            text = f"dry run: would re-encrypt {_values(self.rotated)} under {self.key_version}"
+        else:
+            result = "ok" if self.ok else "not ok"
+            text = f"{result}: re-encrypted {_values(self.rotated)} under {self.key_version}"
+        if self.remaining:
+            text += f"; {self.remaining} not under it"
+        if self.failed_count:
+            text += f"; {self.failed_count} did not open"
+        return text
+
     def as_dict(self) -> dict[str, Any]:
         """Return the report as data that :func:`json.dumps` takes."""
         return {**_as_dict(self), "ok": self.ok}
@@ -142,9 +154,17 @@ class VerifyReport:
         """Whether every value opened."""
         return self.failed_count == 0
 
+    def __str__(self) -> str:
+        text = f"{'ok' if self.ok else 'not ok'}: opened {_values(self.opened)}"
+        return text if self.ok else f"{text}; {self.failed_count} did not open"
+
     def as_dict(self) -> dict[str, Any]:
         """Return the report as data that :func:`json.dumps` takes."""
         return {**_as_dict(self), "ok": self.ok}
+
+
+def _values(count: int) -> str:
+    return f"{count} value" if count == 1 else f"{count} values"
 
 
 def _as_dict(report: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What prints a value, for each row of the table in docs/logs.md."""
+"""What prints a value, for each row of the table in docs/admin-and-logs.md."""
 
 from __future__ import annotations
 

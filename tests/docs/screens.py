@@ -16,7 +16,7 @@ from typing import Final
 
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
-WIDTH: Final = 390
+WIDTH: Final = 360
 HEIGHT: Final = 844
 
 # What is wider than the screen, and does not scroll by itself. A phone's `innerWidth` grows with

@@ -7,6 +7,7 @@ checked, and that each host is one that the documentation means to point to.
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import runpy
 import subprocess
@@ -101,6 +102,19 @@ def test_every_link_to_outside_is_https_and_to_a_known_host(html: Path) -> None:
         if urlsplit(link).scheme != "https" or urlsplit(link).netloc not in HOSTS
     }
     assert not strange
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["sqlmodel", "admin", "sentry", "lazy", "secretstr", "pgbouncer", "replica", "factory"],
+)
+def test_the_search_finds(html: Path, word: str) -> None:
+    from sphinx.search.en import SearchEnglish
+
+    text = (html / "searchindex.js").read_text("utf-8")
+    index = json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))
+    stem = SearchEnglish({}).stem(word)
+    assert index["terms"].get(stem) or index["titleterms"].get(stem)
 
 
 def public_members() -> Iterator[str]:

@@ -27,7 +27,7 @@ from .pages import PAGES, ROOT, blocks, functions, relative
 from .shell import Terminal, commands
 
 _NOT_RUN: Final = frozenset({"bash", "ini", "json", "sql", "text", "toml", "typescript"})
-_DIRECTIVES: Final = frozenset({"{toctree}", "{eval-rst}", "{raw} html"})
+_DIRECTIVES: Final = frozenset({"{toctree}", "{eval-rst}", "{raw} html", "{include} ../README.md"})
 
 # Their files and commands are made and run by tests of their own.
 _PROJECTS: Final = frozenset(
@@ -36,11 +36,13 @@ _PROJECTS: Final = frozenset(
 # These install or test the whole project, which `.ci/run` and `make` do; or need a cluster, whose
 # side of it test_containers.py checks; or a server, as in test_rotation_page.py.
 _RUN_ELSEWHERE: Final = (
+    ". .venv/bin/activate",
     ".venv/bin/",
     "git ",
     "kubectl ",
     "make ",
     "pip install ",
+    "python3 -m venv ",
     "python rotate_by_workers.py",
 )
 
@@ -167,7 +169,7 @@ def test_the_guides_have_code() -> None:
         "docs/demo-web.md",
         "docs/errors.md",
         "docs/index.md",
-        "docs/logs.md",
+        "docs/admin-and-logs.md",
         "docs/protection.md",
         "docs/modules.md",
         "docs/reference.md",

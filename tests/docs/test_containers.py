@@ -80,8 +80,3 @@ def test_the_job_runs_rotators_that_find_the_keys_and_the_database(tmp_path: Pat
     assert keys_file["name"] in ENV_VARIABLES
     assert database["name"] == URL_VARIABLE
     assert keys_file["value"].startswith(container["volumeMounts"][0]["mountPath"] + "/")
-
-
-def test_the_page_names_every_variable() -> None:
-    text = PAGE.read_text("utf-8")
-    assert [name for name in ENV_VARIABLES if f"`{name}`" not in text] == []

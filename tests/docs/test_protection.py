@@ -421,7 +421,7 @@ def test_an_opened_value_does_not_print_itself(session: Session) -> None:
 
 @pytest.mark.parametrize("kind", list(PRINTED))
 def test_the_table_says_what_hides(kind: str) -> None:
-    page = (ROOT / "docs/logs.md").read_text("utf-8")
+    page = (ROOT / "docs/admin-and-logs.md").read_text("utf-8")
     rows = re.findall(r"^\| ([^|]+) \| (hidden|shown) \| (hidden|shown) \|$", page, re.MULTILINE)
     assert [where for where, *_ in rows] == list(PRINTERS)
     engine = create_engine("sqlite://")

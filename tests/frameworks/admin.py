@@ -120,7 +120,7 @@ each_case = pytest.mark.parametrize(
 )
 
 REPLACED = [(Plain, "str"), (Mutable, "dict"), (Lazy, "list"), (RowBound, "str")]
-"""What the forms of docs/frameworks.md are tried with."""
+"""What the forms of docs/admin-and-logs.md are tried with."""
 
 
 PRINTED = [(Unredacted, {"token": MARKER}), (Plain, 51), (Plain, True)]

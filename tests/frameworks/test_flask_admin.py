@@ -100,7 +100,7 @@ def test_a_form_that_is_told_of_the_column_is_refused(
     assert stored(engine, model) == (VALUES[kind], "before")
 
 
-# -- the recipe of docs/frameworks.md --------------------------------------------------------------
+# -- the recipe of docs/admin-and-logs.md ----------------------------------------------------------
 
 
 class Replacing(View):

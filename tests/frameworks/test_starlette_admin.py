@@ -103,7 +103,7 @@ def test_what_prints_itself_is_stored_as_its_text(
     assert stored(engine, model)[0] == str(value)
 
 
-# -- the recipe of docs/frameworks.md --------------------------------------------------------------
+# -- the recipe of docs/admin-and-logs.md ----------------------------------------------------------
 
 
 class Replacing(ModelView):

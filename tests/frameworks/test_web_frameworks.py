@@ -1,4 +1,4 @@
-"""The repository inside web frameworks and worker processes, as docs/frameworks.md shows it."""
+"""The repository in web frameworks and workers, as docs/fastapi.md and docs/flask.md show it."""
 
 from __future__ import annotations
 

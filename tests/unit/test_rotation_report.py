@@ -52,3 +52,21 @@ def test_a_rotation_is_ok_when_nothing_remains(remaining: int, ok: bool) -> None
     report = RotationReport("v2", 5, (), 0, remaining)
     assert report.ok is ok
     assert report.as_dict()["ok"] is ok
+
+
+@pytest.mark.parametrize(
+    "report, words",
+    [
+        (RotationReport("v2", 1, (), 0, 0), ["ok", "1 value", "v2"]),
+        (RotationReport("v2", 5, (), 0, 3), ["not ok", "5 values", "3"]),
+        (RotationReport("v2", 5, (failed("pk-7"),), 1, 1), ["not ok", "1 did not open"]),
+        (RotationReport("v2", 5, (), 0, 0, dry_run=True), ["dry run", "5 values"]),
+        (VerifyReport(2, (), 0), ["ok", "2 values"]),
+        (VerifyReport(2, (failed("pk-7"),), 1), ["not ok", "2 values", "1 did not open"]),
+    ],
+)
+def test_a_report_says_its_result_first_and_no_primary_key(report: Any, words: list[str]) -> None:
+    text = str(report)
+    assert text.startswith(f"{words[0]}:")
+    assert all(word in text for word in words)
+    assert "pk-7" not in text
