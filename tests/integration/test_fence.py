@@ -665,6 +665,71 @@ def users_plain() -> Table:
     return Table("users", MetaData(), Column("creds", sa.JSON()))
 
 
+def alter_in_batch(op: Operations) -> None:
+    with op.batch_alter_table("users") as batch:
+        batch.alter_column("email", existing_type=String(50), type_=String(60))
+
+
+def drop_in_batch(op: Operations) -> None:
+    with op.batch_alter_table("users") as batch:
+        batch.drop_column("email")
+
+
+def constrain_in_batch(op: Operations) -> None:
+    with op.batch_alter_table("users") as batch:
+        batch.create_unique_constraint("one", ["email"])
+
+
+def add_to_a_copy(op: Operations) -> None:
+    with op.batch_alter_table("USERS", recreate="always") as batch:
+        batch.add_column(Column("more", String(9)), insert_after="id")
+
+
+def index_a_copy(op: Operations) -> None:
+    with op.batch_alter_table("users", recreate="always") as batch:
+        batch.create_index("by_email", ["email"])
+
+
+only_sqlite = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+
+
+@only_sqlite
+@pytest.mark.parametrize("change", [drop_in_batch, constrain_in_batch, add_to_a_copy, index_a_copy])
+def test_no_kind_of_copy_loses_it(
+    engine: Engine, operate: Operate, keyring: Keyring, change: Callable[[Operations], None]
+) -> None:
+    table = users()
+    table.create(engine)
+    fence_of(table, engine).add(engine)
+
+    def in_place(op: Operations) -> None:
+        with op.batch_alter_table("users") as batch:
+            batch.add_column(Column("note", String(9)))
+            batch.create_index("by_note", ["note"])
+
+    before = sa.inspect(engine).get_columns("users")
+    with pytest.raises(RotationError, match="lose its fence"):
+        operate(change)
+    assert sa.inspect(engine).get_table_names() == ["users"]
+    assert str(sa.inspect(engine).get_columns("users")) == str(before)
+    operate(in_place)
+    assert refuses(engine, table, keyring)
+
+
+@only_sqlite
+def test_a_copy_of_another_table_is_made(engine: Engine, operate: Operate) -> None:
+    users().create(engine)
+    fence_of(users(), engine).add(engine)
+    Table("notes", MetaData(), Column("id", sa.Integer, primary_key=True)).create(engine)
+
+    def change(op: Operations) -> None:
+        with op.batch_alter_table("notes", recreate="always") as batch:
+            batch.add_column(Column("more", String(9)))
+
+    operate(change)
+    assert [each["name"] for each in sa.inspect(engine).get_columns("notes")] == ["id", "more"]
+
+
 def test_a_copy_of_the_table_does_not_lose_it(
     engine: Engine, operate: Operate, keyring: Keyring, promoted: Keyring
 ) -> None:
@@ -673,10 +738,7 @@ def test_a_copy_of_the_table_does_not_lose_it(
     put(engine, table, promoted)
     fence_of(table, engine).add(engine)
 
-    def change(op: Operations) -> None:
-        with op.batch_alter_table("users") as batch:
-            batch.alter_column("email", existing_type=String(50), type_=String(60))
-
+    change = alter_in_batch
     if engine.dialect.name == "sqlite":
         with pytest.raises(
             RotationError, match=r"lose its fence, the trigger lucent_fence_v1_users_creds"
