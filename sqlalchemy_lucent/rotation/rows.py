@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
 from operator import add
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
@@ -16,6 +15,7 @@ from sqlalchemy.sql.expression import ColumnClause, TableClause
 
 from .._database.visibility import require_full_visibility
 from .._pagination import as_sort_value, row_after, sort_columns
+from .._statements import BINARY_RESULTS, REPEATABLE, watch
 from ..exceptions import RotationError
 from ._keys import check_character_sets, without_limits
 from .throttle import BATCH_BYTES
@@ -110,7 +110,6 @@ class Rows:
         self._sizes = sizes or [sa.literal(0)]
         self._skips_locked = skips_locked
         self._order: Sequence[sa.ColumnElement[Any]] = self.primary_key
-        self._in_binary = False
         self._lookahead = 1
         # Kept, because building a statement costs SQLAlchemy as much as running it.
         self._statements: dict[tuple[object, ...], sa.Select[Any]] = {}
@@ -124,13 +123,8 @@ class Rows:
         """
         self.check_keys(connection)
         nothing = BatchBounds(limit=0)
-        result = connection.execute(self._reading(nothing, lock=lock), self.parameters(nothing))
-        if self.dialect.driver == "psycopg" and not self.dialect.is_async:
-            from .._binary_results import reads_alike  # with that driver only
-
-            # A cursor that puts parameters into the text has no binary results.
-            self._in_binary = reads_alike(result.cursor) and not hasattr(result.cursor, "mogrify")
-        result.close()
+        watch(connection.dialect)
+        connection.execute(self._reading(nothing, lock=lock), self.parameters(nothing)).close()
 
     def check_keys(self, connection: sa.Connection) -> None:
         """Refuse a table with rows that are hidden, or that cannot be found by primary key.
@@ -204,9 +198,7 @@ class Rows:
         :raises RotationError: a value of a key or binding column does not fit the column's type.
         """
         statement = self._reading(bounds, lock=lock, keys_only=keys_only)
-        in_binary = self._in_binary and not keys_only
-        with _binary_results(connection) if in_binary else nullcontext():
-            return self._execute(connection, statement, self.parameters(bounds))
+        return self._execute(connection, statement, self.parameters(bounds))
 
     def next_after(self, bounds: BatchBounds, rows: Sequence[Sequence[Any]]) -> PrimaryKey | None:
         """Return the key that the next batch begins after; ``None`` at the end of the table.
@@ -362,7 +354,8 @@ class Rows:
                 statement = statement.with_for_update(
                     skip_locked=self._skips_locked, key_share=True
                 )
-            self._statements[kind] = statement
+            # It selects stored bytes, and calls no function that does anything.
+            self._statements[kind] = statement.execution_options(**{BINARY_RESULTS: REPEATABLE})
         return self._statements[kind]
 
     def _finding_bounds(self, after: PrimaryKey | None) -> sa.Select[Any]:
@@ -406,20 +399,3 @@ class Rows:
             "of a column that values are bound to, does not fit the column's type. Correct the "
             "value or the type"
         )
-
-
-@contextmanager
-def _binary_results(connection: sa.Connection) -> Iterator[None]:
-    """Have psycopg fetch bytes as they are, rather than as hexadecimal text.
-
-    SQLAlchemy has no option for it, but shows each cursor to event listeners.
-    """
-
-    def fetch_in_binary(_connection: Any, cursor: Any, *_rest: Any) -> None:
-        cursor.format = 1
-
-    sa.event.listen(connection, "before_cursor_execute", fetch_in_binary)
-    try:
-        yield
-    finally:
-        sa.event.remove(connection, "before_cursor_execute", fetch_in_binary)
