@@ -20,6 +20,9 @@ from .visibility import require_primary
 DEFAULT_RETRIES: Final = 12
 """Further attempts at a batch, with half the rows each: about half a minute in all."""
 
+DEFAULT_LOCK_TIMEOUT: Final = 1.0
+"""Seconds that a change of a table waits for its lock. Others queue behind it meanwhile."""
+
 _FIRST_PAUSE: Final = 0.05  # seconds; doubled at each attempt, with jitter
 _LONGEST_PAUSE: Final = 4.0
 
@@ -42,6 +45,16 @@ _SESSION: Final = text(
     "SELECT @@SESSION.sql_mode, @@SESSION.sql_safe_updates, @@log_bin, @@SESSION.binlog_format"
 )
 _SET_SESSION: Final = text("SET SESSION sql_mode = :sql_mode, SESSION sql_safe_updates = :safe")
+
+
+def check_retries(retries: object) -> int:
+    """Return a number of further attempts.
+
+    :raises RotationError: it is none.
+    """
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+        raise RotationError("retries is a whole number, 0 or more")
+    return retries
 
 
 class ManagedConnection:

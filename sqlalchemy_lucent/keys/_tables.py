@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .._database.connection import ManagedConnection
-from ..exceptions import LucentError, UnknownKeyVersionError
-from ..rotation import count_version, require_unused, status
+from ..exceptions import KeyInUseError, LucentError, UnknownKeyVersionError
+from ..keyring import Keyring
+from ..rotation import RotationReport, count_version, require_unused, rotate, status
 from ..rotation.targets import (
     Survey,
     Target,
@@ -84,24 +85,44 @@ class Tables:
 
     # -- fences ------------------------------------------------------------------------------------
 
-    def unfenced(self, version: str) -> list[str]:
-        """Return the names of the tables that do not refuse `version`."""
-        fences = self._fences(version)
-        return [fence.target.name for fence in fences if not fence.exists(self._engine)]
+    def fenced(self, version: str) -> tuple[list[str], list[str]]:
+        """Return the names of the columns that refuse `version`, and of those that do not."""
+        refusing: list[str] = []
+        others: list[str] = []
+        for fence in self._fences(version):
+            found = fence.fenced_columns(self._engine)
+            for column in fence.target.columns:
+                names = refusing if column.name in found else others
+                names.append(f"{fence.target.name}.{column.name}")
+        return refusing, others
 
-    def fence(self, version: str, exclude: Iterable[str]) -> None:
+    def fence(
+        self,
+        version: str,
+        exclude: Iterable[str],
+        keyring: Keyring | None,
+        *,
+        lock_timeout: float,
+        retries: int,
+    ) -> None:
         """Have every table refuse `version`, or none that did not before.
 
+        :param keyring: re-encrypt under its primary what is under `version`.
         :raises KeyInUseError: values are under it.
         """
-        fences = self._fences(version, exclude)
+        # A fence refuses any update of a row whose value it refuses, so look before it is there.
+        counts = keyring is None or self._rotate(keyring).failed_count > 0
+        lock = {"lock_timeout": lock_timeout, "retries": retries}
+        fences = self._fences(version, exclude, counts=counts, **lock)
         added: list[Fence] = []
         fault: LucentError | None = None
         try:
             for fence in fences:
                 if not fence.exists(self._engine):
                     added.append(fence)
-                    fence.add(self._engine)
+                    fence.add(self._engine, counts=False)
+            if keyring is not None:
+                self._rotate(keyring)  # what was committed until the fence was there
             for fence in fences:
                 fence.validate(self._engine)
         except LucentError as error:
@@ -111,24 +132,39 @@ class Tables:
         for fence in added:
             with suppress(LucentError):  # check() names what is left
                 fence.drop(self._engine)
+        if isinstance(fault, KeyInUseError) and keyring is None:
+            fault = KeyInUseError(
+                f"{fault}. A process still seals under it: with rotate=True, what it commits until "
+                "the fence is there is re-encrypted"
+            )
         raise fault
+
+    def _rotate(self, keyring: Keyring) -> RotationReport:
+        return rotate(self._engine, self._targets, keyring=keyring)
 
     def unfence(self, version: str) -> None:
         """Have every table take `version` again."""
         for fence in self._fences(version):
             fence.drop(self._engine)
 
-    def _fences(self, version: str, exclude: Iterable[str] | None = None) -> list[Fence]:
-        """Return the fence of each table; with `exclude`, only if no value is under `version`."""
+    def _fences(
+        self,
+        version: str,
+        exclude: Iterable[str] | None = None,
+        *,
+        counts: bool = False,
+        **lock: Any,
+    ) -> list[Fence]:
+        """Return the fence of each table; with `counts`, only if no value is under `version`."""
         from ..migrations.fence import Fence  # loads Alembic
 
         def look(
             database: ManagedConnection, tables: Sequence[TargetTable]
         ) -> Sequence[TargetTable]:
-            if exclude is not None:
+            if counts:
                 require_unused(database, tables, version)
             return tables
 
         what = f"the look at fences against key version {version!r}"
         found = self.work(what, look, exclude=exclude, read_only=True)
-        return [Fence(table, version) for table in found]
+        return [Fence(table, version, **lock) for table in found]

@@ -51,6 +51,7 @@ from .operations import (
     DropLucentSecretsOp,
     DropSealedCheckOp,
     FenceKeyVersionOp,
+    FenceOp,
     LucentOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
@@ -255,17 +256,17 @@ def _drop_fence(operations: Operations, operation: UnfenceKeyVersionOp) -> None:
     _fence(connection, operation).drop(connection)
 
 
-def _fence(connection: Connection, operation: FenceKeyVersionOp | UnfenceKeyVersionOp) -> Fence:
+def _fence(connection: Connection, operation: FenceOp) -> Fence:
     name = operation.column_name
     _, table = reflect_table(connection, operation.table_name, operation.schema, name, {})
     table.append_column(Column(name, EncryptedJSON()))
     (target,) = resolve_targets(table, connection)
-    return Fence(target, operation.version)
+    return Fence(
+        target, operation.version, lock_timeout=operation.lock_timeout, retries=operation.retries
+    )
 
 
-def _fence_as_sql(
-    operations: Operations, operation: FenceKeyVersionOp | UnfenceKeyVersionOp
-) -> list[CheckConstraint]:
+def _fence_as_sql(operations: Operations, operation: FenceOp) -> list[CheckConstraint]:
     dialect = operations.migration_context.dialect
     if dialect.name == "sqlite":
         raise RotationError(

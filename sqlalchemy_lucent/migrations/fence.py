@@ -7,6 +7,7 @@ be added by copying the table. It compares the first bytes of a value, and needs
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,20 +18,23 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import AddConstraint, conv
 
 from .. import _sql
-from .._database.connection import ManagedConnection
+from .._database.connection import (
+    DEFAULT_LOCK_TIMEOUT,
+    DEFAULT_RETRIES,
+    ManagedConnection,
+    check_retries,
+)
 from .._database.faults import Fault
 from .._database.reflection import dotted, reflect_columns
 from .._database.relations import is_binary
 from .._envelope import version_prefix
 from ..exceptions import KeyInUseError, RotationError, hide_locals
 from ..keyring import check_version
-from ..rotation import require_unused
+from ..rotation import is_number, require_unused
 from ..rotation.targets import TargetTable, survey
 from ._checks import find_check, not_encrypted
 
-_LOCK_TIMEOUT: Final = 1
-"""Seconds to wait for the table. Others queue behind a change of the table that waits, so it gives
-up soon, lets them through and tries again."""
+_LONGEST_LOCK_TIMEOUT: Final = 86_400
 
 _LONGEST_NAME: Final = 63  # bytes, on PostgreSQL; MariaDB and MySQL take 64 characters
 
@@ -52,28 +56,47 @@ class Fence:
 
     :param target: the table and the columns to fence, from :func:`.rotation.targets`.
     :param version: the key version that is refused.
+    :param lock_timeout: seconds to wait for the table, on PostgreSQL, MariaDB and MySQL (whole
+        seconds there). Others queue behind a change of the table that waits, so it gives up soon,
+        lets them through and tries again.
+    :param retries: further attempts, up to 4 seconds apart.
     :raises InvalidKeyError: `version` breaks the rule for versions.
+    :raises RotationError: another argument is wrong.
     """
 
     @hide_locals
-    def __init__(self, target: TargetTable, version: str) -> None:
+    def __init__(
+        self,
+        target: TargetTable,
+        version: str,
+        *,
+        lock_timeout: float = DEFAULT_LOCK_TIMEOUT,
+        retries: int = DEFAULT_RETRIES,
+    ) -> None:
+        if not (is_number(lock_timeout) and 0 < lock_timeout <= _LONGEST_LOCK_TIMEOUT):
+            raise RotationError(
+                f"lock_timeout is a number of seconds above 0, and {_LONGEST_LOCK_TIMEOUT} at most"
+            )
         self.target = target
         self.version = check_version(version)
+        self._lock_timeout = lock_timeout
+        self._retries = check_retries(retries)
         self._name: str = target.clause.name
         self._schema: str | None = target.clause.schema
         self._columns = [column.name for column in target.columns]
 
-    def add(self, bind: sa.Engine | sa.Connection) -> None:
+    def add(self, bind: sa.Engine | sa.Connection, *, counts: bool = True) -> None:
         """Have the database refuse new values under the version, in every column.
 
         Call :meth:`validate` next: until it has passed, a value that was written meanwhile may be
         left, and any update of its row is refused.
 
+        :param counts: ``False`` if the caller has just counted the values under the version.
         :raises KeyInUseError: there are values under the version; nothing was changed.
         :raises RotationError: the table is missing, is none or lacks an encrypted column; the
             server is a replica; or the database refuses. Nothing was changed.
         """
-        self._run(bind, self._add)
+        self._run(bind, lambda database: self._add(database, counts))
 
     def validate(self, bind: sa.Engine | sa.Connection) -> None:
         """Prove that no value is left under the version, now that none can be added.
@@ -96,7 +119,14 @@ class Fence:
 
         :raises RotationError: the table or a column is missing, or the database refuses.
         """
-        return self._run(bind, lambda database: not self._missing(database), read_only=True)
+        return len(self.fenced_columns(bind)) == len(self._columns)
+
+    def fenced_columns(self, bind: sa.Engine | sa.Connection) -> list[str]:
+        """Return the names of the columns that are fenced.
+
+        :raises RotationError: the table or a column is missing, or the database refuses.
+        """
+        return list(self._run(bind, self._find, read_only=True))
 
     def constraints(self, dialect: sa.Dialect, *, validated: bool) -> list[sa.CheckConstraint]:
         """Return the constraints for DDL, one for each column.
@@ -123,7 +153,7 @@ class Fence:
         *,
         read_only: bool = False,
     ) -> _T:
-        database = ManagedConnection(bind, read_only=read_only)
+        database = ManagedConnection(bind, retries=self._retries, read_only=read_only)
 
         def checked() -> _T:
             database.read(self._check)
@@ -146,9 +176,10 @@ class Fence:
             if not is_binary(type_):
                 raise not_encrypted(dotted(self._schema, self._name, name), type_)
 
-    def _add(self, database: ManagedConnection) -> None:
+    def _add(self, database: ManagedConnection, counts: bool) -> None:
         if self._missing(database):
-            require_unused(database, [self.target], self.version)
+            if counts:
+                require_unused(database, [self.target], self.version)
             database.retry(lambda _: self._create(database))
 
     def _create(self, database: ManagedConnection) -> None:
@@ -156,7 +187,7 @@ class Fence:
         if not missing:
             return
         dialect = database.dialect
-        with _soon(database) as connection:
+        with self._soon(database) as connection:
             if dialect.name == "sqlite":
                 for statement in self._triggers(missing, dialect):
                     connection.exec_driver_sql(statement)
@@ -207,7 +238,7 @@ class Fence:
         ]
         if pending:
             try:
-                with _soon(database) as connection:
+                with self._soon(database) as connection:
                     connection.exec_driver_sql(self._alter(dialect, pending))
             except IntegrityError:
                 return False
@@ -220,7 +251,7 @@ class Fence:
             quote = database.dialect.identifier_preparer.quote
             if not names:
                 return
-            with _soon(database) as connection:
+            with self._soon(database) as connection:
                 if database.dialect.name == "sqlite":
                     for name in names:
                         full = dotted(quote(self._schema or "main"), quote(name))
@@ -230,6 +261,29 @@ class Fence:
                     connection.exec_driver_sql(self._alter(database.dialect, changes))
 
         database.retry(drop)
+
+    @contextmanager
+    def _soon(self, database: ManagedConnection) -> Iterator[sa.Connection]:
+        """Change the table soon or not at all.
+
+        The block is one transaction, except on MariaDB and MySQL. On SQLite nobody queues.
+        """
+        if not _sql.is_mysql(database.dialect):
+            with database.transaction() as connection:
+                if database.dialect.name == "postgresql":
+                    milliseconds = max(1, round(self._lock_timeout * 1000))
+                    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {milliseconds}")
+                yield connection
+            return
+        connection = database.connection
+        before = connection.exec_driver_sql("SELECT @@SESSION.lock_wait_timeout").scalar_one()
+        set_timeout = "SET SESSION lock_wait_timeout = {}".format
+        connection.exec_driver_sql(set_timeout(math.ceil(self._lock_timeout)))
+        try:
+            yield connection
+        finally:
+            if not connection.invalidated:
+                connection.exec_driver_sql(set_timeout(before))
 
     # -- in the database ---------------------------------------------------------------------------
 
@@ -333,26 +387,3 @@ def _unquoted(name: str) -> str:
 def _clause(check: sa.CheckConstraint, dialect: sa.Dialect) -> str:
     compiled: Any = AddConstraint(check).compile(dialect=dialect)
     return str(compiled.process(check))
-
-
-@contextmanager
-def _soon(database: ManagedConnection) -> Iterator[sa.Connection]:
-    """Change the table soon or not at all: others queue behind a change that waits for its lock.
-
-    The block is one transaction, except on MariaDB and MySQL. On SQLite nobody queues.
-    """
-    if not _sql.is_mysql(database.dialect):
-        with database.transaction() as connection:
-            if database.dialect.name == "postgresql":
-                connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}s'")
-            yield connection
-        return
-    connection = database.connection
-    before = connection.exec_driver_sql("SELECT @@SESSION.lock_wait_timeout").scalar_one()
-    set_timeout = "SET SESSION lock_wait_timeout = {}".format
-    connection.exec_driver_sql(set_timeout(_LOCK_TIMEOUT))
-    try:
-        yield connection
-    finally:
-        if not connection.invalidated:
-            connection.exec_driver_sql(set_timeout(before))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from .._database.connection import DEFAULT_RETRIES
+from .._database.connection import DEFAULT_RETRIES, check_retries
 from ..exceptions import RotationError
 from ..keyring import Keyring, default_keyring
 from .report import RotationProgress
@@ -41,8 +41,7 @@ class RotationOptions:
     def __post_init__(self) -> None:
         if not is_number(self.batch_size, int) or self.batch_size < 1:
             raise RotationError("batch_size is a whole number of rows, 1 or more")
-        if not is_number(self.retries, int) or self.retries < 0:
-            raise RotationError("retries is a whole number, 0 or more")
+        check_retries(self.retries)
         if self.batch_time is not None and not (is_number(self.batch_time) and self.batch_time > 0):
             raise RotationError("batch_time is a number of seconds above 0")
         if self.max_rate is not None and not (is_number(self.max_rate) and self.max_rate >= 1):

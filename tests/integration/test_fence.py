@@ -36,6 +36,7 @@ from sqlalchemy_lucent import (
     set_default_keyring,
 )
 from sqlalchemy_lucent import migrations as lucent_migrations
+from sqlalchemy_lucent.migrations import FenceKeyVersionOp
 from sqlalchemy_lucent.migrations.fence import Fence
 from sqlalchemy_lucent.rotation.targets import TargetTable, resolve_targets
 from tests.conftest import LONG
@@ -69,8 +70,8 @@ def target_of(table: Table, bind: Engine) -> TargetTable:
     return target
 
 
-def fence_of(table: Table, engine: Engine, version: str = "v1") -> Fence:
-    return Fence(target_of(table, engine), version)
+def fence_of(table: Table, engine: Engine, version: str = "v1", **options: Any) -> Fence:
+    return Fence(target_of(table, engine), version, **options)
 
 
 def put(engine: Engine, table: Table, keyring: Keyring, **values: Any) -> None:
@@ -255,6 +256,51 @@ def test_a_writer_with_an_open_value_is_waited_for_and_its_value_found(
     fence.add(engine)
     fence.validate(engine)
     assert refuses(engine, table, keyring)
+
+
+@pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+def test_how_long_it_waits_and_how_often_it_tries_can_be_said(
+    engine: Engine, operate: Operate, keyring: Keyring, promoted: Keyring
+) -> None:
+    table = users()
+    table.create(engine)
+    put(engine, table, promoted)
+    set_default_keyring(promoted)
+    attempts: list[str] = []
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def note(*arguments: Any) -> None:
+        if "lock_timeout = 1100" in arguments[2] or "lock_wait_timeout = 2" in arguments[2]:
+            attempts.append(arguments[2])
+
+    def fence(op: Operations) -> None:
+        lucent_migrations.fence_key_version(
+            "users", "creds", "v1", lock_timeout=1.1, retries=0, operations=op
+        )
+
+    with open_write(engine, table, promoted):
+        with pytest.raises(RotationError, match="the database ended the work on the fence"):
+            fence_of(table, engine, lock_timeout=0.05, retries=1).add(engine)
+        with pytest.raises(RotationError, match="the database ended the work on the fence"):
+            operate(fence)
+        assert len(attempts) == 1
+    operate(fence)
+    operate(lambda op: op.invoke(FenceKeyVersionOp("users", "creds", "v1", retries=1).reverse()))
+    assert not fence_of(table, engine).exists(engine)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"lock_timeout": wrong} for wrong in (0, -1, True, "1", None, float("nan"), 1e300)),
+        *({"retries": wrong} for wrong in (-1, 1.5, True, None, "2")),
+    ],
+    ids=str,
+)
+def test_a_wait_that_is_none_is_refused(options: dict[str, Any]) -> None:
+    engine = sa.create_engine("sqlite://")
+    with pytest.raises(RotationError, match=next(iter(options))):
+        fence_of(users(), engine, **options)
 
 
 @pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
