@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .._database.connection import ManagedConnection
 from ..exceptions import KeyInUseError, LucentError, UnknownKeyVersionError
 from ..keyring import Keyring
-from ..rotation import RotationReport, count_version, require_unused, rotate, status
+from ..rotation import (
+    RotationReport,
+    count_version,
+    names_of,
+    require_unused,
+    rotate,
+    status,
+)
 from ..rotation.targets import (
     Survey,
     Target,
@@ -54,8 +61,7 @@ class Tables:
         def on(database: ManagedConnection) -> _T:
             known: Survey = database.read(lambda connection: survey(connection, targets))
             if exclude is not None:
-                named = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-                database.read(lambda connection: refuse_left_out(connection, known, named))
+                database.read(lambda connection: refuse_left_out(connection, known, exclude))
             return work(database, known.tables)
 
         return self._store.work(what, on, read_only=read_only)
@@ -110,10 +116,11 @@ class Tables:
         :param keyring: re-encrypt under its primary what is under `version`.
         :raises KeyInUseError: values are under it.
         """
+        names = names_of("exclude", exclude)
         # A fence refuses any update of a row whose value it refuses, so look before it is there.
         counts = keyring is None or self._rotate(keyring).failed_count > 0
         lock = {"lock_timeout": lock_timeout, "retries": retries}
-        fences = self._fences(version, exclude, counts=counts, **lock)
+        fences = self._fences(version, names, counts=counts, **lock)
         added: list[Fence] = []
         fault: LucentError | None = None
         try:

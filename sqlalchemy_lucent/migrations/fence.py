@@ -30,11 +30,9 @@ from .._database.relations import is_binary
 from .._envelope import version_prefix
 from ..exceptions import KeyInUseError, RotationError, hide_locals
 from ..keyring import check_version
-from ..rotation import is_number, require_unused
+from ..rotation import is_wait, require_unused
 from ..rotation.targets import TargetTable, survey
 from ._checks import find_check, not_encrypted
-
-_LONGEST_LOCK_TIMEOUT: Final = 86_400
 
 _LONGEST_NAME: Final = 63  # bytes, on PostgreSQL; MariaDB and MySQL take 64 characters
 
@@ -73,10 +71,8 @@ class Fence:
         lock_timeout: float = DEFAULT_LOCK_TIMEOUT,
         retries: int = DEFAULT_RETRIES,
     ) -> None:
-        if not (is_number(lock_timeout) and 0 < lock_timeout <= _LONGEST_LOCK_TIMEOUT):
-            raise RotationError(
-                f"lock_timeout is a number of seconds above 0, and {_LONGEST_LOCK_TIMEOUT} at most"
-            )
+        if not (is_wait(lock_timeout) and lock_timeout > 0):
+            raise RotationError("lock_timeout is a number of seconds, above 0 and up to a week")
         self.target = target
         self.version = check_version(version)
         self._lock_timeout = lock_timeout

@@ -15,6 +15,7 @@ from sqlalchemy.sql.expression import ColumnClause, TableClause
 
 from .._database.visibility import require_full_visibility
 from .._pagination import as_sort_value, row_after, sort_columns
+from .._sql import is_mysql
 from .._statements import BINARY_RESULTS, REPEATABLE, watch
 from ..exceptions import RotationError
 from ._keys import check_character_sets, without_limits
@@ -37,6 +38,9 @@ default."""
 
 _FIRST_RANGE: Final = 20_000
 _LARGEST_RANGE: Final = 200_000
+
+UNREADABLE: Final = (LookupError, ValueError, TypeError, OverflowError)
+"""What a type raises for a value that it does not take."""
 
 _T = TypeVar("_T")
 
@@ -140,8 +144,9 @@ class Rows:
             sa.select(sa.literal(1)).select_from(self.clause).where(self._has_null_key).limit(1)
         )
         if connection.execute(statement).first() is not None:
+            dates = " (the date 0000-00-00 counts as NULL)" if is_mysql(self.dialect) else ""
             raise RotationError(
-                f"table {self.name} has a row with NULL in its primary key; give such rows "
+                f"table {self.name} has a row with NULL in its primary key{dates}; give such rows "
                 "a primary key, so that they can be read in order and named"
             )
 
@@ -213,8 +218,9 @@ class Rows:
             self._look_ahead(len(rows), bounds.limit)
         if key is not None and key == bounds.after:
             raise RotationError(
-                f"{self.name} cannot be paged by primary key: a value does not compare equal to "
-                "itself, as in a FLOAT column"
+                f"{self.name} cannot be paged by primary key: a value, as it is read, does not "
+                "compare equal to itself. The column is inexact, as FLOAT is, or has values that "
+                "the model's type does not, such as a TIME below 0"
             )
         return key
 
@@ -392,10 +398,19 @@ class Rows:
     ) -> Sequence[sa.Row[Any]]:
         try:
             return connection.execute(statement, parameters).all()
-        except (LookupError, ValueError, TypeError) as error:
-            fault = type(error).__name__
-        raise RotationError(
-            f"a row of table {self.name} cannot be read ({fault}): a value of its primary key, or "
-            "of a column that values are bound to, does not fit the column's type. Correct the "
-            "value or the type"
+        except sa.exc.StatementError as error:
+            # psycopg's own fault is a DataError; a type's, in a parameter, is wrapped as well.
+            if isinstance(error, sa.exc.DBAPIError) and not isinstance(error, sa.exc.DataError):
+                raise
+            fault = self.unreadable(type(error.orig or error))
+        except UNREADABLE as error:
+            fault = self.unreadable(type(error))
+        raise fault
+
+    def unreadable(self, fault: type[BaseException]) -> RotationError:
+        """Return the error for a row whose key or binding column holds what its type does not."""
+        return RotationError(
+            f"a row of table {self.name} cannot be read ({fault.__name__}): a value of its primary "
+            "key, or of a column that values are bound to, does not fit the column's type, or is "
+            "none in Python, such as a timestamp of infinity. Correct the value or the type"
         )
