@@ -228,7 +228,7 @@ def test_a_history_that_the_table_keeps_needs_the_key(
     ddl = "CREATE TABLE odd (id int PRIMARY KEY, payload longblob) WITH SYSTEM VERSIONING"
     store(engine, keyring, ddl, "1", "2")
     assert rotate(engine, table, keyring=promoted).ok
-    with pytest.raises(KeyInUseError, match=r"odd keeps 2 earlier versions .* DELETE HISTORY"):
+    with pytest.raises(KeyInUseError, match=r"odd keeps 2 earlier .*DELETE HISTORY"):
         retire_check(engine, "v1", table)
     with engine.begin() as connection:
         connection.exec_driver_sql("DELETE HISTORY FROM odd")
