@@ -23,6 +23,7 @@ from sqlalchemy_lucent import (
     verify,
 )
 from sqlalchemy_lucent import migrations as lucent_migrations
+from sqlalchemy_lucent._cli.rotate import write_failures
 from tests.databases import drop_everything
 from tests.integration.test_sealed_check import Operate
 
@@ -215,6 +216,37 @@ def test_a_key_that_python_cannot_hold_is_told_in_a_sentence(
     store(engine, keyring, f"CREATE TABLE odd ({ddl})", key)
     with pytest.raises(RotationError, match=says):
         rotate(engine, odd(type_), keyring=promoted)
+
+
+@on_mysql
+@pytest.mark.parametrize(
+    "by",
+    [
+        "HASH (id) PARTITIONS 3",
+        "RANGE (id) (PARTITION a VALUES LESS THAN (20), PARTITION b VALUES LESS THAN MAXVALUE)",
+    ],
+    ids=["hash", "range"],
+)
+def test_partitions_are_paged_as_one_table(
+    engine: Engine, keyring: Keyring, promoted: Keyring, by: str
+) -> None:
+    ddl = "CREATE TABLE odd (id int unsigned PRIMARY KEY, payload longblob) PARTITION BY "
+    store(engine, keyring, ddl + by, *map(str, range(1, 40)), "4294967295")
+    report = rotate(engine, odd(Integer()), keyring=promoted, batch_size=7)
+    assert (report.rotated, report.ok) == (40, True)
+    retire_check(engine, "v1", odd(Integer()))
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_the_command_says_why_a_row_was_not_changed(
+    engine: Engine, keyring: Keyring, promoted: Keyring, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store(engine, keyring, "CREATE TABLE odd (id real PRIMARY KEY, payload bytea)", "0.1")
+    report = rotate(engine, odd(sa.Float()), keyring=promoted)
+    write_failures(report.failed, report.failed_count)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 value did not open or were refused by the database" in said
+    assert "its key does not find its row" in said
 
 
 @on_mysql
