@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Literal
@@ -193,11 +193,11 @@ def signer_of(keys: Mapping[str, RegisteredKey], keyring: Keyring) -> str:
 def notes_on(
     keys: Mapping[str, RegisteredKey],
     keyring: Keyring,
-    fenced: Callable[[str], tuple[list[str], list[str]]],
+    fenced: Mapping[str, tuple[list[str], list[str]]],
 ) -> Iterator[str]:
     """Say what does not fail a process that has `keyring`, and should be put right.
 
-    :param fenced: returns the columns that refuse a version, and those that do not.
+    :param fenced: by version, the columns that refuse it, and those that do not.
     """
     for version in keyring.versions:
         if version not in keys:
@@ -213,7 +213,7 @@ def notes_on(
             yield f"key version {key.version!r} has leaked: leaked() lists what to replace"
         if key.state == "retired" and key.version in keyring.versions:
             yield f"key version {key.version!r} is retired: take its key out of this process"
-        refusing, others = fenced(key.version)
+        refusing, others = fenced[key.version]
         is_ended = key.state in ("fenced", "retired")
         if is_ended and others:
             yield (

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import sqlalchemy as sa
+
 from .._database.connection import ManagedConnection
 from ..exceptions import KeyInUseError, LucentError, UnknownKeyVersionError
 from ..keyring import Keyring
@@ -91,16 +93,28 @@ class Tables:
 
     # -- fences ------------------------------------------------------------------------------------
 
-    def fenced(self, version: str) -> tuple[list[str], list[str]]:
-        """Return the names of the columns that refuse `version`, and of those that do not."""
-        refusing: list[str] = []
-        others: list[str] = []
-        for fence in self._fences(version):
-            found = fence.fenced_columns(self._engine)
-            for column in fence.target.columns:
-                names = refusing if column.name in found else others
-                names.append(f"{fence.target.name}.{column.name}")
-        return refusing, others
+    def fenced(self, versions: Iterable[str]) -> dict[str, tuple[list[str], list[str]]]:
+        """Return, by version, the names of the columns that refuse it, and of those that do not."""
+        from ..migrations.fence import Fence  # loads Alembic
+
+        def look(
+            connection: sa.Connection, tables: Sequence[TargetTable]
+        ) -> dict[str, tuple[list[str], list[str]]]:
+            found: dict[str, tuple[list[str], list[str]]] = {each: ([], []) for each in versions}
+            inspector = sa.inspect(connection)
+            for table in tables:
+                for version, (refusing, others) in found.items():
+                    fenced = Fence(table, version).find(inspector)
+                    for column in table.columns:
+                        names = refusing if column.name in fenced else others
+                        names.append(f"{table.name}.{column.name}")
+            return found
+
+        return self.work(
+            "the look at fences",
+            lambda database, tables: database.read(lambda connection: look(connection, tables)),
+            read_only=True,
+        )
 
     def fence(
         self,

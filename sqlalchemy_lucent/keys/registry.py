@@ -150,7 +150,7 @@ class KeyRegistry:
                 f"database refuses what it writes. The primary is {primary_of(keys)!r}: make it "
                 "the primary of this process's keyring, or use Keyring.following()"
             )
-        notes = notes_on(keys, keyring, self._tables.fenced)
+        notes = notes_on(keys, keyring, self._tables.fenced(keys))
         return KeyCheck(tuple(keys.values()), tuple(notes))
 
     # -- ready, primary ----------------------------------------------------------------------------

@@ -39,7 +39,7 @@ _LONGEST_NAME: Final = 63  # bytes, on PostgreSQL; MariaDB and MySQL take 64 cha
 _T = TypeVar("_T")
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """The fence of one column: its constraint, or its triggers."""
 
     names: tuple[str, ...]
@@ -115,14 +115,17 @@ class Fence:
 
         :raises RotationError: the table or a column is missing, or the database refuses.
         """
-        return len(self.fenced_columns(bind)) == len(self._columns)
+        return self._run(bind, lambda database: not self._missing(database), read_only=True)
 
-    def fenced_columns(self, bind: sa.Engine | sa.Connection) -> list[str]:
-        """Return the names of the columns that are fenced.
+    def find(self, inspector: sa.Inspector) -> dict[str, Found]:
+        """Return the fences by column, found by what they say: names outlive a rename.
 
-        :raises RotationError: the table or a column is missing, or the database refuses.
+        :param inspector: which reads each table once, for fences against several versions.
         """
-        return list(self._run(bind, self._find, read_only=True))
+        connection = inspector.bind
+        if isinstance(connection, sa.Connection) and connection.dialect.name == "sqlite":
+            return self._find_triggers(connection)
+        return self._find_constraints(inspector)
 
     def constraints(self, dialect: sa.Dialect, *, validated: bool) -> list[sa.CheckConstraint]:
         """Return the constraints for DDL, one for each column.
@@ -287,13 +290,10 @@ class Fence:
         found = self._find(database)
         return [name for name in self._columns if name not in found]
 
-    def _find(self, database: ManagedConnection) -> dict[str, _Found]:
-        """Return the fences by column, found by what they say: names outlive a rename."""
-        if database.dialect.name == "sqlite":
-            return database.read(self._find_triggers)
-        return database.read(self._find_constraints)
+    def _find(self, database: ManagedConnection) -> dict[str, Found]:
+        return database.read(lambda connection: self.find(sa.inspect(connection)))
 
-    def _find_constraints(self, connection: sa.Connection) -> dict[str, _Found]:
+    def _find_constraints(self, inspector: sa.Inspector) -> dict[str, Found]:
         prefix = version_prefix(self.version)
         signature = re.compile(
             rf"substr.*\b1\b.*\b{len(prefix)}\b.*x'?{prefix.hex()}(?![0-9a-f])",
@@ -301,13 +301,13 @@ class Fence:
         )
         found = {}
         for name in self._columns:
-            check = find_check(connection, self._name, name, self._schema, signature)
+            check = find_check(inspector, self._name, name, self._schema, signature)
             if check is not None and check["name"] is not None:
                 is_validated = not check.get("dialect_options", {}).get("not_valid")
-                found[name] = _Found((check["name"],), is_validated)
+                found[name] = Found((check["name"],), is_validated)
         return found
 
-    def _find_triggers(self, connection: sa.Connection) -> dict[str, _Found]:
+    def _find_triggers(self, connection: sa.Connection) -> dict[str, Found]:
         found = {}
         triggers = _triggers_in(connection, self._schema)
         for column in self._columns:
@@ -322,7 +322,7 @@ class Fence:
                 ):
                     names.append(name)
             if len(names) == len(_EVENTS):
-                found[column] = _Found(tuple(names), is_validated=True)
+                found[column] = Found(tuple(names), is_validated=True)
         return found
 
     # -- DDL ---------------------------------------------------------------------------------------
