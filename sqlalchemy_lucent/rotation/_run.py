@@ -90,7 +90,7 @@ def do_batch(
 
     :param has_read: called with the key that the next batch begins after, once that is known.
     """
-    rows = job.rows.read(connection, bounds, lock=not dry_run)
+    rows = job.rows.read(connection, bounds, lock=not dry_run, is_batch=True)
     after = job.rows.next_after(bounds, rows)
     has_read(after)
     outcome = job.apply(rows)

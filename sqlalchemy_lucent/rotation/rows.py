@@ -197,13 +197,16 @@ class Rows:
         *,
         lock: bool = False,
         keys_only: bool = False,
+        is_batch: bool = False,
     ) -> Sequence[sa.Row[Any]]:
         """Return the pending rows within `bounds`, in order.
 
+        :param is_batch: leave a :exc:`~sqlalchemy.exc.DataError` to the caller, who looks for the
+            row by halving the batch.
         :raises RotationError: a value of a key or binding column does not fit the column's type.
         """
         statement = self._reading(bounds, lock=lock, keys_only=keys_only)
-        return self._execute(connection, statement, self.parameters(bounds))
+        return self._execute(connection, statement, self.parameters(bounds), is_batch=is_batch)
 
     def next_after(self, bounds: BatchBounds, rows: Sequence[Sequence[Any]]) -> PrimaryKey | None:
         """Return the key that the next batch begins after; ``None`` at the end of the table.
@@ -394,13 +397,19 @@ class Rows:
         return self._statements[kind]
 
     def _execute(
-        self, connection: sa.Connection, statement: sa.Select[Any], parameters: dict[str, Any]
+        self,
+        connection: sa.Connection,
+        statement: sa.Select[Any],
+        parameters: dict[str, Any],
+        *,
+        is_batch: bool = False,
     ) -> Sequence[sa.Row[Any]]:
         try:
             return connection.execute(statement, parameters).all()
         except sa.exc.StatementError as error:
             # psycopg's own fault is a DataError; a type's, in a parameter, is wrapped as well.
-            if isinstance(error, sa.exc.DBAPIError) and not isinstance(error, sa.exc.DataError):
+            is_unread = isinstance(error, sa.exc.DataError) and not is_batch
+            if isinstance(error, sa.exc.DBAPIError) and not is_unread:
                 raise
             fault = self.unreadable(type(error.orig or error))
         except UNREADABLE as error:
