@@ -6,7 +6,7 @@ first result is read as text, and shows the types of its columns. If psycopg rea
 the same values in both formats, later ones are read in binary. Each of these is checked before a
 row is read from it: if a type was altered, or the search path leads to another table, the SELECT is
 executed once more, as text, and stays with it. So what a write returns is always read as text, and
-so is a SELECT that calls a function.
+so is a SELECT that calls a function, but for those of a rotation.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.visitors import iterate
 
 from ._sealing import SealedType
-
-OPTION: Final = "lucent_binary_results"
-"""The execution option that turns this off."""
+from ._statements import BINARY_RESULTS, REPEATABLE
 
 _TEXT, _BINARY = Format
 
@@ -136,12 +134,13 @@ def read_in_binary(dialect: Dialect) -> None:
         compiled = context.compiled
         if compiled is None:
             return
+        option = context.execution_options.get(BINARY_RESULTS, True)
         format_ = formats.get(compiled)
         if format_ is None:
             format_ = formats[compiled] = _Format()
-            if not _selects_sealed_values(compiled):
+            if option != REPEATABLE and not _selects_sealed_values(compiled):
                 format_.is_binary = False
-        if format_.is_binary is False or not context.execution_options.get(OPTION, True):
+        if format_.is_binary is False or not option:
             return
         cursor = getattr(cursor, "_cursor", cursor)  # what SQLAlchemy's async cursor drives
         if isinstance(cursor, (_Cursor, _AsyncCursor)):

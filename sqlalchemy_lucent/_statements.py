@@ -27,6 +27,12 @@ from ._driver_errors import hide_values
 from ._sealing import SealedType
 from .exceptions import UnsupportedOperationError
 
+BINARY_RESULTS: Final = "lucent_binary_results"
+"""The execution option that turns psycopg's binary results off, with ``False``."""
+
+REPEATABLE: Final = "repeatable"
+"""Its value for a rotation's SELECT of stored bytes, which may be executed twice."""
+
 
 def watch(dialect: Dialect) -> None:
     """Look at every statement that `dialect` executes, and keep values out of its errors."""

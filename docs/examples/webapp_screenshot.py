@@ -22,6 +22,7 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.expected_conditions import element_to_be_clickable, staleness_of
 from selenium.webdriver.support.wait import WebDriverWait
 
 EXAMPLES = Path(__file__).parent
@@ -110,9 +111,12 @@ def picture(width: int, *, dark: bool) -> bytes:
         browser(width, dark=dark) as driver,
     ):
         driver.get(url)
-        driver.find_element(By.ID, "add-key").click()
-        driver.find_element(By.ID, "rotate").click()
-        WebDriverWait(driver, 120).until(lambda _: driver.execute_script(WORTH_A_PICTURE))
+        wait = WebDriverWait(driver, 120)
+        for button in ("add-key", "promote-v2", "rotate"):
+            element = wait.until(element_to_be_clickable((By.ID, button)))
+            element.click()
+            wait.until(staleness_of(element))
+        wait.until(lambda _: driver.execute_script(WORTH_A_PICTURE))
         return driver.get_screenshot_as_png()
 
 

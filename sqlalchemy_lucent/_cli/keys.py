@@ -11,6 +11,7 @@ import typer
 
 import sqlalchemy_lucent as lucent
 
+from .._database.connection import DEFAULT_LOCK_TIMEOUT, DEFAULT_RETRIES
 from .._envelope import is_older
 from ..keys import KeyRegistry, RegisteredKey
 from .commands import ExcludeOption, JsonOption, MetadataOption, UrlOption, app
@@ -39,6 +40,26 @@ QuietOption = Annotated[
         metavar="SECONDS",
         help="How long a process may have been silent. Others count as gone.",
     ),
+]
+
+
+RotateOption = Annotated[
+    bool,
+    typer.Option(
+        "--rotate",
+        help="Re-encrypt what processes still seal under it, before and after the fence is there.",
+    ),
+]
+LockTimeoutOption = Annotated[
+    float,
+    typer.Option(
+        min=0.001,
+        metavar="SECONDS",
+        help="How long to wait for a table. Others queue behind it meanwhile.",
+    ),
+]
+RetriesOption = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Further attempts, up to 4 seconds apart.")
 ]
 
 
@@ -168,10 +189,19 @@ def fence(
     url: UrlOption = None,
     metadata: MetadataOption = None,
     exclude: ExcludeOption = None,
+    rotate: RotateOption = False,
+    lock_timeout: LockTimeoutOption = DEFAULT_LOCK_TIMEOUT,
+    retries: RetriesOption = DEFAULT_RETRIES,
 ) -> None:
     """Have the database refuse new values under a key."""
     with _registry(url, metadata) as registry:
-        registry.fence(version, exclude=exclude or ())
+        registry.fence(
+            version,
+            exclude=exclude or (),
+            rotate=rotate,
+            lock_timeout=lock_timeout,
+            retries=retries,
+        )
     _say(f"the database refuses values under {version}")
 
 
@@ -191,13 +221,22 @@ def retire(
     url: UrlOption = None,
     metadata: MetadataOption = None,
     exclude: ExcludeOption = None,
+    rotate: RotateOption = False,
+    lock_timeout: LockTimeoutOption = DEFAULT_LOCK_TIMEOUT,
+    retries: RetriesOption = DEFAULT_RETRIES,
 ) -> None:
     """Fence a key, prove that no value needs it, and write a receipt.
 
     Name every model that the key was used for: other tables are not counted.
     """
     with _registry(url, metadata) as registry:
-        registry.retire(version, exclude=exclude or ())
+        registry.retire(
+            version,
+            exclude=exclude or (),
+            rotate=rotate,
+            lock_timeout=lock_timeout,
+            retries=retries,
+        )
         head = registry.receipts()[-1].head
     _say(f"{version} is retired; take its key out of every environment")
     write(f"receipt {head}\n")

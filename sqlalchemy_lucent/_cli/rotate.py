@@ -47,6 +47,9 @@ _REASONS: Final = {
     "TamperedError": "bytes, row or column changed",
     "ConfigurationError": "its row cannot be bound",
 }
+_UNCHANGED: Final = {
+    "RotationError": "its key does not find its row, or a trigger or rule left it",
+}
 
 
 def run_rotation(
@@ -144,7 +147,8 @@ def write_failures(failed: Sequence[FailedRow], count: int) -> None:
 
 def _why(row: FailedRow) -> tuple[str, str, str]:
     """Return the key version and fingerprint of a value that did not open, and the reason."""
-    return row.key_version or "-", row.fingerprint or "-", _REASONS.get(row.error, row.error)
+    reason = (_REASONS | _UNCHANGED).get(row.error, row.error)
+    return row.key_version or "-", row.fingerprint or "-", reason
 
 
 # -- progress --------------------------------------------------------------------------------------

@@ -27,16 +27,21 @@ def awaited(
     function: Callable[Concatenate[Engine | Connection, _P], _T],
 ) -> Callable[Concatenate[AsyncEngine | AsyncConnection, _P], Coroutine[Any, Any, _T]]:
     """Return `function` for an async engine or connection, with its other arguments as they are."""
+    signature = inspect.signature(function)
+    first, *others = signature.parameters.values()
+    # As Concatenate types it.
+    first = first.replace(
+        annotation="AsyncEngine | AsyncConnection", kind=inspect.Parameter.POSITIONAL_ONLY
+    )
+    signature = signature.replace(parameters=[first, *others])
 
     @functools.wraps(function)
     @hide_locals
-    async def run(bind: AsyncEngine | AsyncConnection, *args: Any, **kwargs: Any) -> _T:
-        return await run_sync(bind, lambda sync: function(sync, *args, **kwargs))
+    async def run(*args: Any, **kwargs: Any) -> _T:
+        bind, *rest = signature.bind(*args, **kwargs).args  # or a TypeError names what is missing
+        return await run_sync(bind, lambda sync: function(sync, *rest, **kwargs))
 
-    signature = inspect.signature(function)
-    first, *others = signature.parameters.values()
-    first = first.replace(annotation="AsyncEngine | AsyncConnection")
-    run.__signature__ = signature.replace(parameters=[first, *others])  # type: ignore[attr-defined]
+    run.__signature__ = signature  # type: ignore[attr-defined]
     run.__name__ = run.__qualname__ = f"a{function.__name__}"
     run.__doc__ = f"""Do what :func:`{function.__name__}` does, over an async engine or connection.
 

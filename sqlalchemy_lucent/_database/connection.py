@@ -10,6 +10,7 @@ from typing import Any, Final, Self, TypeVar
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool, QueuePool
+from sqlalchemy.util.concurrency import in_greenlet
 
 from .._sql import is_mysql
 from ..exceptions import RotationError
@@ -19,6 +20,9 @@ from .visibility import require_primary
 
 DEFAULT_RETRIES: Final = 12
 """Further attempts at a batch, with half the rows each: about half a minute in all."""
+
+DEFAULT_LOCK_TIMEOUT: Final = 1.0
+"""Seconds that a change of a table waits for its lock. Others queue behind it meanwhile."""
 
 _FIRST_PAUSE: Final = 0.05  # seconds; doubled at each attempt, with jitter
 _LONGEST_PAUSE: Final = 4.0
@@ -42,6 +46,16 @@ _SESSION: Final = text(
     "SELECT @@SESSION.sql_mode, @@SESSION.sql_safe_updates, @@log_bin, @@SESSION.binlog_format"
 )
 _SET_SESSION: Final = text("SET SESSION sql_mode = :sql_mode, SESSION sql_safe_updates = :safe")
+
+
+def check_retries(retries: object) -> int:
+    """Return a number of further attempts.
+
+    :raises RotationError: it is none.
+    """
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+        raise RotationError("retries is a whole number, 0 or more")
+    return retries
 
 
 class ManagedConnection:
@@ -69,6 +83,11 @@ class ManagedConnection:
             raise _not_a_bind(type(bind).__name__)
         if isinstance(bind, Connection) and bind.closed:
             raise RotationError("the connection is closed. Pass an open one, or the engine")
+        if bind.dialect.is_async and not in_greenlet():
+            raise RotationError(
+                "the engine is an async one. Pass the AsyncEngine or AsyncConnection itself to the "
+                "function that is to be awaited, such as arotate()"
+            )
         self._bind = bind
         self._has_engine = isinstance(bind, Engine)
         self._connection: Connection | None = None
@@ -246,6 +265,11 @@ class ManagedConnection:
                 isolation_level="AUTOCOMMIT", stream_results=False, yield_per=None
             )
         elif not _is_autocommit(connection):
+            if connection.connection.is_detached:
+                raise RotationError(
+                    "the connection is detached from its pool, and not in AUTOCOMMIT mode, into "
+                    "which SQLAlchemy puts only others. Pass the engine, or one of its connections"
+                )
             level = connection.get_isolation_level()
             connection.rollback()  # asking began a transaction
             connection.execution_options(isolation_level="AUTOCOMMIT")

@@ -19,6 +19,7 @@ from .. import _key_tables
 from .._database.clock import database_time
 from ..exceptions import ConfigurationError, KeyStateError, LucentError
 from ..keyring import Keyring
+from ..rotation import is_wait
 from ._state import RegisteredKey, json_ready
 
 DEFAULT_INTERVAL: Final = 30.0
@@ -110,8 +111,8 @@ def check_seconds(name: str, seconds: object) -> float:
 
     :raises ConfigurationError: it is none.
     """
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
-        raise ConfigurationError(f"{name}= is a number of seconds above 0")
+    if not is_wait(seconds) or not seconds:
+        raise ConfigurationError(f"{name}= is a number of seconds, above 0 and up to a week")
     return float(seconds)
 
 

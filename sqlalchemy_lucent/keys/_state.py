@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Literal
@@ -23,6 +23,9 @@ from ..exceptions import (
 from ..keyring import Keyring
 
 State = Literal["registered", "ready", "primary", "draining", "fenced", "retired"]
+
+VERBS: Final[Mapping[str, str]] = {"fenced": "fence", "retired": "retire"}
+"""The step that leads to a state."""
 
 _CANARY_CONTEXT: Final = "lucent_keys.canary"
 
@@ -185,6 +188,44 @@ def signer_of(keys: Mapping[str, RegisteredKey], keyring: Keyring) -> str:
         raise KeyStateError("no key is registered yet: call register() first")
     require_own(keyring, signer, "the primary, which signs the receipt of this step")
     return signer
+
+
+def notes_on(
+    keys: Mapping[str, RegisteredKey],
+    keyring: Keyring,
+    fenced: Mapping[str, tuple[list[str], list[str]]],
+) -> Iterator[str]:
+    """Say what does not fail a process that has `keyring`, and should be put right.
+
+    :param fenced: by version, the columns that refuse it, and those that do not.
+    """
+    for version in keyring.versions:
+        if version not in keys:
+            yield f"key version {version!r} is not registered: register() it"
+    primary = primary_of(keys)
+    if primary not in (None, keyring.primary):
+        yield (
+            f"this process's primary is {keyring.primary!r}, the registry's {primary!r}: use "
+            "Keyring.following(), or deploy the keyring with that primary"
+        )
+    for key in keys.values():
+        if key.leaked_since is not None:
+            yield f"key version {key.version!r} has leaked: leaked() lists what to replace"
+        if key.state == "retired" and key.version in keyring.versions:
+            yield f"key version {key.version!r} is retired: take its key out of this process"
+        refusing, others = fenced[key.version]
+        is_ended = key.state in ("fenced", "retired")
+        if is_ended and others:
+            yield (
+                f"key version {key.version!r} is {key.state}, and {', '.join(others)} has no "
+                f"fence against it: call {VERBS[key.state]}() again"
+            )
+        if not is_ended and refusing:
+            yield (
+                f"key version {key.version!r} is {key.state}, and {', '.join(refusing)} has a "
+                "fence against it: a step did not end, or a migration added it. Call fence() "
+                "or retire() to go on, or unfence() to drop it"
+            )
 
 
 # -- the canary ------------------------------------------------------------------------------------

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import sqlalchemy as sa
 
 from .._database.connection import ManagedConnection
-from ..exceptions import LucentError, UnknownKeyVersionError
-from ..rotation import count_version, require_unused, status
+from ..exceptions import KeyInUseError, LucentError, UnknownKeyVersionError
+from ..keyring import Keyring
+from ..rotation import (
+    RotationReport,
+    count_version,
+    names_of,
+    require_unused,
+    rotate,
+    status,
+)
 from ..rotation.targets import (
     Survey,
     Target,
@@ -53,8 +63,7 @@ class Tables:
         def on(database: ManagedConnection) -> _T:
             known: Survey = database.read(lambda connection: survey(connection, targets))
             if exclude is not None:
-                named = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-                database.read(lambda connection: refuse_left_out(connection, known, named))
+                database.read(lambda connection: refuse_left_out(connection, known, exclude))
             return work(database, known.tables)
 
         return self._store.work(what, on, read_only=read_only)
@@ -84,24 +93,57 @@ class Tables:
 
     # -- fences ------------------------------------------------------------------------------------
 
-    def unfenced(self, version: str) -> list[str]:
-        """Return the names of the tables that do not refuse `version`."""
-        fences = self._fences(version)
-        return [fence.target.name for fence in fences if not fence.exists(self._engine)]
+    def fenced(self, versions: Iterable[str]) -> dict[str, tuple[list[str], list[str]]]:
+        """Return, by version, the names of the columns that refuse it, and of those that do not."""
+        from ..migrations.fence import Fence  # loads Alembic
 
-    def fence(self, version: str, exclude: Iterable[str]) -> None:
+        def look(
+            connection: sa.Connection, tables: Sequence[TargetTable]
+        ) -> dict[str, tuple[list[str], list[str]]]:
+            found: dict[str, tuple[list[str], list[str]]] = {each: ([], []) for each in versions}
+            inspector = sa.inspect(connection)
+            for table in tables:
+                for version, (refusing, others) in found.items():
+                    fenced = Fence(table, version).find(inspector)
+                    for column in table.columns:
+                        names = refusing if column.name in fenced else others
+                        names.append(f"{table.name}.{column.name}")
+            return found
+
+        return self.work(
+            "the look at fences",
+            lambda database, tables: database.read(lambda connection: look(connection, tables)),
+            read_only=True,
+        )
+
+    def fence(
+        self,
+        version: str,
+        exclude: Iterable[str],
+        keyring: Keyring | None,
+        *,
+        lock_timeout: float,
+        retries: int,
+    ) -> None:
         """Have every table refuse `version`, or none that did not before.
 
+        :param keyring: re-encrypt under its primary what is under `version`.
         :raises KeyInUseError: values are under it.
         """
-        fences = self._fences(version, exclude)
+        names = names_of("exclude", exclude)
+        # A fence refuses any update of a row whose value it refuses, so look before it is there.
+        counts = keyring is None or self._rotate(keyring).failed_count > 0
+        lock = {"lock_timeout": lock_timeout, "retries": retries}
+        fences = self._fences(version, names, counts=counts, **lock)
         added: list[Fence] = []
         fault: LucentError | None = None
         try:
             for fence in fences:
                 if not fence.exists(self._engine):
                     added.append(fence)
-                    fence.add(self._engine)
+                    fence.add(self._engine, counts=False)
+            if keyring is not None:
+                self._rotate(keyring)  # what was committed until the fence was there
             for fence in fences:
                 fence.validate(self._engine)
         except LucentError as error:
@@ -111,24 +153,39 @@ class Tables:
         for fence in added:
             with suppress(LucentError):  # check() names what is left
                 fence.drop(self._engine)
+        if isinstance(fault, KeyInUseError) and keyring is None:
+            fault = KeyInUseError(
+                f"{fault}. A process still seals under it: with rotate=True, what it commits until "
+                "the fence is there is re-encrypted"
+            )
         raise fault
+
+    def _rotate(self, keyring: Keyring) -> RotationReport:
+        return rotate(self._engine, self._targets, keyring=keyring)
 
     def unfence(self, version: str) -> None:
         """Have every table take `version` again."""
         for fence in self._fences(version):
             fence.drop(self._engine)
 
-    def _fences(self, version: str, exclude: Iterable[str] | None = None) -> list[Fence]:
-        """Return the fence of each table; with `exclude`, only if no value is under `version`."""
+    def _fences(
+        self,
+        version: str,
+        exclude: Iterable[str] | None = None,
+        *,
+        counts: bool = False,
+        **lock: Any,
+    ) -> list[Fence]:
+        """Return the fence of each table; with `counts`, only if no value is under `version`."""
         from ..migrations.fence import Fence  # loads Alembic
 
         def look(
             database: ManagedConnection, tables: Sequence[TargetTable]
         ) -> Sequence[TargetTable]:
-            if exclude is not None:
+            if counts:
                 require_unused(database, tables, version)
             return tables
 
         what = f"the look at fences against key version {version!r}"
         found = self.work(what, look, exclude=exclude, read_only=True)
-        return [Fence(table, version) for table in found]
+        return [Fence(table, version, **lock) for table in found]

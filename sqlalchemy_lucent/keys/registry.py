@@ -10,11 +10,8 @@ import sqlalchemy as sa
 
 from .. import _key_tables
 from .._database.clock import database_time
-from ..exceptions import (
-    ConfigurationError,
-    KeyStateError,
-    hide_locals,
-)
+from .._database.connection import DEFAULT_LOCK_TIMEOUT, DEFAULT_RETRIES
+from ..exceptions import ConfigurationError, KeyStateError, hide_locals
 from ..keyring import Keyring, default_keyring
 from ..rotation import keyring_of
 from ..rotation.targets import Target
@@ -35,11 +32,13 @@ from ._holders import (
 from ._leaks import LeakReport
 from ._receipts import KeyReceipt, ReceiptsReport, append_receipt, prove, read_receipts
 from ._state import (
+    VERBS,
     KeyCheck,
     RegisteredKey,
     State,
     add_key,
     change_state,
+    notes_on,
     primary_of,
     read_keys,
     refuse_primary,
@@ -151,7 +150,8 @@ class KeyRegistry:
                 f"database refuses what it writes. The primary is {primary_of(keys)!r}: make it "
                 "the primary of this process's keyring, or use Keyring.following()"
             )
-        return KeyCheck(tuple(keys.values()), tuple(self._notes(keys, keyring)))
+        notes = notes_on(keys, keyring, self._tables.fenced(keys))
+        return KeyCheck(tuple(keys.values()), tuple(notes))
 
     # -- ready, primary ----------------------------------------------------------------------------
 
@@ -263,14 +263,27 @@ class KeyRegistry:
     # -- fenced, retired ---------------------------------------------------------------------------
 
     @hide_locals
-    def fence(self, version: str, *, exclude: Iterable[str] = ()) -> RegisteredKey:
+    def fence(
+        self,
+        version: str,
+        *,
+        exclude: Iterable[str] = (),
+        rotate: bool = False,
+        lock_timeout: float = DEFAULT_LOCK_TIMEOUT,
+        retries: int = DEFAULT_RETRIES,
+    ) -> RegisteredKey:
         """Have the database refuse new values under a key, in every column of the targets.
 
         :param exclude: as for :func:`retire_check`.
+        :param rotate: re-encrypt every value under the primary, before and after the fence is
+            there. For processes that never stop sealing under the key.
+        :param lock_timeout: seconds to wait for a table, as for :func:`op.fence_key_version()
+            <sqlalchemy_lucent.migrations.fence_key_version>`.
+        :param retries: further attempts, likewise.
         :raises KeyInUseError: values are still under it. They are counted, and nothing is fenced.
         :raises KeyStateError: it is the primary.
         """
-        return self._end(version, "fenced", exclude)
+        return self._end(version, "fenced", exclude, rotate, lock_timeout, retries)
 
     @hide_locals
     def unfence(self, version: str) -> RegisteredKey:
@@ -287,17 +300,26 @@ class KeyRegistry:
         return self._reopen(version, "unfence", ("fenced",))
 
     @hide_locals
-    def retire(self, version: str, *, exclude: Iterable[str] = ()) -> RegisteredKey:
+    def retire(
+        self,
+        version: str,
+        *,
+        exclude: Iterable[str] = (),
+        rotate: bool = False,
+        lock_timeout: float = DEFAULT_LOCK_TIMEOUT,
+        retries: int = DEFAULT_RETRIES,
+    ) -> RegisteredKey:
         """Fence a key, prove that no value is under it, and write that it is retired.
 
         From then on, processes that follow the registry open nothing under it. After that, take the
         key out of their environment.
 
         :param exclude: as for :func:`retire_check`.
+        :param rotate: as for :meth:`fence`, as are `lock_timeout` and `retries`.
         :raises KeyInUseError: values are still under it, per column.
         :raises KeyStateError: it is the primary.
         """
-        return self._end(version, "retired", exclude)
+        return self._end(version, "retired", exclude, rotate, lock_timeout, retries)
 
     @hide_locals
     def unretire(self, version: str) -> RegisteredKey:
@@ -380,41 +402,26 @@ class KeyRegistry:
         require_same_keys(keys, keyring)
         return keyring, keys
 
-    def _notes(self, keys: dict[str, RegisteredKey], keyring: Keyring) -> Iterable[str]:
-        for version in keyring.versions:
-            if version not in keys:
-                yield f"key version {version!r} is not registered: register() it"
-        primary = primary_of(keys)
-        if primary not in (None, keyring.primary):
-            yield (
-                f"this process's primary is {keyring.primary!r}, the registry's {primary!r}: use "
-                "Keyring.following(), or deploy the keyring with that primary"
-            )
-        for key in keys.values():
-            if key.leaked_since is not None:
-                yield f"key version {key.version!r} has leaked: leaked() lists what to replace"
-            if key.state == "retired" and key.version in keyring.versions:
-                yield f"key version {key.version!r} is retired: take its key out of this process"
-            if key.state in ("fenced", "retired"):
-                missing = self._tables.unfenced(key.version)
-                if missing:
-                    yield (
-                        f"key version {key.version!r} is {key.state}, and "
-                        f"{', '.join(missing)} has no fence against it: call {_VERB[key.state]}() "
-                        "again"
-                    )
-
-    def _end(self, version: str, state: State, exclude: Iterable[str]) -> RegisteredKey:
+    def _end(
+        self,
+        version: str,
+        state: State,
+        exclude: Iterable[str],
+        rotate: bool,
+        lock_timeout: float,
+        retries: int,
+    ) -> RegisteredKey:
         """Fence a key and write its new state, with a receipt of the proof."""
         keyring, known_keys = self._own_keys()
         key = require_key(known_keys, version)
-        refuse_primary(key, _VERB[state])
+        refuse_primary(key, VERBS[state])
         if state == "fenced" and key.state == "retired":
             raise KeyStateError(
                 f"key version {version!r} is retired, and fenced: there is nothing to do"
             )
-        signer_of(known_keys, keyring)
-        self._tables.fence(version, exclude)
+        primary = signer_of(known_keys, keyring)
+        target = keyring.with_oldest(None).with_primary(primary) if rotate else None
+        self._tables.fence(version, exclude, target, lock_timeout=lock_timeout, retries=retries)
         if key.state == state:
             return key
         counts = self._tables.counts()
@@ -422,7 +429,7 @@ class KeyRegistry:
         def write(connection: sa.Connection) -> None:
             keys = read_keys(connection)
             known = require_key(keys, version)
-            refuse_primary(known, _VERB[state])
+            refuse_primary(known, VERBS[state])
             if known.state == state:
                 return
             now = database_time(connection)
@@ -431,7 +438,7 @@ class KeyRegistry:
                 times["fenced_at"] = now
             change_state(connection, version, state, **times)
             append_receipt(
-                connection, keyring, keys, _VERB[state], version, now, counts=counts, fenced=True
+                connection, keyring, keys, VERBS[state], version, now, counts=counts, fenced=True
             )
 
         self._store.step(f"the receipt of key version {version!r}", write)
@@ -469,9 +476,6 @@ class KeyRegistry:
             return moment
 
         return self._store.step(f"the leak of key version {version!r}", write)
-
-
-_VERB = {"fenced": "fence", "retired": "retire"}
 
 
 def _register(connection: sa.Connection, keyring: Keyring, counts: Counts) -> None:

@@ -23,7 +23,17 @@ from alembic.operations.ops import (
 )
 from alembic.runtime.plugins import Plugin
 from alembic.util import DispatchPriority, PriorityDispatchResult
-from sqlalchemy import JSON, Column, Connection, LargeBinary, MetaData, String, Table, Uuid
+from sqlalchemy import (
+    JSON,
+    Column,
+    Connection,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Uuid,
+    inspect,
+)
 from sqlalchemy import table as table_clause
 from sqlalchemy.exc import NoSuchTableError, UnreflectableTableError
 from sqlalchemy.types import _Binary
@@ -169,7 +179,7 @@ def _free_columns_of_checks(connection: Connection, upgrade_ops: UpgradeOps) -> 
         for operation in table_ops.ops:
             if isinstance(operation, DropColumnOp):
                 dropped = operation.column_name
-                if find_check(connection, name, dropped, schema):
+                if find_check(inspect(connection), name, dropped, schema):
                     upgrade_ops.ops.insert(0, DropSealedCheckOp(name, dropped, schema=schema))
             elif isinstance(operation, AddColumnOp) and has_check(
                 operation.column, connection.dialect
@@ -186,7 +196,7 @@ def _missing_checks(
     for column in columns:
         table = column.table
         if has_check(column, connection.dialect) and not find_check(
-            connection, table.name, column.name, table.schema
+            inspect(connection), table.name, column.name, table.schema
         ):
             logger.info("Detected that %s takes values that are not sealed", column)
             yield CreateSealedCheckOp(table.name, column.name, schema=table.schema)

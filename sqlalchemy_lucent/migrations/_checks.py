@@ -41,7 +41,7 @@ class SealedCheck(NamedTuple):
     def find(self) -> ReflectedCheckConstraint | None:
         """Return the constraint that the database has."""
         connection = self.operations.get_bind()
-        return find_check(connection, self.table_name, self.column_name, self.schema)
+        return find_check(sa.inspect(connection), self.table_name, self.column_name, self.schema)
 
     def declared(self, *, validated: bool = True) -> sa.CheckConstraint:
         """Return the constraint that a new table would have, named by the target's convention.
@@ -150,7 +150,7 @@ _SIGNATURE: Final = re.compile(
 
 
 def find_check(
-    connection: sa.Connection,
+    inspector: sa.Inspector,
     table_name: str,
     column_name: str,
     schema: str | None,
@@ -159,7 +159,7 @@ def find_check(
     """Find a constraint by its condition, since a renamed table or column keeps its name."""
     written = "|".join(re.escape(column_name.replace(quote, 2 * quote)) for quote in '"`')
     own = re.compile(rf"(?<!\w)(?:{written})(?!\w)")
-    for check in sa.inspect(connection).get_check_constraints(table_name, schema=schema):
+    for check in inspector.get_check_constraints(table_name, schema=schema):
         if signature.search(check["sqltext"]) and own.search(check["sqltext"]):
             return check
     return None

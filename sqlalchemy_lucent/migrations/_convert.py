@@ -367,9 +367,8 @@ def log_progress(verb: str, name: str, progress: RotationProgress) -> None:
 def log_failures(name: str, what: str, failed: Sequence[FailedRow], count: int) -> None:
     """Log the first failed values by primary key, and the number of the others."""
     for row in failed[:_FAILURES_LOGGED]:
-        logger.error(
-            "%s of the row with primary key %r %s: %s", name, row.primary_key, what, row.error
-        )
+        why = row.reason or row.error
+        logger.error("%s of the row with primary key %r %s: %s", name, row.primary_key, what, why)
     if len(failed) > _FAILURES_LOGGED:
         logger.error("%s: %d more values, not logged", name, count - _FAILURES_LOGGED)
 

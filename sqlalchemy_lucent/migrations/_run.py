@@ -9,9 +9,8 @@ from copy import copy
 from functools import partial
 from typing import Any, TypeVar
 
-from alembic.ddl.impl import DefaultImpl
 from alembic.operations import Operations, ops, toimpl
-from alembic.operations.batch import ApplyBatchImpl
+from alembic.operations.batch import BatchOperationsImpl
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import (
     CheckConstraint,
@@ -19,8 +18,6 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     MetaData,
-    Table,
-    event,
     func,
     select,
 )
@@ -54,6 +51,7 @@ from .operations import (
     DropLucentSecretsOp,
     DropSealedCheckOp,
     FenceKeyVersionOp,
+    FenceOp,
     LucentOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
@@ -258,17 +256,17 @@ def _drop_fence(operations: Operations, operation: UnfenceKeyVersionOp) -> None:
     _fence(connection, operation).drop(connection)
 
 
-def _fence(connection: Connection, operation: FenceKeyVersionOp | UnfenceKeyVersionOp) -> Fence:
+def _fence(connection: Connection, operation: FenceOp) -> Fence:
     name = operation.column_name
     _, table = reflect_table(connection, operation.table_name, operation.schema, name, {})
     table.append_column(Column(name, EncryptedJSON()))
     (target,) = resolve_targets(table, connection)
-    return Fence(target, operation.version)
+    return Fence(
+        target, operation.version, lock_timeout=operation.lock_timeout, retries=operation.retries
+    )
 
 
-def _fence_as_sql(
-    operations: Operations, operation: FenceKeyVersionOp | UnfenceKeyVersionOp
-) -> list[CheckConstraint]:
+def _fence_as_sql(operations: Operations, operation: FenceOp) -> list[CheckConstraint]:
     dialect = operations.migration_context.dialect
     if dialect.name == "sqlite":
         raise RotationError(
@@ -397,7 +395,38 @@ def _reflect(
     return table.c[name]
 
 
-@Operations.implementation_for(ops.AlterColumnOp, replace=True)
+# -- operations of Alembic -------------------------------------------------------------------------
+
+_AlembicImplementation = Callable[[Operations, Any], None]
+
+
+def _keeping_fences(implementation: _AlembicImplementation) -> _AlembicImplementation:
+    """Have `implementation` refuse batch mode's copy of a SQLite table that has a fence.
+
+    The copy would lack it, because Alembic copies no triggers. In batch mode, an operation is only
+    noted until the block ends, so nothing was done yet.
+    """
+
+    def carry_out(operations: Operations, operation: Any) -> None:
+        implementation(operations, operation)
+        batch: object = operations.impl
+        if not isinstance(batch, BatchOperationsImpl) or not batch._should_recreate():
+            return
+        connection = batch.impl.connection
+        if batch.dialect.name != "sqlite" or connection is None:
+            return
+        for name, owner in fence_triggers(connection, translated(connection, batch.schema)):
+            if owner.lower() == batch.table_name.lower():
+                raise RotationError(
+                    f"SQLite makes this change of {dotted(batch.schema, owner)} only on a copy of "
+                    f"the table, and Alembic's copy would lose its fence, the trigger {name}. Run "
+                    "op.unfence_key_version() in a revision before this one, and "
+                    "op.fence_key_version() in one after it"
+                )
+
+    return carry_out
+
+
 def _alter_column(operations: Operations, operation: ops.AlterColumnOp) -> None:
     """Run Alembic's own operation, unless it gives a sealed column a server default."""
     type_ = to_instance(operation.modify_type or operation.existing_type)
@@ -408,18 +437,13 @@ def _alter_column(operations: Operations, operation: ops.AlterColumnOp) -> None:
     toimpl.alter_column(operations, operation)
 
 
-@event.listens_for(Table, "before_create")
-def _keep_fences(table: Table, connection: Connection | None, **kw: Any) -> None:
-    """Refuse Alembic's copy of a SQLite table that has a fence, because it copies no trigger."""
-    runner = kw.get("_ddl_runner")
-    by_alembic = isinstance(runner, DefaultImpl) and not runner.as_sql
-    if connection is None or connection.dialect.name != "sqlite" or not by_alembic:
-        return
-    for name, owner in fence_triggers(connection, connection.schema_for_object(table)):
-        if ApplyBatchImpl._calc_temp_name(owner) == table.name:
-            raise RotationError(
-                f"SQLite makes this change of {dotted(table.schema, owner)} only on a copy of the "
-                f"table, and Alembic's copy would lose its fence, the trigger {name}. Run "
-                "op.unfence_key_version() in a revision before this one, and "
-                "op.fence_key_version() in one after it"
-            )
+for _operation, _implementation in (
+    (ops.AddColumnOp, toimpl.add_column),
+    (ops.AlterColumnOp, _alter_column),
+    (ops.DropColumnOp, toimpl.drop_column),
+    (ops.AddConstraintOp, toimpl.create_constraint),
+    (ops.DropConstraintOp, toimpl.drop_constraint),
+    (ops.CreateIndexOp, toimpl.create_index),
+    (ops.DropIndexOp, toimpl.drop_index),
+):
+    Operations.implementation_for(_operation, replace=True)(_keeping_fences(_implementation))

@@ -7,6 +7,7 @@ be added by copying the table. It compares the first bytes of a value, and needs
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,27 +18,28 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import AddConstraint, conv
 
 from .. import _sql
-from .._database.connection import ManagedConnection
+from .._database.connection import (
+    DEFAULT_LOCK_TIMEOUT,
+    DEFAULT_RETRIES,
+    ManagedConnection,
+    check_retries,
+)
 from .._database.faults import Fault
 from .._database.reflection import dotted, reflect_columns
 from .._database.relations import is_binary
 from .._envelope import version_prefix
 from ..exceptions import KeyInUseError, RotationError, hide_locals
 from ..keyring import check_version
-from ..rotation import require_unused
+from ..rotation import is_wait, require_unused
 from ..rotation.targets import TargetTable, survey
 from ._checks import find_check, not_encrypted
-
-_LOCK_TIMEOUT: Final = 1
-"""Seconds to wait for the table. Others queue behind a change of the table that waits, so it gives
-up soon, lets them through and tries again."""
 
 _LONGEST_NAME: Final = 63  # bytes, on PostgreSQL; MariaDB and MySQL take 64 characters
 
 _T = TypeVar("_T")
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """The fence of one column: its constraint, or its triggers."""
 
     names: tuple[str, ...]
@@ -52,28 +54,45 @@ class Fence:
 
     :param target: the table and the columns to fence, from :func:`.rotation.targets`.
     :param version: the key version that is refused.
+    :param lock_timeout: seconds to wait for the table, on PostgreSQL, MariaDB and MySQL (whole
+        seconds there). Others queue behind a change of the table that waits, so it gives up soon,
+        lets them through and tries again.
+    :param retries: further attempts, up to 4 seconds apart.
     :raises InvalidKeyError: `version` breaks the rule for versions.
+    :raises RotationError: another argument is wrong.
     """
 
     @hide_locals
-    def __init__(self, target: TargetTable, version: str) -> None:
+    def __init__(
+        self,
+        target: TargetTable,
+        version: str,
+        *,
+        lock_timeout: float = DEFAULT_LOCK_TIMEOUT,
+        retries: int = DEFAULT_RETRIES,
+    ) -> None:
+        if not (is_wait(lock_timeout) and lock_timeout > 0):
+            raise RotationError("lock_timeout is a number of seconds, above 0 and up to a week")
         self.target = target
         self.version = check_version(version)
+        self._lock_timeout = lock_timeout
+        self._retries = check_retries(retries)
         self._name: str = target.clause.name
         self._schema: str | None = target.clause.schema
         self._columns = [column.name for column in target.columns]
 
-    def add(self, bind: sa.Engine | sa.Connection) -> None:
+    def add(self, bind: sa.Engine | sa.Connection, *, counts: bool = True) -> None:
         """Have the database refuse new values under the version, in every column.
 
         Call :meth:`validate` next: until it has passed, a value that was written meanwhile may be
         left, and any update of its row is refused.
 
+        :param counts: ``False`` if the caller has just counted the values under the version.
         :raises KeyInUseError: there are values under the version; nothing was changed.
         :raises RotationError: the table is missing, is none or lacks an encrypted column; the
             server is a replica; or the database refuses. Nothing was changed.
         """
-        self._run(bind, self._add)
+        self._run(bind, lambda database: self._add(database, counts))
 
     def validate(self, bind: sa.Engine | sa.Connection) -> None:
         """Prove that no value is left under the version, now that none can be added.
@@ -97,6 +116,16 @@ class Fence:
         :raises RotationError: the table or a column is missing, or the database refuses.
         """
         return self._run(bind, lambda database: not self._missing(database), read_only=True)
+
+    def find(self, inspector: sa.Inspector) -> dict[str, Found]:
+        """Return the fences by column, found by what they say: names outlive a rename.
+
+        :param inspector: which reads each table once, for fences against several versions.
+        """
+        connection = inspector.bind
+        if isinstance(connection, sa.Connection) and connection.dialect.name == "sqlite":
+            return self._find_triggers(connection)
+        return self._find_constraints(inspector)
 
     def constraints(self, dialect: sa.Dialect, *, validated: bool) -> list[sa.CheckConstraint]:
         """Return the constraints for DDL, one for each column.
@@ -123,7 +152,7 @@ class Fence:
         *,
         read_only: bool = False,
     ) -> _T:
-        database = ManagedConnection(bind, read_only=read_only)
+        database = ManagedConnection(bind, retries=self._retries, read_only=read_only)
 
         def checked() -> _T:
             database.read(self._check)
@@ -146,9 +175,10 @@ class Fence:
             if not is_binary(type_):
                 raise not_encrypted(dotted(self._schema, self._name, name), type_)
 
-    def _add(self, database: ManagedConnection) -> None:
+    def _add(self, database: ManagedConnection, counts: bool) -> None:
         if self._missing(database):
-            require_unused(database, [self.target], self.version)
+            if counts:
+                require_unused(database, [self.target], self.version)
             database.retry(lambda _: self._create(database))
 
     def _create(self, database: ManagedConnection) -> None:
@@ -156,7 +186,7 @@ class Fence:
         if not missing:
             return
         dialect = database.dialect
-        with _soon(database) as connection:
+        with self._soon(database) as connection:
             if dialect.name == "sqlite":
                 for statement in self._triggers(missing, dialect):
                     connection.exec_driver_sql(statement)
@@ -207,7 +237,7 @@ class Fence:
         ]
         if pending:
             try:
-                with _soon(database) as connection:
+                with self._soon(database) as connection:
                     connection.exec_driver_sql(self._alter(dialect, pending))
             except IntegrityError:
                 return False
@@ -220,7 +250,7 @@ class Fence:
             quote = database.dialect.identifier_preparer.quote
             if not names:
                 return
-            with _soon(database) as connection:
+            with self._soon(database) as connection:
                 if database.dialect.name == "sqlite":
                     for name in names:
                         full = dotted(quote(self._schema or "main"), quote(name))
@@ -231,19 +261,39 @@ class Fence:
 
         database.retry(drop)
 
+    @contextmanager
+    def _soon(self, database: ManagedConnection) -> Iterator[sa.Connection]:
+        """Change the table soon or not at all.
+
+        The block is one transaction, except on MariaDB and MySQL. On SQLite nobody queues.
+        """
+        if not _sql.is_mysql(database.dialect):
+            with database.transaction() as connection:
+                if database.dialect.name == "postgresql":
+                    milliseconds = max(1, round(self._lock_timeout * 1000))
+                    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {milliseconds}")
+                yield connection
+            return
+        connection = database.connection
+        before = connection.exec_driver_sql("SELECT @@SESSION.lock_wait_timeout").scalar_one()
+        set_timeout = "SET SESSION lock_wait_timeout = {}".format
+        connection.exec_driver_sql(set_timeout(math.ceil(self._lock_timeout)))
+        try:
+            yield connection
+        finally:
+            if not connection.invalidated:
+                connection.exec_driver_sql(set_timeout(before))
+
     # -- in the database ---------------------------------------------------------------------------
 
     def _missing(self, database: ManagedConnection) -> list[str]:
         found = self._find(database)
         return [name for name in self._columns if name not in found]
 
-    def _find(self, database: ManagedConnection) -> dict[str, _Found]:
-        """Return the fences by column, found by what they say: names outlive a rename."""
-        if database.dialect.name == "sqlite":
-            return database.read(self._find_triggers)
-        return database.read(self._find_constraints)
+    def _find(self, database: ManagedConnection) -> dict[str, Found]:
+        return database.read(lambda connection: self.find(sa.inspect(connection)))
 
-    def _find_constraints(self, connection: sa.Connection) -> dict[str, _Found]:
+    def _find_constraints(self, inspector: sa.Inspector) -> dict[str, Found]:
         prefix = version_prefix(self.version)
         signature = re.compile(
             rf"substr.*\b1\b.*\b{len(prefix)}\b.*x'?{prefix.hex()}(?![0-9a-f])",
@@ -251,13 +301,13 @@ class Fence:
         )
         found = {}
         for name in self._columns:
-            check = find_check(connection, self._name, name, self._schema, signature)
+            check = find_check(inspector, self._name, name, self._schema, signature)
             if check is not None and check["name"] is not None:
                 is_validated = not check.get("dialect_options", {}).get("not_valid")
-                found[name] = _Found((check["name"],), is_validated)
+                found[name] = Found((check["name"],), is_validated)
         return found
 
-    def _find_triggers(self, connection: sa.Connection) -> dict[str, _Found]:
+    def _find_triggers(self, connection: sa.Connection) -> dict[str, Found]:
         found = {}
         triggers = _triggers_in(connection, self._schema)
         for column in self._columns:
@@ -272,7 +322,7 @@ class Fence:
                 ):
                     names.append(name)
             if len(names) == len(_EVENTS):
-                found[column] = _Found(tuple(names), is_validated=True)
+                found[column] = Found(tuple(names), is_validated=True)
         return found
 
     # -- DDL ---------------------------------------------------------------------------------------
@@ -333,26 +383,3 @@ def _unquoted(name: str) -> str:
 def _clause(check: sa.CheckConstraint, dialect: sa.Dialect) -> str:
     compiled: Any = AddConstraint(check).compile(dialect=dialect)
     return str(compiled.process(check))
-
-
-@contextmanager
-def _soon(database: ManagedConnection) -> Iterator[sa.Connection]:
-    """Change the table soon or not at all: others queue behind a change that waits for its lock.
-
-    The block is one transaction, except on MariaDB and MySQL. On SQLite nobody queues.
-    """
-    if not _sql.is_mysql(database.dialect):
-        with database.transaction() as connection:
-            if database.dialect.name == "postgresql":
-                connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}s'")
-            yield connection
-        return
-    connection = database.connection
-    before = connection.exec_driver_sql("SELECT @@SESSION.lock_wait_timeout").scalar_one()
-    set_timeout = "SET SESSION lock_wait_timeout = {}".format
-    connection.exec_driver_sql(set_timeout(_LOCK_TIMEOUT))
-    try:
-        yield connection
-    finally:
-        if not connection.invalidated:
-            connection.exec_driver_sql(set_timeout(before))

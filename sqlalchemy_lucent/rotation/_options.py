@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, TypeGuard
 
-from .._database.connection import DEFAULT_RETRIES
+from .._database.connection import DEFAULT_RETRIES, check_retries
 from ..exceptions import RotationError
 from ..keyring import Keyring, default_keyring
 from .report import RotationProgress
@@ -16,6 +16,10 @@ from .report import RotationProgress
 DEFAULT_BATCH_SIZE: Final = 1000
 """Rows per transaction: small enough to hold locks for milliseconds, large enough that the
 commits do not dominate."""
+
+
+LONGEST_WAIT: Final = 604_800
+"""Seconds. Python's own waits overflow somewhere beyond it."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,13 @@ class RotationOptions:
     def __post_init__(self) -> None:
         if not is_number(self.batch_size, int) or self.batch_size < 1:
             raise RotationError("batch_size is a whole number of rows, 1 or more")
-        if not is_number(self.retries, int) or self.retries < 0:
-            raise RotationError("retries is a whole number, 0 or more")
+        check_retries(self.retries)
         if self.batch_time is not None and not (is_number(self.batch_time) and self.batch_time > 0):
             raise RotationError("batch_time is a number of seconds above 0")
         if self.max_rate is not None and not (is_number(self.max_rate) and self.max_rate >= 1):
             raise RotationError("max_rate is a number of rows per second, 1 or more")
-        if not (is_number(self.pause) and self.pause >= 0):
-            raise RotationError("pause is a number of seconds, 0 or more")
+        if not is_wait(self.pause):
+            raise RotationError("pause is a number of seconds, from 0 to a week (604,800)")
         if self.on_error not in ("report", "raise"):
             raise RotationError('on_error is "report" or "raise"')
         if not isinstance(self.dry_run, bool):
@@ -70,6 +73,25 @@ def is_number(value: object, kind: type[int | float] | None = None) -> bool:
     """Say whether `value` is a finite number, of `kind` if given; a bool is none."""
     kinds = (int, float) if kind is None else kind
     return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def is_wait(value: object) -> TypeGuard[float]:
+    """Say whether `value` is a number of seconds from 0 to a week, which any clock can wait."""
+    return is_number(value) and isinstance(value, (int, float)) and 0 <= value <= LONGEST_WAIT
+
+
+def names_of(name: str, given: object) -> tuple[str, ...]:
+    """Return the names that an argument called `name` was given; one may stand by itself.
+
+    :raises RotationError: it is none, or has none.
+    """
+    if isinstance(given, str):
+        return (given,)
+    if isinstance(given, Iterable):
+        names = tuple(given)
+        if all(isinstance(each, str) for each in names):
+            return names
+    raise RotationError(f"{name} is a name, or several in a list")
 
 
 def keyring_of(keyring: Keyring | Callable[[], Keyring] | None) -> Keyring:

@@ -90,7 +90,7 @@ def do_batch(
 
     :param has_read: called with the key that the next batch begins after, once that is known.
     """
-    rows = job.rows.read(connection, bounds, lock=not dry_run)
+    rows = job.rows.read(connection, bounds, lock=not dry_run, is_batch=True)
     after = job.rows.next_after(bounds, rows)
     has_read(after)
     outcome = job.apply(rows)
@@ -278,7 +278,7 @@ class Run:
         with database.reading() if dry_run else database.transaction() as connection:
             batch = do_batch(connection, job, bounds, dry_run=dry_run, has_read=has_read)
             if batch.failed and self._options.on_error == "raise":
-                raise RotationError(_does_not_open(batch.failed[0]))
+                raise RotationError(_fault_of(batch.failed[0]))
         return batch
 
     def _refuse_row(self, job: Job, bounds: BatchBounds, error: DBAPIError) -> Batch:
@@ -310,8 +310,11 @@ class Run:
             self._stopped = bool(options.stop_when(progress))
 
 
-def _does_not_open(failed: FailedRow) -> str:
-    return (
+def _fault_of(failed: FailedRow) -> str:
+    value = (
         f"the value of {failed.table}.{failed.column} in the row with primary key "
-        f"{failed.primary_key!r} does not open ({failed.error}); it was left as it is"
+        f"{failed.primary_key!r}"
     )
+    if failed.error == RotationError.__name__:
+        return f"{value} was not replaced: {failed.reason}"
+    return f"{value} does not open ({failed.error}); it was left as it is"

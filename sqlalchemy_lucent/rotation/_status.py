@@ -10,7 +10,19 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Engine, Row, String, column, func, inspect, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Row,
+    String,
+    column,
+    func,
+    inspect,
+    or_,
+    select,
+    text,
+)
 
 from .._database.async_bridge import awaited, sleep
 from .._database.connection import ManagedConnection
@@ -24,7 +36,7 @@ from ..exceptions import (
     hide_locals,
 )
 from ..keyring import Keyring, default_keyring
-from ._options import is_number, keyring_of
+from ._options import is_wait, keyring_of, names_of
 from .jobs import Reseal
 from .report import Failures, StatusReport, StatusRow, VerifyReport
 from .rows import BatchBounds, Rows
@@ -186,8 +198,8 @@ def retire_check(
     """
     if not isinstance(version, str) or not VERSION_PATTERN.fullmatch(version):
         raise RotationError("retire_check() takes a key version, such as 'v1'")
-    if not (is_number(settle) and settle >= 0):
-        raise RotationError("settle is a number of seconds, 0 or more")
+    if not is_wait(settle):
+        raise RotationError("settle is a number of seconds, from 0 to a week (604,800)")
     if settle and isinstance(bind, Connection) and bind.in_transaction():
         raise RotationError(
             "the connection is inside a transaction, which may not see what others commit while "
@@ -195,7 +207,7 @@ def retire_check(
         )
     own = None if keyring is None else keyring_of(keyring)
     rest = own.without(version) if own is not None and version in own.versions else own
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    exclude = names_of("exclude", exclude)
     fingerprint = _fingerprint(version, own)
     _raise_if_needed(bind, version, targets, rest, exclude)
     if fingerprint is None:
@@ -267,6 +279,34 @@ def require_unused(
             "key is retired; verify() names those that do not open, such as values that another "
             "key of that name sealed"
         )
+    for table in tables:
+        count = _count_history(database, table, version)
+        if count:
+            raise KeyInUseError(
+                f"key version {version!r} is still needed: {table.name} keeps {count} earlier "
+                "versions of rows with a value under it (WITH SYSTEM VERSIONING), which no "
+                f"rotation can change. Delete them (DELETE HISTORY FROM {table.name}), or keep "
+                "the key as long as them"
+            )
+
+
+def _count_history(database: ManagedConnection, table: TargetTable, version: str) -> int:
+    """Count the rows that MariaDB keeps as the history of a table, with a value under `version`."""
+    if not getattr(database.dialect, "is_mariadb", False):
+        return 0
+    names = {"name": str(table.clause.name), "schema": table.clause.schema}
+    if not database.read(lambda connection: connection.scalar(_IS_VERSIONED, names)):
+        return 0
+    is_under = or_(*(key_version(table.clause.c[each.name]) == version for each in table.columns))
+    counted = select(func.count()).select_from(table.clause).where(is_under)
+    counted = counted.with_hint(table.clause, "FOR SYSTEM_TIME ALL")
+    return database.read(lambda connection: connection.scalar(counted)) or 0
+
+
+_IS_VERSIONED: Final = text(
+    "SELECT count(*) FROM information_schema.tables WHERE table_name = :name"
+    " AND table_schema = coalesce(:schema, database()) AND table_type = 'SYSTEM VERSIONED'"
+)
 
 
 def count_version(

@@ -20,6 +20,7 @@ from ..exceptions import (
     DecryptionError,
     LucentError,
     RetiredKeyError,
+    RotationError,
     UnknownKeyVersionError,
 )
 from ..keyring import Keyring
@@ -28,7 +29,7 @@ from ._sealed_column import SealedColumn as SealedColumn
 from ._updates import Changes, Writer, check_rights, writer_for
 from .plain import ConversionError, PlainColumn
 from .report import FailedRow
-from .rows import BatchBounds, PrimaryKey, Read, Rows
+from .rows import UNREADABLE, BatchBounds, PrimaryKey, Read, Rows
 from .targets import TargetTable
 
 
@@ -133,7 +134,32 @@ class Job(ABC):
     ) -> tuple[int, list[FailedRow]]:
         """Write the changes; return how many values were written, and what failed by it."""
         assert self._writer is not None
-        return sum(self._writer.write(connection, each) for each in outcome.changes), []
+        try:
+            written = sum(self._writer.write(connection, each) for each in outcome.changes)
+        except UNREADABLE as error:
+            fault = self.rows.unreadable(type(error))
+        else:
+            is_done = written >= outcome.values
+            return written, [] if is_done else self._unchanged(connection, bounds, outcome)
+        raise fault
+
+    def _unchanged(
+        self, connection: sa.Connection, bounds: BatchBounds, outcome: Outcome
+    ) -> list[FailedRow]:
+        """Return the values that were to be written and are still to do.
+
+        The rows are locked, so no other writer was faster.
+        """
+        keys = {repr(key) for each in outcome.changes for key in zip(*each.keys, strict=True)}
+        rows = {repr(self.rows.key_of(row)): row for row in self.rows.read(connection, bounds)}
+        again = self.apply([row for key, row in rows.items() if key in keys])
+        error = RotationError(_UNCHANGED)
+        return [
+            replace(self.failure(rows[repr(key)], name, error), reason=_UNCHANGED)
+            for each in again.changes
+            for key in zip(*each.keys, strict=True)
+            for name in each.names
+        ]
 
     def refused(
         self, connection: sa.Connection, bounds: BatchBounds, error: DBAPIError, reason: str
@@ -148,6 +174,13 @@ class Job(ABC):
     def failure(self, row: Sequence[Any], name: str, error: Exception) -> FailedRow:
         """Return the report of a value that failed."""
         return FailedRow(self.name, name, self.rows.key_of(row), type(error).__name__)
+
+
+_UNCHANGED: Final = (
+    "the database did not change the row, and raised no error: its primary key, as it is read, "
+    "does not find it (the column's type is inexact, as real is, or the model gives it another "
+    "one), or a trigger or rule of the table left it as it is"
+)
 
 
 def _group(changed: Mapping[str, Changed]) -> dict[tuple[str, ...], list[int]]:
@@ -354,9 +387,9 @@ class Backfill(Job):
         """Write the changes, and when comparing, read again what was written: the database may have
         turned it into something else.
         """
-        written, _ = super().write(connection, bounds, outcome)
+        written, failed = super().write(connection, bounds, outcome)
         if not (written and self._compare):
-            return written, []
+            return written, failed
         fault = ConversionError("what was written does not read as what it was")
         keys = {repr(key) for each in outcome.changes for key in zip(*each.keys, strict=True)}
         return written, [

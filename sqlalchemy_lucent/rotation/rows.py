@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
 from operator import add
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
@@ -16,6 +15,8 @@ from sqlalchemy.sql.expression import ColumnClause, TableClause
 
 from .._database.visibility import require_full_visibility
 from .._pagination import as_sort_value, row_after, sort_columns
+from .._sql import is_mysql
+from .._statements import BINARY_RESULTS, REPEATABLE, watch
 from ..exceptions import RotationError
 from ._keys import check_character_sets, without_limits
 from .throttle import BATCH_BYTES
@@ -37,6 +38,9 @@ default."""
 
 _FIRST_RANGE: Final = 20_000
 _LARGEST_RANGE: Final = 200_000
+
+UNREADABLE: Final = (LookupError, ValueError, TypeError, OverflowError)
+"""What a type raises for a value that it does not take."""
 
 _T = TypeVar("_T")
 
@@ -110,7 +114,6 @@ class Rows:
         self._sizes = sizes or [sa.literal(0)]
         self._skips_locked = skips_locked
         self._order: Sequence[sa.ColumnElement[Any]] = self.primary_key
-        self._in_binary = False
         self._lookahead = 1
         # Kept, because building a statement costs SQLAlchemy as much as running it.
         self._statements: dict[tuple[object, ...], sa.Select[Any]] = {}
@@ -124,13 +127,8 @@ class Rows:
         """
         self.check_keys(connection)
         nothing = BatchBounds(limit=0)
-        result = connection.execute(self._reading(nothing, lock=lock), self.parameters(nothing))
-        if self.dialect.driver == "psycopg" and not self.dialect.is_async:
-            from .._binary_results import reads_alike  # with that driver only
-
-            # A cursor that puts parameters into the text has no binary results.
-            self._in_binary = reads_alike(result.cursor) and not hasattr(result.cursor, "mogrify")
-        result.close()
+        watch(connection.dialect)
+        connection.execute(self._reading(nothing, lock=lock), self.parameters(nothing)).close()
 
     def check_keys(self, connection: sa.Connection) -> None:
         """Refuse a table with rows that are hidden, or that cannot be found by primary key.
@@ -146,8 +144,9 @@ class Rows:
             sa.select(sa.literal(1)).select_from(self.clause).where(self._has_null_key).limit(1)
         )
         if connection.execute(statement).first() is not None:
+            dates = " (the date 0000-00-00 counts as NULL)" if is_mysql(self.dialect) else ""
             raise RotationError(
-                f"table {self.name} has a row with NULL in its primary key; give such rows "
+                f"table {self.name} has a row with NULL in its primary key{dates}; give such rows "
                 "a primary key, so that they can be read in order and named"
             )
 
@@ -198,15 +197,16 @@ class Rows:
         *,
         lock: bool = False,
         keys_only: bool = False,
+        is_batch: bool = False,
     ) -> Sequence[sa.Row[Any]]:
         """Return the pending rows within `bounds`, in order.
 
+        :param is_batch: leave a :exc:`~sqlalchemy.exc.DataError` to the caller, who looks for the
+            row by halving the batch.
         :raises RotationError: a value of a key or binding column does not fit the column's type.
         """
         statement = self._reading(bounds, lock=lock, keys_only=keys_only)
-        in_binary = self._in_binary and not keys_only
-        with _binary_results(connection) if in_binary else nullcontext():
-            return self._execute(connection, statement, self.parameters(bounds))
+        return self._execute(connection, statement, self.parameters(bounds), is_batch=is_batch)
 
     def next_after(self, bounds: BatchBounds, rows: Sequence[Sequence[Any]]) -> PrimaryKey | None:
         """Return the key that the next batch begins after; ``None`` at the end of the table.
@@ -221,8 +221,9 @@ class Rows:
             self._look_ahead(len(rows), bounds.limit)
         if key is not None and key == bounds.after:
             raise RotationError(
-                f"{self.name} cannot be paged by primary key: a value does not compare equal to "
-                "itself, as in a FLOAT column"
+                f"{self.name} cannot be paged by primary key: a value, as it is read, does not "
+                "compare equal to itself. The column is inexact, as FLOAT is, or has values that "
+                "the model's type does not, such as a TIME below 0"
             )
         return key
 
@@ -362,7 +363,8 @@ class Rows:
                 statement = statement.with_for_update(
                     skip_locked=self._skips_locked, key_share=True
                 )
-            self._statements[kind] = statement
+            # It selects stored bytes, and calls no function that does anything.
+            self._statements[kind] = statement.execution_options(**{BINARY_RESULTS: REPEATABLE})
         return self._statements[kind]
 
     def _finding_bounds(self, after: PrimaryKey | None) -> sa.Select[Any]:
@@ -395,31 +397,29 @@ class Rows:
         return self._statements[kind]
 
     def _execute(
-        self, connection: sa.Connection, statement: sa.Select[Any], parameters: dict[str, Any]
+        self,
+        connection: sa.Connection,
+        statement: sa.Select[Any],
+        parameters: dict[str, Any],
+        *,
+        is_batch: bool = False,
     ) -> Sequence[sa.Row[Any]]:
         try:
             return connection.execute(statement, parameters).all()
-        except (LookupError, ValueError, TypeError) as error:
-            fault = type(error).__name__
-        raise RotationError(
-            f"a row of table {self.name} cannot be read ({fault}): a value of its primary key, or "
-            "of a column that values are bound to, does not fit the column's type. Correct the "
-            "value or the type"
+        except sa.exc.StatementError as error:
+            # psycopg's own fault is a DataError; a type's, in a parameter, is wrapped as well.
+            is_unread = isinstance(error, sa.exc.DataError) and not is_batch
+            if isinstance(error, sa.exc.DBAPIError) and not is_unread:
+                raise
+            fault = self.unreadable(type(error.orig or error))
+        except UNREADABLE as error:
+            fault = self.unreadable(type(error))
+        raise fault
+
+    def unreadable(self, fault: type[BaseException]) -> RotationError:
+        """Return the error for a row whose key or binding column holds what its type does not."""
+        return RotationError(
+            f"a row of table {self.name} cannot be read ({fault.__name__}): a value of its primary "
+            "key, or of a column that values are bound to, does not fit the column's type, or is "
+            "none in Python, such as a timestamp of infinity. Correct the value or the type"
         )
-
-
-@contextmanager
-def _binary_results(connection: sa.Connection) -> Iterator[None]:
-    """Have psycopg fetch bytes as they are, rather than as hexadecimal text.
-
-    SQLAlchemy has no option for it, but shows each cursor to event listeners.
-    """
-
-    def fetch_in_binary(_connection: Any, cursor: Any, *_rest: Any) -> None:
-        cursor.format = 1
-
-    sa.event.listen(connection, "before_cursor_execute", fetch_in_binary)
-    try:
-        yield
-    finally:
-        sa.event.remove(connection, "before_cursor_execute", fetch_in_binary)

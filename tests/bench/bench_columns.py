@@ -174,7 +174,7 @@ def compare(begin: Begin, label: str, size: str, *, smoke: bool) -> Iterator[Fig
     for what, contenders in work.items():
         # SQLite waits for nothing, so processor time leaves out what else the machine does.
         clock = time.thread_time if label == "SQLite" else time.perf_counter
-        turns = in_turns(contenders, 1 if smoke else 7, clock=clock)
+        turns = in_turns(contenders, 1 if smoke else 5, clock=clock)
         for ours in ("ours", "lazy") if "lazy" in contenders else ("ours",):
             for theirs in beside:
                 name = f"{what}, lazy" if ours == "lazy" else what

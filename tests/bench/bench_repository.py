@@ -233,7 +233,7 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
                     for name, by_whom in calls.items():
                         if name.startswith(("get", "require")):
                             assert by_whom["by hand"]() == by_whom["ours"]()
-                        rounds = 1 if smoke else 11 if calls_of(name) == 1 else 60
+                        rounds = 1 if smoke else 7 if calls_of(name) == 1 else 40
                         clock = time.thread_time if kind == "sqlite" else time.perf_counter
                         turns = in_turns(by_whom, rounds, clock=clock, collect=False, warm_up=2)
                         yield turns.figure(

@@ -23,15 +23,21 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import create_engine, event, select, text
+from sqlalchemy import Connection, Engine, create_engine, event, select, text
 from sqlalchemy.orm import Session
 
 import sqlalchemy_lucent
-from sqlalchemy_lucent import Keyring, LucentSecret, UnknownKeyVersionError, set_default_keyring
+from sqlalchemy_lucent import (
+    Keyring,
+    LucentSecret,
+    UnknownKeyVersionError,
+    set_default_keyring,
+    status,
+)
 from tests.conftest import KEY_1
 from webapp.app import HEADERS, Settings, create_app
-from webapp.keys import Keys, values_per_version
-from webapp.models import Integration, signing_secret_key
+from webapp.keys import Keys
+from webapp.models import TARGETS, Integration, signing_secret_key
 
 from .pages import ROOT
 
@@ -90,9 +96,16 @@ class Site:
         with self.session as session:
             return list(session.scalars(select(Integration.id).order_by(Integration.id)))
 
-    def counts(self) -> Counter[str]:
+    def counts(self) -> Counter[str | None]:
         with self.session as session:
-            return values_per_version(session.connection())
+            return counts(session.connection())
+
+    def states(self) -> dict[str, str]:
+        return {key.version: key.state for key in self.keys.registry.registered()}
+
+    async def new_primary(self, version: str = "v2") -> None:
+        await self.post("/keys")
+        await self.post(f"/keys/{version}/promote")
 
     async def until_rotated(self) -> str:
         """Look at the page until it says that the rotation has ended."""
@@ -118,6 +131,18 @@ async def started(
 async def site(tmp_path: Path, keyring: Keyring) -> AsyncIterator[Site]:
     async with started(tmp_path, keyring) as site:
         yield site
+
+
+def counts(bind: Engine | Connection) -> Counter[str | None]:
+    counted: Counter[str | None] = Counter()
+    for row in status(bind, TARGETS).rows:
+        counted[row.key_version] += row.count
+    return counted
+
+
+def can_rotate(page: str) -> bool:
+    (button,) = re.findall(r'<button id="rotate"[^>]*>', page)
+    return "disabled" not in button
 
 
 def leaves(value: Any) -> Iterator[str]:
@@ -318,16 +343,54 @@ async def test_another_name_for_this_machine_is_refused(site: Site) -> None:
 # -- Keys ------------------------------------------------------------------------------------------
 
 
-async def test_a_rotation_brings_every_row_under_the_new_key(site: Site, keyring: Keyring) -> None:
+async def test_the_page_shows_the_states_of_keys_and_what_lucent_status_counts(site: Site) -> None:
+    async def shown() -> tuple[dict[str, str], dict[str, str], bool]:
+        page = await site.page()
+        states = dict(re.findall(r'id="state-(\w+)">(\w+)<', page))
+        values = dict(re.findall(r'class="number" id="([\w-]+)">(\d+)<', page))
+        assert states == site.states()
+        return states, values, can_rotate(page)
+
+    under_v1 = {"integrations-v1": "200", "lucent_secrets-v1": "8"}
+    under_v2 = {"integrations-v2": "200", "lucent_secrets-v2": "8"}
+    assert await shown() == ({"v1": "primary"}, under_v1, False)
     await site.post("/keys")
+    assert await shown() == ({"v1": "primary", "v2": "registered"}, under_v1, False)
+    await site.post("/keys/v2/promote")
+    assert await shown() == ({"v1": "draining", "v2": "primary"}, under_v1, True)
+    await site.post("/rotation")
+    await site.until_rotated()
+    assert await shown() == ({"v1": "draining", "v2": "primary"}, under_v2, False)
+    await site.post("/keys/v1/retire")
+    assert await shown() == ({"v1": "retired", "v2": "primary"}, under_v2, False)
+    assert site.keys.registry.verify_receipts().ok
+
+
+async def test_each_key_is_offered_its_next_step_only(site: Site) -> None:
+    def offered(page: str) -> list[str]:
+        return re.findall(r'<button id="(promote-\w+|retire-\w+)"', page)
+
+    assert offered(await site.page()) == []
+    await site.post("/keys")
+    assert offered(await site.page()) == ["promote-v2"]
+    await site.post("/keys/v2/promote")
+    assert offered(await site.page()) == ["retire-v1"]
+    await site.post("/rotation")
+    await site.until_rotated()
+    site.keys.registry.fence("v1")
+    assert offered(await site.page()) == ["retire-v1"]
+    await site.post("/keys/v1/retire")
+    assert offered(await site.page()) == []
+
+
+async def test_a_rotation_brings_every_row_under_the_new_key(site: Site, keyring: Keyring) -> None:
+    await site.new_primary()
     assert site.counts() == {"v1": ROWS + 8}
     await site.post("/rotation")
-    page = await site.until_rotated()
+    said = " ".join((await site.until_rotated()).split())
     assert site.counts() == {"v2": ROWS + 8}
-    said = " ".join(page.split())
     assert "Done: 208 values re-encrypted under v2, 0 left;" in said
     assert "208 open with that key alone, 0 do not." in said
-    assert '<td class="number" id="now-v1">0</td>' in page
 
     await site.post("/keys/v1/retire")
     assert site.keys.current().versions == ("v2",)
@@ -341,29 +404,48 @@ async def test_a_rotation_brings_every_row_under_the_new_key(site: Site, keyring
 
 
 async def test_a_key_that_rows_need_is_not_retired(site: Site) -> None:
-    await site.post("/keys")
+    await site.new_primary()
     answer = await site.post("/keys/v1/retire", 409)
     assert (
         "key version &#39;v1&#39; is still needed: 200 in integrations.credentials" in answer.text
     )
     assert site.keys.current().versions == ("v2", "v1")
+    assert site.states() == {"v1": "draining", "v2": "primary"}
 
 
-@pytest.mark.parametrize("version", ["v1", "v9"])
-async def test_neither_the_primary_nor_an_unknown_key_is_retired(site: Site, version: str) -> None:
-    answer = await site.post(f"/keys/{version}/retire", 409)
+async def test_the_database_refuses_a_retired_key_to_a_process_that_was_left_behind(
+    site: Site, keyring: Keyring
+) -> None:
+    await site.new_primary()
+    await site.post("/rotation")
+    await site.until_rotated()
+    await site.post("/keys/v1/retire")
+    set_default_keyring(keyring)
+    await site.post("/integrations", 500, **NEW)
+    assert site.counts() == {"v2": ROWS + 8}
+
+
+@pytest.mark.parametrize(
+    ("version", "step"), [("v1", "retire"), ("v9", "retire"), ("v9", "promote")]
+)
+async def test_a_step_that_a_key_cannot_take_is_refused(
+    site: Site, version: str, step: str
+) -> None:
+    answer = await site.post(f"/keys/{version}/{step}", 409)
     assert 'role="alert"' in answer.text
     assert site.keys.current().versions == ("v1",)
+    await site.post(f"/keys/{version}/forget", 422)
 
 
 async def test_the_version_of_a_retired_key_is_not_used_again(site: Site) -> None:
-    await site.post("/keys")
+    await site.new_primary()
     await site.post("/keys/v1/retire", 409)
     await site.post("/rotation")
     await site.until_rotated()
     await site.post("/keys/v1/retire")
-    await site.post("/keys")
+    await site.new_primary("v3")
     assert site.keys.current().versions == ("v3", "v2")
+    assert site.states() == {"v1": "retired", "v2": "draining", "v3": "primary"}
 
 
 async def test_work_goes_on_during_a_rotation_and_nothing_of_it_is_lost(
@@ -372,12 +454,13 @@ async def test_work_goes_on_during_a_rotation_and_nothing_of_it_is_lost(
     # Four seconds at the least, and edits from the first moment to the last.
     async with started(tmp_path, keyring, rows=400, max_rate=100) as site:
         ids = site.ids()
+        await site.new_primary()
         await site.post("/keys")
         await site.post("/rotation")
         rotation = site.keys.rotation
         assert rotation is not None
         await site.post("/rotation", 409)
-        await site.post("/keys", 409)
+        await site.post("/keys/v3/promote", 409)
         assert 'data-running="true"' in await site.page()
 
         # The run goes through the rows in this order: edit from both ends, before it and behind it.
@@ -412,11 +495,12 @@ async def test_a_service_that_ends_in_a_rotation_goes_on_with_it_later(
     async with started(tmp_path, keyring, rows=1000):
         pass
     async with started(tmp_path, promoted, max_rate=100) as site:
+        await site.post("/keys/v2/promote")
         await site.post("/rotation")
         while not site.counts()["v2"]:
             await asyncio.sleep(0.01)
     engine = create_engine(f"sqlite:///{tmp_path}/service.db")
-    left = values_per_version(engine)
+    left = counts(engine)
     engine.dispose()
     assert left["v1"]
     assert left["v2"]
@@ -435,7 +519,7 @@ async def test_a_value_that_does_not_open_is_counted_and_left(site: Site) -> Non
             ),
             {"id": site.ids()[0].hex},
         )
-    await site.post("/keys")
+    await site.new_primary()
     await site.post("/rotation")
     said = " ".join((await site.until_rotated()).split())
     assert "Not done: 207 values re-encrypted under v2, 1 left;" in said
@@ -450,7 +534,7 @@ async def test_a_rotation_that_the_database_ends_says_why(site: Site) -> None:
                 "CREATE TRIGGER refuse BEFORE UPDATE ON integrations BEGIN DELETE FROM nowhere; END"
             )
         )
-    await site.post("/keys")
+    await site.new_primary()
     await site.post("/rotation")
     page = await site.until_rotated()
     assert "Stopped: the database ended the rotation: OperationalError: no such" in page
@@ -483,7 +567,7 @@ def test_a_signal_in_the_middle_of_a_rotation_ends_it_and_leaves_nothing(
     ) as process:
         assert process.stdout is not None
         url = process.stdout.readline().split()[0]
-        for path in ("/keys", "/rotation"):
+        for path in ("/keys", "/keys/v2/promote", "/rotation"):
             assert httpx.post(url + path, timeout=60).status_code == 303
         assert list(tmp_path.iterdir())
         process.send_signal(number)

@@ -132,7 +132,11 @@ def test_a_rotation_is_watched_while_somebody_types(page: Chrome, url: str) -> N
     create(page, "Made before")
     page.get(url)
     assert page.find_elements(By.ID, "retire-v1") == []  # it is the primary
+    assert not by_id(page, "rotate").is_enabled()  # there is nothing to rotate
     submit(page, by_id(page, "add-key"))
+    assert by_id(page, "state-v2").text == "registered"
+    submit(page, by_id(page, "promote-v2"))
+    assert by_id(page, "state-v1").text == "draining"
     submit(page, by_id(page, "retire-v1"))
     assert "'v1' is still needed: 2001 in integrations.credentials" in by_id(page, "refusal").text
     expect_status(page, 409)
@@ -150,15 +154,16 @@ def test_a_rotation_is_watched_while_somebody_types(page: Chrome, url: str) -> N
     assert name.get_attribute("value") == "typed meanwhile"
     assert page.switch_to.active_element == name
     assert by_id(page, "state").text.startswith("Done: 2,009 values re-encrypted under v2, 0 left")
-    assert by_id(page, "now-v1").text == "0"
-    assert by_id(page, "now-v2").text == "2,009"
+    assert page.find_elements(By.ID, "integrations-v1") == []
+    assert by_id(page, "integrations-v2").text == "2,001"
+    assert by_id(page, "lucent_secrets-v2").text == "8"
     badges = page.find_elements(By.CSS_SELECTOR, ".list .badge")
     assert {badge.text for badge in badges} == {"v2"}
-    assert by_id(page, "rotate").is_enabled()
+    assert not by_id(page, "rotate").is_enabled()
 
     submit(page, by_id(page, "retire-v1"))
     assert page.find_elements(By.ID, "retire-v1") == []
-    assert page.find_elements(By.ID, "now-v1") == []
+    assert by_id(page, "state-v1").text == "retired"
 
 
 def expect_status(page: Chrome, status: int) -> None:
@@ -196,7 +201,7 @@ def test_a_form_on_another_site_changes_nothing(page: Chrome, url: str, tmp_path
     assert "another site" in page.page_source
     expect_status(page, 403)
     page.get(url)
-    assert page.find_elements(By.ID, "now-v2") == []
+    assert page.find_elements(By.ID, "state-v2") == []
 
 
 def test_nothing_comes_from_elsewhere(page: Chrome, url: str) -> None:

@@ -36,7 +36,16 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.types import NullType
 
-from sqlalchemy_lucent import EncryptedJSON, LucentBase, LucentSecrets
+from sqlalchemy_lucent import (
+    EncryptedJSON,
+    Keyring,
+    LucentBase,
+    LucentSecrets,
+    RotationReport,
+    arotate,
+    rotate,
+    set_default_keyring,
+)
 from tests.conftest import Databases
 from tests.databases import create_extension, drop_everything
 
@@ -173,6 +182,43 @@ def test_no_other_statement_is_read_in_binary(reader: tuple[Engine, Run]) -> Non
         for statement in others * 3:
             run(lambda connection, statement=statement: connection.execute(statement).all())
     assert formats == [TEXT] * 9
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_rotation_reads_in_binary(url: URL, promoted: Keyring, is_async: bool) -> None:
+    formats: list[int] = []
+
+    def note(_connection: Any, cursor: Any, statement: str, *_rest: Any) -> None:
+        if "FOR NO KEY UPDATE" in statement:
+            formats.append(getattr(cursor, "_cursor", cursor).pgresult.fformat(0))
+
+    async def rotate_async() -> RotationReport:
+        engine = create_async_engine(url)
+        event.listen(engine.sync_engine, "after_cursor_execute", note)
+        async with engine.connect() as connection:
+            report = await arotate(connection, things, keyring=promoted, batch_size=10)
+        await engine.dispose()
+        return report
+
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        more = [{"id": n, "payload": ROW[3]} for n in range(2, 202)]
+        connection.execute(insert(things), more)
+    event.listen(engine, "after_cursor_execute", note)
+    with engine.connect() as connection:
+        if is_async:
+            report = asyncio.run(rotate_async())
+        else:
+            report = rotate(connection, things, keyring=promoted, batch_size=10)
+    assert report.rotated == 201
+    # Of each statement the first result is a text: of the check, and of the first, a later and the
+    # last batch, which differ in their bounds.
+    assert formats.count(TEXT) <= 4
+    assert formats.count(BINARY) >= 15
+    set_default_keyring(promoted)
+    with engine.connect() as connection:
+        assert {row.payload["key"] for row in read(connection)} == {"sk_1"}
+    engine.dispose()
 
 
 def test_the_orm_and_the_repository_read_in_binary(url: URL) -> None:

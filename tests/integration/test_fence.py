@@ -36,6 +36,7 @@ from sqlalchemy_lucent import (
     set_default_keyring,
 )
 from sqlalchemy_lucent import migrations as lucent_migrations
+from sqlalchemy_lucent.migrations import FenceKeyVersionOp
 from sqlalchemy_lucent.migrations.fence import Fence
 from sqlalchemy_lucent.rotation.targets import TargetTable, resolve_targets
 from tests.conftest import LONG
@@ -69,8 +70,8 @@ def target_of(table: Table, bind: Engine) -> TargetTable:
     return target
 
 
-def fence_of(table: Table, engine: Engine, version: str = "v1") -> Fence:
-    return Fence(target_of(table, engine), version)
+def fence_of(table: Table, engine: Engine, version: str = "v1", **options: Any) -> Fence:
+    return Fence(target_of(table, engine), version, **options)
 
 
 def put(engine: Engine, table: Table, keyring: Keyring, **values: Any) -> None:
@@ -255,6 +256,51 @@ def test_a_writer_with_an_open_value_is_waited_for_and_its_value_found(
     fence.add(engine)
     fence.validate(engine)
     assert refuses(engine, table, keyring)
+
+
+@pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+def test_how_long_it_waits_and_how_often_it_tries_can_be_said(
+    engine: Engine, operate: Operate, keyring: Keyring, promoted: Keyring
+) -> None:
+    table = users()
+    table.create(engine)
+    put(engine, table, promoted)
+    set_default_keyring(promoted)
+    attempts: list[str] = []
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def note(*arguments: Any) -> None:
+        if "lock_timeout = 1100" in arguments[2] or "lock_wait_timeout = 2" in arguments[2]:
+            attempts.append(arguments[2])
+
+    def fence(op: Operations) -> None:
+        lucent_migrations.fence_key_version(
+            "users", "creds", "v1", lock_timeout=1.1, retries=0, operations=op
+        )
+
+    with open_write(engine, table, promoted):
+        with pytest.raises(RotationError, match="the database ended the work on the fence"):
+            fence_of(table, engine, lock_timeout=0.05, retries=1).add(engine)
+        with pytest.raises(RotationError, match="the database ended the work on the fence"):
+            operate(fence)
+        assert len(attempts) == 1
+    operate(fence)
+    operate(lambda op: op.invoke(FenceKeyVersionOp("users", "creds", "v1", retries=1).reverse()))
+    assert not fence_of(table, engine).exists(engine)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"lock_timeout": wrong} for wrong in (0, -1, True, "1", None, float("nan"), 1e300)),
+        *({"retries": wrong} for wrong in (-1, 1.5, True, None, "2")),
+    ],
+    ids=str,
+)
+def test_a_wait_that_is_none_is_refused(options: dict[str, Any]) -> None:
+    engine = sa.create_engine("sqlite://")
+    with pytest.raises(RotationError, match=next(iter(options))):
+        fence_of(users(), engine, **options)
 
 
 @pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
@@ -665,6 +711,71 @@ def users_plain() -> Table:
     return Table("users", MetaData(), Column("creds", sa.JSON()))
 
 
+def alter_in_batch(op: Operations) -> None:
+    with op.batch_alter_table("users") as batch:
+        batch.alter_column("email", existing_type=String(50), type_=String(60))
+
+
+def drop_in_batch(op: Operations) -> None:
+    with op.batch_alter_table("users") as batch:
+        batch.drop_column("email")
+
+
+def constrain_in_batch(op: Operations) -> None:
+    with op.batch_alter_table("users") as batch:
+        batch.create_unique_constraint("one", ["email"])
+
+
+def add_to_a_copy(op: Operations) -> None:
+    with op.batch_alter_table("USERS", recreate="always") as batch:
+        batch.add_column(Column("more", String(9)), insert_after="id")
+
+
+def index_a_copy(op: Operations) -> None:
+    with op.batch_alter_table("users", recreate="always") as batch:
+        batch.create_index("by_email", ["email"])
+
+
+only_sqlite = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+
+
+@only_sqlite
+@pytest.mark.parametrize("change", [drop_in_batch, constrain_in_batch, add_to_a_copy, index_a_copy])
+def test_no_kind_of_copy_loses_it(
+    engine: Engine, operate: Operate, keyring: Keyring, change: Callable[[Operations], None]
+) -> None:
+    table = users()
+    table.create(engine)
+    fence_of(table, engine).add(engine)
+
+    def in_place(op: Operations) -> None:
+        with op.batch_alter_table("users") as batch:
+            batch.add_column(Column("note", String(9)))
+            batch.create_index("by_note", ["note"])
+
+    before = sa.inspect(engine).get_columns("users")
+    with pytest.raises(RotationError, match="lose its fence"):
+        operate(change)
+    assert sa.inspect(engine).get_table_names() == ["users"]
+    assert str(sa.inspect(engine).get_columns("users")) == str(before)
+    operate(in_place)
+    assert refuses(engine, table, keyring)
+
+
+@only_sqlite
+def test_a_copy_of_another_table_is_made(engine: Engine, operate: Operate) -> None:
+    users().create(engine)
+    fence_of(users(), engine).add(engine)
+    Table("notes", MetaData(), Column("id", sa.Integer, primary_key=True)).create(engine)
+
+    def change(op: Operations) -> None:
+        with op.batch_alter_table("notes", recreate="always") as batch:
+            batch.add_column(Column("more", String(9)))
+
+    operate(change)
+    assert [each["name"] for each in sa.inspect(engine).get_columns("notes")] == ["id", "more"]
+
+
 def test_a_copy_of_the_table_does_not_lose_it(
     engine: Engine, operate: Operate, keyring: Keyring, promoted: Keyring
 ) -> None:
@@ -673,10 +784,7 @@ def test_a_copy_of_the_table_does_not_lose_it(
     put(engine, table, promoted)
     fence_of(table, engine).add(engine)
 
-    def change(op: Operations) -> None:
-        with op.batch_alter_table("users") as batch:
-            batch.alter_column("email", existing_type=String(50), type_=String(60))
-
+    change = alter_in_batch
     if engine.dialect.name == "sqlite":
         with pytest.raises(
             RotationError, match=r"lose its fence, the trigger lucent_fence_v1_users_creds"

@@ -199,9 +199,27 @@ def test_a_check_notes_a_missing_fence_and_another_primary(engine: Engine) -> No
     assert registry(engine, V2).check().notes == ()
     _drop_fences(engine)
     (note,) = registry(engine, V2).check().notes
-    assert "'v1' is fenced, and documents has no fence against it: call fence() again" in note
+    assert "'v1' is fenced, and documents.body has no fence against it: call fence() again" in note
     own.fence("v1")
     assert registry(engine, V2).check().notes == ()
+
+
+def test_a_check_names_a_fence_that_a_killed_step_left(engine: Engine) -> None:
+    create(engine)
+    rotated(engine)
+    own = registry(engine, V2)
+    for target in resolve_targets(metadata, engine):
+        Fence(target, "v1").add(engine)
+    (note,) = own.check().notes
+    assert "'v1' is draining, and documents.body has a fence against it" in note
+    own.unfence("v1")
+    assert own.check().notes == ()
+    put(engine, V1, 50)
+    assert rotate(engine, metadata, keyring=V2).ok
+    for target in resolve_targets(metadata, engine):
+        Fence(target, "v1").add(engine)
+    assert own.fence("v1").state == "fenced"
+    assert own.check().notes == ()
 
 
 def _drop_fences(engine: Engine) -> None:

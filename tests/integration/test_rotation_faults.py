@@ -801,6 +801,7 @@ class AwaitedByNobody:
         ("batch_time", float("inf")),
         ("max_rate", float("nan")),
         ("pause", float("inf")),
+        ("pause", 1e300),
         ("dry_run", "no"),
         ("on_progress", 3),
         ("stop_when", True),

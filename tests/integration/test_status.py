@@ -69,7 +69,7 @@ def test_retire_check_refuses_what_is_no_version(engine: Engine, version: Any) -
 @pytest.mark.parametrize("settle", [-1, True, "1", math.nan, math.inf])
 def test_retire_check_refuses_a_wait_that_is_no_time(engine: Engine, settle: Any) -> None:
     fill(engine, 1)
-    with pytest.raises(RotationError, match="settle is a number of seconds, 0 or more"):
+    with pytest.raises(RotationError, match="settle is a number of seconds, from 0"):
         retire_check(engine, "v2", ledger, settle=settle)
 
 

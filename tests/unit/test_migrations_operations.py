@@ -74,6 +74,10 @@ from sqlalchemy_lucent.migrations import (
             FenceKeyVersionOp("users", "token", "v1", schema="app"),
             "op.fence_key_version('users', 'token', 'v1', schema='app')",
         ),
+        (
+            FenceKeyVersionOp("users", "token", "v1", lock_timeout=5, retries=0).reverse(),
+            "op.unfence_key_version('users', 'token', 'v1', lock_timeout=5, retries=0)",
+        ),
     ],
 )
 def test_an_operation_renders_as_it_is_called(operation: Any, code: str) -> None:

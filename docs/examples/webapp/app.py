@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Request, Response
@@ -30,18 +30,20 @@ from starlette.middleware.base import RequestResponseEndpoint
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from sqlalchemy_lucent import (
-    ConfigurationError,
     DecryptionError,
     KeyInUseError,
+    KeyRegistry,
     Keyring,
+    KeyStateError,
     LucentBase,
     LucentSecrets,
     SerializationError,
     set_default_keyring,
+    status,
 )
 
-from .keys import BusyError, Keys, values_per_version
-from .models import Base, Integration, Tenant, signing_secret_key
+from .keys import BusyError, Keys
+from .models import TARGETS, Base, Integration, Tenant, signing_secret_key
 from .seed import PROVIDERS, new_signing_secret, seed
 
 HERE: Final = Path(__file__).parent
@@ -232,41 +234,19 @@ def rotate(keys: KeysInUse) -> Response:
     return _see("/")
 
 
-@router.post("/keys/{version}/retire")
-def retire(request: Request, version: str, session: DatabaseSession, keys: KeysInUse) -> Response:
+@router.post("/keys/{version}/{step}")
+def change_key(
+    request: Request,
+    version: str,
+    step: Literal["promote", "retire"],
+    session: DatabaseSession,
+    keys: KeysInUse,
+) -> Response:
     try:
-        keys.retire(version)
-    except (KeyInUseError, ConfigurationError) as error:
+        keys.promote(version) if step == "promote" else keys.retire(version)
+    except (KeyInUseError, KeyStateError) as error:
         return _index(request, session, keys, refusal=str(error))
     return _see("/")
-
-
-@dataclass(frozen=True)
-class KeyRow:
-    """A key version in the table of the first page."""
-
-    version: str
-    fingerprint: str | None
-    is_primary: bool
-    before: int | None
-    now: int
-
-
-def _key_rows(session: Session, keys: Keys) -> list[KeyRow]:
-    keyring, rotation = keys.current(), keys.rotation
-    now = values_per_version(session.connection())
-    before = None if rotation is None else rotation.before
-    return [
-        KeyRow(
-            version,
-            # Safe to show: a fingerprint distinguishes keys and reveals nothing about them.
-            keyring.fingerprint(version) if version in keyring.versions else None,
-            version == keyring.primary,
-            None if before is None else before[version],
-            now[version],
-        )
-        for version in dict.fromkeys((*keyring.versions, *now))
-    ]
 
 
 def _index(
@@ -274,6 +254,10 @@ def _index(
 ) -> Response:
     # Ask before counting rows, so that a page that says "Done" has the final counts.
     running = keys.rotating
+    keyring = keys.current()
+    # What `lucent status` prints. A fingerprint tells keys apart and reveals nothing about them.
+    values = status(session.connection(), TARGETS).rows
+    primary = keyring.primary, keyring.fingerprint(keyring.primary)
     chosen = [Integration.tenant_id == tenant] if tenant else []
     count = session.scalar(select(func.count()).select_from(Integration).where(*chosen))
     latest = _OVERVIEW.where(*chosen).order_by(Integration.created_at.desc(), Integration.id)
@@ -281,7 +265,9 @@ def _index(
         request,
         "index.html",
         {
-            "keys": _key_rows(session, keys),
+            "keys": keys.registry.registered(),
+            "values": values,
+            "stale": any((row.key_version, row.fingerprint) != primary for row in values),
             "rotation": keys.rotation,
             "running": running,
             "refusal": refusal,
@@ -355,12 +341,9 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # hide_parameters keeps the values of other columns out of errors and logs.
         engine = create_engine(settings.database, hide_parameters=True)
-        keys = Keys(engine, settings.keyring, max_rate=settings.max_rate)
-        set_default_keyring(keys.current)
-        app.state.keys = keys
         app.state.sessions = sessionmaker(engine)
+        keys = app.state.keys = await run_in_threadpool(_prepare, engine, settings)
         try:
-            await run_in_threadpool(_prepare, engine, settings.rows)
             yield
         finally:
             await run_in_threadpool(keys.close)
@@ -391,14 +374,17 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _prepare(engine: Engine, rows: int) -> None:
+def _prepare(engine: Engine, settings: Settings) -> Keys:
     """Create the tables, and fill them if they are empty. A real service uses migrations."""
     if engine.dialect.name == "sqlite":
         with engine.connect() as connection:
             # Readers and the writer then do not wait for each other. The file keeps the setting.
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-    for metadata in (Base.metadata, LucentBase.metadata):
+    for metadata in (Base.metadata, LucentBase.metadata, KeyRegistry.metadata):
         metadata.create_all(engine)
+    keys = Keys(engine, settings.keyring, max_rate=settings.max_rate)
+    set_default_keyring(keys.current)
     with Session(engine) as session, session.begin():
         if session.scalars(select(Tenant).limit(1)).first() is None:
-            seed(session, rows)
+            seed(session, settings.rows)
+    return keys

@@ -1,30 +1,27 @@
-"""The keyring of the process, and the rotation in its thread.
+"""The keys of the process, their life in the key registry, and the rotation in its thread.
 
-A real service reads its keyring from the environment (``Keyring.from_env()``, the default). A new
-key version then takes two deployments: one adds the key everywhere, one promotes it. This service
-is a single process with a throwaway database, so a button does both.
+A real service reads its keys from the environment (``Keyring.from_env()``, the default), and a
+deployment adds one. This service is a single process with a throwaway database, so a button does.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
 from sqlalchemy_lucent import (
+    KeyRegistry,
     Keyring,
     LucentError,
     RotationProgress,
     RotationReport,
     VerifyReport,
     generate_master_key,
-    retire_check,
     rotate,
-    status,
     verify,
 )
 
@@ -33,20 +30,9 @@ from .models import TARGETS
 BATCH_SIZE: Final = 100
 """Rows per transaction. Few, so that the progress bar moves smoothly."""
 
-SETTLE: Final = 0.5
-"""Seconds between the two counts before a key is retired. Longer than any transaction of a page."""
-
 
 class BusyError(Exception):
     """A rotation is running, and the request must wait for its end."""
-
-
-def values_per_version(bind: Engine | Connection) -> Counter[str]:
-    """Count the sealed values of all tables by key version, without opening any."""
-    counts: Counter[str] = Counter()
-    for row in status(bind, TARGETS).rows:
-        counts[row.key_version or "not sealed"] += row.count
-    return counts
 
 
 @dataclass(frozen=True)
@@ -65,7 +51,6 @@ class Rotation:
         self, executor: ThreadPoolExecutor, engine: Engine, keyring: Keyring, max_rate: int
     ) -> None:
         self.key_version = keyring.primary
-        self.before = values_per_version(engine)
         # The thread writes it, the pages read it. It needs no lock: it is immutable and replaced
         # as a whole.
         self.progress: RotationProgress | None = None
@@ -117,46 +102,63 @@ class Rotation:
 
 
 class Keys:
-    """The current keyring of the process, and the rules for changing it."""
+    """The keys of the process and their states in the registry of the database."""
 
     def __init__(self, engine: Engine, keyring: Keyring, *, max_rate: int) -> None:
         self._engine = engine
-        self._keyring = keyring
+        self._own = keyring
         self._max_rate = max_rate
-        self._versions_made = len(keyring.versions)
+        self.registry = KeyRegistry(engine, targets=TARGETS, keyring=lambda: self._own)
+        self.registry.check()  # with a wrong key, the service does not start
+        self._announcement = self.registry.announce("web").start()
+        self._following = self.registry.following()
         self._lock = threading.Lock()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rotation")
         self.rotation: Rotation | None = None
 
     def current(self) -> Keyring:
         """Return the keyring. The library calls this each time it seals or opens a value."""
-        return self._keyring
+        return self._following()
 
-    def add_version(self) -> str:
-        """Make a key under the next version and promote it.
+    def add_version(self) -> None:
+        """Make a key under the next version and register it. It opens values and seals none."""
+        with self._lock:
+            # Never reuse a version, even if its key is gone: backups still name it.
+            version = f"v{len(self.registry.registered()) + 1}"
+            self._own = self._own.adding(version, generate_master_key())
+            self.registry.register()
+            # As a deployment would: the process ends and comes back with both keys.
+            self._announcement.stop()
+            self._announcement.start()
+            self._follow()
+
+    def promote(self, version: str) -> None:
+        """Have new values sealed under `version`.
 
         :raises BusyError: a rotation is running. It seals under the key that was primary when it
             began, and would move new values back to that key.
+        :raises KeyStateError: the registry does not know the version, or it is fenced or retired.
         """
         with self._lock:
             self._raise_if_busy()
-            # Never reuse a version, even if its key is gone: backups still name it.
-            self._versions_made += 1
-            version = f"v{self._versions_made}"
-            added = self._keyring.adding(version, generate_master_key())
-            self._keyring = added.with_primary(version)
-            return version
+            self.registry.promote(version, kinds=["web"])
+            self._follow()
 
     def retire(self, version: str) -> None:
-        """Remove the key of `version` from the keyring.
+        """Have the database refuse `version`, and remove its key from this process.
 
         :raises KeyInUseError: values are sealed under it.
-        :raises ConfigurationError: it is the primary, or there is no such version.
+        :raises KeyStateError: it is the primary, or the registry does not know it.
         """
-        self._keyring.without(version)  # raises before anything is counted
-        retire_check(self._engine, version, TARGETS, settle=SETTLE)
         with self._lock:
-            self._keyring = self._keyring.without(version)
+            self.registry.retire(version)
+            if version in self._own.versions:
+                self._own = self._own.with_primary(self.current().primary).without(version)
+            self._follow()
+
+    def _follow(self) -> None:
+        # A keyring reads the registry every 30 seconds. Here, a button shows its effect at once.
+        self._following = self.registry.following()
 
     def rotate(self) -> None:
         """Start to re-encrypt everything under the primary key.
@@ -165,7 +167,7 @@ class Keys:
         """
         with self._lock:
             self._raise_if_busy()
-            self.rotation = Rotation(self._executor, self._engine, self._keyring, self._max_rate)
+            self.rotation = Rotation(self._executor, self._engine, self.current(), self._max_rate)
 
     @property
     def rotating(self) -> bool:
@@ -181,3 +183,4 @@ class Keys:
         if self.rotation is not None:
             self.rotation.stop()
         self._executor.shutdown()
+        self._announcement.stop()
