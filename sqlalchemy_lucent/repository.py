@@ -22,13 +22,14 @@ import sqlalchemy as sa
 from sqlalchemy import ColumnElement, CursorResult, Executable, LargeBinary, inspect
 from sqlalchemy.orm import Mapper, Session, scoped_session
 
-from . import _upsert
+from . import _upsert, _versions
 from ._envelope import LONGEST_PREFIX, NONCE_SIZE, header_size, parse
 from ._pagination import row_after
 from ._row import encode_row
 from ._schema import Schema
 from ._sealing import Sealed
 from ._sql import is_mysql
+from ._versions import READABLE_STAGES, SecretHistory, SecretVersion, Stage
 from .events import AccessHandler, Action, SecretAccess
 from .exceptions import (
     ConfigurationError,
@@ -87,7 +88,10 @@ class LucentSecrets:
     :param model: a mapped class made with :class:`LucentSecretMixin`.
     :param on_access: called for each use of a secret, see :mod:`sqlalchemy_lucent.events`. Writes
         then happen in a savepoint, so that they are undone if the handler raises.
-    :raises ConfigurationError: `session`, `keyring`, `model` or `on_access` is of a wrong type.
+    :param keep: how many values of each secret to keep, the current one included. If left out, a
+        write replaces the value.
+    :raises ConfigurationError: `session`, `keyring`, `model`, `on_access` or `keep` is of a wrong
+        type, or `model` has no tables to keep versions in.
 
     Every method takes a :class:`SecretKey` or its text, and raises
     :exc:`InvalidKeyError` for one that breaks a rule.
@@ -104,6 +108,7 @@ class LucentSecrets:
         keyring: Keyring | None = None,
         model: type[LucentSecretMixin] = LucentSecret,
         on_access: AccessHandler | None = None,
+        keep: int | None = None,
     ) -> None:
         if keyring is not None and not isinstance(keyring, Keyring):
             raise ConfigurationError(f"keyring= takes a Keyring, not {type(keyring).__name__}")
@@ -134,6 +139,14 @@ class LucentSecrets:
         # SELECT that a write depends on. So all of these are routed as an UPDATE of the table.
         self._to_write = {**self._to_read, "clause": _upsert.any_update(self._table)}
         self._on_access = on_access
+        given_keep: object = keep
+        if keep is not None:
+            if not isinstance(given_keep, int) or isinstance(given_keep, bool) or keep < 1:
+                raise ConfigurationError(
+                    "keep= takes the number of values of a secret to keep, from 1 on"
+                )
+            _versions.required_tables(self._table)
+        self._keep = keep
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._table.name}>"
@@ -141,22 +154,43 @@ class LucentSecrets:
     # -- one secret ------------------------------------------------------------------------------
 
     @hide_locals
-    def set(self, key: _Key, value: Any, *, expected: _Expected = _UNSET) -> str:
+    def set(
+        self,
+        key: _Key,
+        value: Any,
+        *,
+        expected: _Expected = _UNSET,
+        expires_at: datetime | None = None,
+    ) -> str:
         """Store `value` under `key`, and return its token.
 
-        One statement. Without `expected` it is an upsert, safe under concurrent callers: the last
-        one to commit wins.
+        One statement, unless the store keeps versions or the value expires. Without `expected` it
+        is an upsert, safe under concurrent callers: the last one to commit wins.
 
         :param expected: store only if the stored value still has this token
             (:attr:`SecretInfo.token`); ``None`` means only if no secret is stored.
-        :raises SerializationError: JSON would not give `value` back equal.
+        :param expires_at: when the value expires, for :meth:`due`. The value can still be read
+            then.
+        :raises SerializationError: JSON would not give `value` back equal, or `expires_at` is in
+            the past or has no time zone.
         :raises ConflictError: the stored value is not the expected one.
+        :raises DecryptionError: the store keeps versions, and the value that would be replaced does
+            not open.
         """
         key = SecretKey.of(key)
         dialect = self._dialect(self._to_write)
         sealed = self._seal(key, value, self._keyring, dialect)
+        if expires_at is not None:
+            expires_at = _versions.check_expiry(expires_at)
         with self._savepoint_if_audited():
-            if expected is _UNSET:
+            if self._keep is not None or (expires_at is not None and expected is not _UNSET):
+                written = self._set_next(key, sealed, expected, expires_at)
+            elif expires_at is not None:
+                row = self._row(key, sealed)
+                self._history(key).note_expiry(row["updated_at"], expires_at)
+                self._write([key], _upsert.upsert(self._table, dialect.name), row)
+                written = True
+            elif expected is _UNSET:
                 statement = _upsert.upsert(self._table, dialect.name)
                 self._write([key], statement, self._row(key, sealed))
                 written = True
@@ -182,24 +216,46 @@ class LucentSecrets:
         return self._read(key, sealed)
 
     @overload
-    def require(self, key: _Key) -> Any: ...
+    def require(
+        self, key: _Key, *, version: int | None = None, stage: Stage | None = None
+    ) -> Any: ...
 
     @overload
-    def require(self, key: _Key, *, as_: type[_T]) -> _T: ...
+    def require(
+        self,
+        key: _Key,
+        *,
+        as_: type[_T],
+        version: int | None = None,
+        stage: Stage | None = None,
+    ) -> _T: ...
 
     @hide_locals
-    def require(self, key: _Key, *, as_: type[_T] | None = None) -> Any:
+    def require(
+        self,
+        key: _Key,
+        *,
+        as_: type[_T] | None = None,
+        version: int | None = None,
+        stage: Stage | None = None,
+    ) -> Any:
         """Return the value stored under `key`.
 
         :param as_: the type to return it as: a dataclass, TypedDict, msgspec Struct or pydantic
             model.
-        :raises SecretNotFoundError: no secret is stored under `key`.
+        :param version: the number of the version to return, see :meth:`versions`.
+        :param stage: ``"current"``, ``"previous"``, ``"staged"`` or ``"pending"``, instead of a
+            number.
+        :raises SecretNotFoundError: no secret is stored under `key`, or not this version of it.
         :raises DecryptionError: it does not open; the subclass says why.
         :raises SchemaMismatchError: it does not fit `as_`; the message gives the path of the
             fault, never the value.
         """
         key = SecretKey.of(key)
-        value = self._read(key, self._load_required(key))
+        if version is None and stage is None:
+            value = self._read(key, self._load_required(key))
+        else:
+            value = self._read_version(key, version, stage)
         return value if as_ is None else Schema(as_).load(value)
 
     def exists(self, key: _Key) -> bool:
@@ -271,6 +327,56 @@ class LucentSecrets:
         """
         key = SecretKey.of(key)
         return self.rotate_many([key], to)[key]
+
+    # -- versions of one secret ------------------------------------------------------------------
+
+    def versions(self, key: _Key) -> builtins.list[SecretVersion]:
+        """Return what is known about each version of a secret, the newest first. None is opened.
+
+        The current value is among them. Without a secret, or after a soft delete, only a staged
+        value is left to show.
+
+        :raises ConfigurationError: the database has no tables of versions.
+        """
+        return self._history(SecretKey.of(key), to_read=True).versions()
+
+    def _history(self, key: SecretKey, *, to_read: bool = False) -> SecretHistory:
+        execute = self._execute if to_read else functools.partial(self._write, [key])
+        dialect = self._dialect(self._to_read if to_read else self._to_write)
+        return SecretHistory(self._table, key, execute, dialect, self._keyring, keep=self._keep)
+
+    def _set_next(
+        self, key: SecretKey, sealed: Sealed, expected: _Expected, expires_at: datetime | None
+    ) -> bool:
+        """Store a value under its own number; return whether the stored one was as expected."""
+        history = self._history(key)
+        prefix = (
+            expected if isinstance(expected, _Unset) or not expected else _token_bytes(expected)
+        )
+        state = history.lock(to_insert=True)
+        if not isinstance(prefix, _Unset):
+            current = None if state.current is None else _prefix(bytes(state.current))
+            if current != prefix:
+                return False
+        is_kept = self._keep is not None and self._keep > 1
+        history.write_current(state, sealed, expires_at=expires_at, archive=is_kept)
+        return True
+
+    def _read_version(self, key: SecretKey, version: int | None, stage: Stage | None) -> Any:
+        if version is not None and stage is not None:
+            raise InvalidKeyError("version= and stage= name one version in two ways; pass one")
+        if stage is not None and stage not in READABLE_STAGES:
+            raise InvalidKeyError(f"stage= takes one of {', '.join(READABLE_STAGES)}")
+        number = None if version is None else _versions.check_number(version)
+        history = self._history(key, to_read=True)
+        found = history.read(number, stage)
+        if found is None:
+            self._tell("read", key, None, "missing")
+            raise _versions.version_not_found(
+                key, f"{stage} value" if number is None else f"version {number}"
+            )
+        number, sealed = found
+        return self._read(key, sealed, number)
 
     # -- many secrets ----------------------------------------------------------------------------
 
@@ -498,10 +604,10 @@ class LucentSecrets:
                 found[_stored_key(row[:-1])] = row[-1]
         return found
 
-    def _read(self, key: SecretKey, sealed: Sealed) -> Any:
+    def _read(self, key: SecretKey, sealed: Sealed, number: int | None = None) -> Any:
         """Open a value for the caller, and report the access."""
         try:
-            value = self._open(key, sealed)
+            value = self._open(key, sealed, number)
         except (DecryptionError, SerializationError) as error:
             refusal = error
         else:
@@ -510,9 +616,10 @@ class LucentSecrets:
         self._tell("read", key, sealed, type(refusal).__name__)
         raise refusal
 
-    def _open(self, key: SecretKey, sealed: Sealed) -> Any:
+    def _open(self, key: SecretKey, sealed: Sealed, number: int | None = None) -> Any:
         # Sealed.open() would check `row` each time.
-        return sealed._codec.open(sealed._data, encode_row(key), self._keyring)
+        row = encode_row(key if number is None else (*key, number))
+        return sealed._codec.open(sealed._data, row, self._keyring)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -690,6 +797,7 @@ class AsyncLucentSecrets:
         keyring: Keyring | None = None,
         model: type[LucentSecretMixin] = LucentSecret,
         on_access: AccessHandler | None = None,
+        keep: int | None = None,
     ) -> None:
         if not hasattr(session, "sync_session"):
             raise ConfigurationError(
@@ -697,7 +805,7 @@ class AsyncLucentSecrets:
             )
         self._session = session
         self._secrets = LucentSecrets(
-            session.sync_session, keyring=keyring, model=model, on_access=on_access
+            session.sync_session, keyring=keyring, model=model, on_access=on_access, keep=keep
         )
 
     def __repr__(self) -> str:
@@ -717,17 +825,34 @@ class AsyncLucentSecrets:
     delete_many = _awaited(LucentSecrets.delete_many)
     list = _awaited(LucentSecrets.list)
     count = _awaited(LucentSecrets.count)
+    versions = _awaited(LucentSecrets.versions)
     _require: Any = _awaited(LucentSecrets.require)  # has overloads, which a ParamSpec lacks
 
     @overload
-    async def require(self, key: _Key) -> Any: ...
+    async def require(
+        self, key: _Key, *, version: int | None = None, stage: Stage | None = None
+    ) -> Any: ...
 
     @overload
-    async def require(self, key: _Key, *, as_: type[_T]) -> _T: ...
+    async def require(
+        self,
+        key: _Key,
+        *,
+        as_: type[_T],
+        version: int | None = None,
+        stage: Stage | None = None,
+    ) -> _T: ...
 
-    async def require(self, key: _Key, *, as_: type[_T] | None = None) -> Any:
+    async def require(
+        self,
+        key: _Key,
+        *,
+        as_: type[_T] | None = None,
+        version: int | None = None,
+        stage: Stage | None = None,
+    ) -> Any:
         """See :meth:`LucentSecrets.require`."""
-        return await self._require(key, as_=as_)
+        return await self._require(key, as_=as_, version=version, stage=stage)
 
 
 def _leading_parts(*given: str | int | uuid.UUID | None) -> tuple[str, ...]:
