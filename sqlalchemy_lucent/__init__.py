@@ -15,8 +15,11 @@ from .exceptions import (
     KeyInUseError,
     KeyStateError,
     LucentError,
+    NeedsReauthorizationError,
     NotSealedError,
     PicklingRefusedError,
+    RenewalError,
+    RenewalTimeoutError,
     RetiredKeyError,
     RotationError,
     SchemaMismatchError,
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
         RegisteredKey,
     )
     from .models import LucentBase, LucentSecret, LucentSecretMixin
+    from .renewal import AsyncRenewals, RenewalAttempt, Renewals
     from .repository import AsyncLucentSecrets, LucentSecrets, SecretInfo
     from .rotation import (
         FailedRow,
@@ -78,6 +82,7 @@ __all__ = [
     "AsyncAnnouncement",
     "AsyncKeyRegistry",
     "AsyncLucentSecrets",
+    "AsyncRenewals",
     "Bound",
     "ConfigurationError",
     "ConflictError",
@@ -104,12 +109,17 @@ __all__ = [
     "LucentSecret",
     "LucentSecretMixin",
     "LucentSecrets",
+    "NeedsReauthorizationError",
     "NotSealedError",
     "PicklingRefusedError",
     "Readiness",
     "ReceiptFault",
     "ReceiptsReport",
     "RegisteredKey",
+    "RenewalAttempt",
+    "RenewalError",
+    "RenewalTimeoutError",
+    "Renewals",
     "RetiredKeyError",
     "RotationError",
     "RotationProgress",
@@ -156,6 +166,7 @@ _AT_FIRST_USE = {
         "ReceiptsReport RegisteredKey",
         "key_source": "KeySource KeySourceHealth",
         "models": "LucentBase LucentSecret LucentSecretMixin",
+        "renewal": "AsyncRenewals RenewalAttempt Renewals",
         "repository": "AsyncLucentSecrets LucentSecrets SecretInfo",
         "rotation": "FailedRow RotationProgress RotationReport StatusReport StatusRow VerifyReport "
         "aretire_check arotate astatus averify retire_check rotate status verify",

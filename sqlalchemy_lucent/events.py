@@ -19,7 +19,13 @@ action      reported after                                                      
             of ``move``                                                         ``missing``,
                                                                                 ``conflict``
 ``rotate``  a value was sealed again: ``rotate``, ``rotate_many``               ``ok``
+``renew``   a provider's answer was stored, or there was none: ``fresh`` of     ``ok``, ``late``,
+            ``Renewals``                                                        ``conflict``, or an
+                                                                                error's class name
 ==========  ==================================================================  =================
+
+A renewal is ``late`` if its lease had passed to another caller, and a ``conflict`` if another value
+was stored meanwhile. Its handler is called after the commit, with a session of its own.
 
 ``exists``, ``info``, ``list`` and ``count`` open nothing and report nothing. Errors of the database
 are raised and not reported.
@@ -36,7 +42,7 @@ from sqlalchemy.orm import Session
 
 from .secret_key import SecretKey
 
-Action: TypeAlias = Literal["read", "write", "delete", "rotate"]
+Action: TypeAlias = Literal["read", "write", "delete", "rotate", "renew"]
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,8 @@ def _drive(steps: Generator[Step, Any, Any], refresh: Refresh) -> Any:
             if isinstance(step, Work):
                 result = step.do()
             elif isinstance(step, Pause):
-                result = time.sleep(step.seconds)
+                time.sleep(step.seconds)
+                result = None
             else:
                 result = refresh(*step)
         except BaseException as error:  # noqa: BLE001  (the steps decide)
@@ -257,9 +258,9 @@ def _options(within: Seconds, lease: Seconds, wait: Seconds) -> Options:
 
 
 def _seconds(name: str, given: Seconds, *, above: bool = False) -> float:
-    value: object = given.total_seconds() if isinstance(given, timedelta) else given
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        if value > 0 or (value == 0 and not above):
-            return float(value)
+    value: Any = given.total_seconds() if isinstance(given, timedelta) else given
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and (value > 0 or (value == 0 and not above)):
+        return float(value)
     least = "above 0" if above else "of 0 or more"
     raise ConfigurationError(f"{name}= is a number of seconds {least}, or such a timedelta")

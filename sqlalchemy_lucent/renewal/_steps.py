@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from datetime import datetime
-from types import TracebackType
+from functools import partial
+from inspect import iscoroutine
+from types import FrameType, TracebackType
 from typing import Any, Final, NamedTuple, TypeAlias
-
-import sqlalchemy as sa
 
 from ..exceptions import (
     ConfigurationError,
+    LucentError,
     NeedsReauthorizationError,
     RenewalError,
     RenewalTimeoutError,
@@ -51,7 +51,7 @@ class RenewalAttempt:
 class Work(NamedTuple):
     """Work on the database, which a cancellation must not break off."""
 
-    do: Callable[[sa.Engine], Any]
+    do: Callable[[], Any]
 
 
 class Pause(NamedTuple):
@@ -71,25 +71,31 @@ Step: TypeAlias = Work | Pause | Call
 
 
 class Raised:
-    """An error instead of a result, without the frames of this package."""
+    """An error instead of a result, without the frames of this package, which hold values."""
 
     __slots__ = ("error",)
 
     def __init__(self, error: BaseException) -> None:
-        self.error = error.with_traceback(_foreign(error.__traceback__))
+        kept = None
+        links = list(_links(error.__traceback__))
+        for link in reversed(links):
+            if not _is_ours(link.tb_frame):
+                kept = TracebackType(kept, link.tb_frame, link.tb_lasti, link.tb_lineno)
+        if links and _is_ours(links[-1].tb_frame) and not isinstance(error, LucentError):
+            where = links[-1].tb_frame.f_globals["__name__"]
+            error.add_note(f"raised by {where}, line {links[-1].tb_lineno}")
+        self.error = error.with_traceback(kept)
 
 
-def _foreign(traceback: TracebackType | None) -> TracebackType | None:
-    """Return `traceback` without the frames of this package, which hold values."""
-    frames = []
+def _is_ours(frame: FrameType) -> bool:
+    name: str = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0] == _PACKAGE
+
+
+def _links(traceback: TracebackType | None) -> Iterator[TracebackType]:
     while traceback is not None:
-        if traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0] != _PACKAGE:
-            frames.append(traceback)
+        yield traceback
         traceback = traceback.tb_next
-    kept = None
-    for each in reversed(frames):
-        kept = TracebackType(kept, each.tb_frame, each.tb_lasti, each.tb_lineno)
-    return kept
 
 
 def renew(
@@ -105,30 +111,33 @@ def renew(
             return Raised(_needs_reauthorization(key))
         if not seen.is_leased:
             claiming = time.monotonic()
-            claim = yield Work(store.claiming(key, seen, options))
+            claim = yield Work(partial(store.claim, key, seen, options))
             if claim is not None:
                 break
         left = began + options.wait - time.monotonic()
         if left <= 0:
             if not seen.is_expired:
-                return (yield Work(store.opening(key, seen)))
+                return (yield Work(partial(store.open, key, seen)))
             return Raised(_not_in_time(key, options))
         waited = yield Pause(min(left, pause * random.uniform(0.5, 1)))  # noqa: S311  (jitter)
         if isinstance(waited, Raised):
             return waited
         pause = min(2 * pause, _LONGEST_PAUSE)
-        seen = yield Work(store.reading(key))
-        if isinstance(seen, Raised):
-            return seen
+        looked = yield Work(partial(store.read, key))
+        if isinstance(looked, Raised):
+            return looked
+        seen = looked
         # A token that lives shorter than `within` is due as soon as it is there.
         is_new = seen.number != first.number and not seen.is_expired
         if is_new or not seen.is_due(options.within):
-            return (yield Work(store.opening(key, seen)))
-    if not isinstance(claim, Claim):
-        return claim  # an error, or the value of an answer that came late
+            return (yield Work(partial(store.open, key, seen)))
+    if isinstance(claim, Renewed):
+        return claim.value
+    if isinstance(claim, Raised):
+        return claim
     attempt = RenewalAttempt(key, claim.number, claim.is_uncertain)
     if time.monotonic() - claiming >= options.lease:
-        yield Work(store.giving_back(key, claim))
+        yield Work(partial(store.give_back, key, claim))
         return Raised(
             ConfigurationError(
                 f"the lease of {options.lease:g} seconds on {key} was over before the claim was "
@@ -137,26 +146,26 @@ def renew(
         )
     answer = yield Call(claim.take_value(), attempt)
     if not isinstance(answer, Raised):
-        return (yield from _keep(store, key, options, claim, answer))
+        return (yield from _keep(store, key, claim, answer))
     waits_until = min(began + options.wait, claiming + options.lease)
     return (yield from _look_again(store, key, claim, answer, waits_until))
 
 
 def _keep(
-    store: Store, key: SecretKey, options: Options, claim: Claim, answer: Any
+    store: Store, key: SecretKey, claim: Claim, answer: Any
 ) -> Generator[Step, Any, Any | Raised]:
     """Store the provider's answer; return the value that counts now."""
     if not (isinstance(answer, tuple) and len(answer) == 2):
-        yield Work(store.giving_back(key, claim))
+        yield Work(partial(store.give_back, key, claim))
         return Raised(_not_an_answer(key, answer))
-    keeping = store.keeping(key, claim, answer, options)
-    kept = yield Work(keeping)
+    keeping = Work(partial(store.keep, key, claim, answer))
+    kept = yield keeping
     if isinstance(kept, Raised) and not isinstance(kept.error, Exception):
         # An interrupt. The answer comes first.
-        yield Work(keeping)
+        yield keeping
     elif isinstance(kept, Raised) and not isinstance(kept.error, RenewalError):
         # It cannot be sealed. If it was the database, the lease stays, and tells who comes next.
-        yield Work(store.giving_back(key, claim))
+        yield Work(partial(store.give_back, key, claim))
     return kept
 
 
@@ -170,20 +179,22 @@ def _look_again(
     """
     if not isinstance(raised.error, Exception):
         # Interrupted or cancelled: nobody knows what the provider did.
-        yield Work(store.breaking_off(key, claim))
+        yield Work(partial(store.break_off, key, claim))
         return raised
     is_gone = says_invalid_grant(raised.error)
     pause = _FIRST_PAUSE
     while True:
         is_last = not (is_gone and claim.is_uncertain) or time.monotonic() >= waits_until
-        found = yield Work(store.failing(key, claim, raised.error, is_gone, is_last))
+        found = yield Work(
+            partial(store.look_again, key, claim, raised.error, is_gone=is_gone, is_last=is_last)
+        )
         if isinstance(found, Renewed):
             return found.value
         if is_last or isinstance(found, Raised):
             return raised
         waited = yield Pause(pause * random.uniform(0.5, 1))  # noqa: S311  (jitter)
         if isinstance(waited, Raised):
-            yield Work(store.giving_back(key, claim))
+            yield Work(partial(store.give_back, key, claim))
             return waited
         pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -193,3 +204,26 @@ def says_invalid_grant(error: BaseException) -> bool:
     if isinstance(error, NeedsReauthorizationError):
         return True
     return getattr(error, "error", None) == "invalid_grant"
+
+
+def _needs_reauthorization(key: SecretKey) -> NeedsReauthorizationError:
+    return NeedsReauthorizationError(
+        f"the provider does not renew the secret {key} any more: its grant is gone. Let its owner "
+        "log in again, and store the new value with set()"
+    )
+
+
+def _not_in_time(key: SecretKey, options: Options) -> RenewalTimeoutError:
+    return RenewalTimeoutError(
+        f"the secret {key} has expired, and its renewal was not done within {options.wait:g} "
+        "seconds. Call it again; raise wait= if the provider is slow"
+    )
+
+
+def _not_an_answer(key: SecretKey, answer: object) -> RenewalError:
+    if iscoroutine(answer):
+        answer.close()
+    return RenewalError(
+        f"refresh returned a {type(answer).__name__} for the secret {key} instead of a tuple of "
+        "the new value and its expiry. The stored value stays"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -19,9 +19,8 @@ from .._sealing import Sealed
 from .._versions import SecretHistory, State, check_moment, describes, has_key, required_tables, run
 from ..events import AccessHandler, Action, SecretAccess
 from ..exceptions import (
-    ConfigurationError,
-    DecryptionError,
     ConflictError,
+    DecryptionError,
     RenewalError,
     RotationError,
     SecretNotFoundError,
@@ -29,6 +28,7 @@ from ..exceptions import (
 )
 from ..keyring import Keyring
 from ..models import LucentSecretMixin, utc_now
+from ..repository import LucentSecrets
 from ..secret_key import KEY_PART_NAMES, SecretKey
 
 _T = TypeVar("_T")
@@ -62,21 +62,30 @@ class Seen(NamedTuple):
     now: datetime
 
     def is_due(self, within: timedelta) -> bool:
-        return self.expires_at is not None and self.expires_at <= self.now + within
+        return _is_due(self.expires_at, self.now + within)
 
     @property
     def is_expired(self) -> bool:
-        return self.expires_at is not None and self.expires_at <= self.now
+        return _is_due(self.expires_at, self.now)
 
     @property
     def is_leased(self) -> bool:
         return self.lease_until is not None and self.lease_until > self.now
 
 
+def _is_due(expires_at: datetime | None, by: datetime) -> bool:
+    return expires_at is not None and expires_at <= by
+
+
 @lru_cache(maxsize=32)
-def _select_seen(table: sa.Table, states: sa.Table, dialect: sa.Dialect) -> sa.Select[Any]:
-    """Return the SELECT of a :class:`Seen`, with a parameter for each part of the key."""
-    return (
+def _select_seen(
+    table: sa.Table, states: sa.Table, dialect: sa.Dialect, *, lock: bool = False
+) -> sa.Select[Any]:
+    """Return the SELECT of a :class:`Seen`, with a parameter for each part of the key.
+
+    :param lock: lock both rows. Those that a writer has locked are skipped.
+    """
+    statement = (
         sa.select(
             table.c.payload,
             states.c.number,
@@ -86,19 +95,12 @@ def _select_seen(table: sa.Table, states: sa.Table, dialect: sa.Dialect) -> sa.S
             states.c.lease_until,
             time_of(dialect).label("now"),
         )
-        .select_from(table.outerjoin(states, describes(states, table)))
+        .select_from(table.join(states, describes(states, table), isouter=not lock))
         .where(has_key(table, [sa.bindparam(name) for name in KEY_PART_NAMES]))
     )
+    return statement.with_for_update(skip_locked=True) if lock else statement
 
 
-@lru_cache(maxsize=32)
-def _select_to_claim(table: sa.Table, states: sa.Table, dialect: sa.Dialect) -> sa.Select[Any]:
-    """Return the same SELECT, which locks both rows, or skips them if another writer has."""
-    return (
-        _select_seen(table, states, dialect)
-        .where(states.c.number.is_not(None))
-        .with_for_update(skip_locked=True)
-    )
 @dataclass
 class Claim:
     """A lease that was taken, to renew one value."""
@@ -150,14 +152,14 @@ class Store:
         keep: int | None,
         on_access: AccessHandler | None,
     ) -> None:
-        # Checks them all.
+        # It checks what is the same for both.
         LucentSecrets(Session(), keyring=keyring, model=model, keep=keep, on_access=on_access)
         table: Any = sa.inspect(model).local_table
         self.table: sa.Table = table
         self.tables = required_tables(table)
         self._engine = engine
         self._keyring = keyring
-        self._keep = keep
+        self._kept = keep
         self._on_access = on_access
         self._select = _select_seen(table, self.tables.states, engine.dialect)
 
@@ -171,7 +173,7 @@ class Store:
         with self._engine.connect() as connection:
             row = run(connection.execute, self.tables, self._select, key._asdict()).first()
         if row is not None:
-            return Seen(*row)
+            return Seen._make(row)
         self._tell("read", key, None, "missing")
         raise SecretNotFoundError(f"no secret is stored under {key}")
 
@@ -195,7 +197,7 @@ class Store:
         An answer that came late becomes current first. If it is not due, nobody has the lease, and
         its value is returned.
         """
-        statement = _select_to_claim(self.table, self.tables.states, self._engine.dialect)
+        statement = _select_seen(self.table, self.tables.states, self._engine.dialect, lock=True)
         claimed: Claim | None = None
 
         def work(connection: sa.Connection) -> Claim | Renewed | None:
@@ -204,29 +206,28 @@ class Store:
             row = run(connection.execute, self.tables, statement, key._asdict()).first()
             if row is None:
                 return None
-            now = Seen(*row)
+            now = Seen._make(row)
             lease = now.lease_number, now.lease_until
             if claimed is not None and lease == (claimed.number, claimed.until):
                 return claimed  # it was committed when the connection was lost
             if now.number != seen.number or now.is_leased or not now.is_due(options.within):
                 return None
-            number = (now.lease_number or 0) + 1
-            until = now.now + timedelta(seconds=options.lease)
             history = self._history(key, connection)
-            state = self._take_pending(history, now.number or 0)
-            if state is None:
-                value = _opened(key, now.payload, self._keyring)
-                uncertain = now.lease_until is not None
-                claimed = Claim(number, uncertain, until, now.number or 0, value)
-            else:
-                value = history.open_current(state)
-                if state.expires_at is None or state.expires_at > now.now + options.within:
-                    state.lease_until = None
-                    history.save(state)
-                    return Renewed(value, state.current)
-                # The holder before did not get this one.
-                claimed = Claim(number, False, until, state.number, value)
-            self._set_lease(key, connection, number - 1, number=number, until=until)
+            state = history.lock()
+            was_taken = self._take_pending(history, state)
+            value = history.open_current(state)
+            if was_taken and not _is_due(state.expires_at, now.now + options.within):
+                state.lease_until = None
+                history.save(state)
+                return Renewed(value, state.current)
+            # A value that was pending has not been with the holder before.
+            is_uncertain = state.lease_until is not None and not was_taken
+            state.lease_number += 1
+            state.lease_until = now.now + timedelta(seconds=options.lease)
+            history.save(state)
+            claimed = Claim(
+                state.lease_number, is_uncertain, state.lease_until, state.number, value
+            )
             return claimed
 
         found = self._transaction(work, _FEW_RETRIES)
@@ -239,22 +240,14 @@ class Store:
         self._end_lease(key, claim, None)
 
     def break_off(self, key: SecretKey, claim: Claim) -> None:
-        """Let the next caller claim at once, and be told that nobody knows what the provider did."""
+        """Let the next caller claim at once, and be told that the provider may have answered."""
         self._end_lease(key, claim, time_of(self._engine.dialect))
 
     def _end_lease(self, key: SecretKey, claim: Claim, until: Any) -> None:
-        self._transaction(
-            lambda connection: self._set_lease(key, connection, claim.number, until=until),
-            _FEW_RETRIES,
-        )
-
-    def _set_lease(
-        self, key: SecretKey, connection: sa.Connection, held: int, *, number: Any = None, until: Any
-    ) -> None:
         states = self.tables.states
-        mine = sa.and_(has_key(states, key), states.c.lease_number == held)
-        values = {"lease_until": until} | ({} if number is None else {"lease_number": number})
-        connection.execute(sa.update(states).where(mine).values(values))
+        mine = sa.and_(has_key(states, key), states.c.lease_number == claim.number)
+        statement = sa.update(states).where(mine).values(lease_until=until)
+        self._transaction(lambda connection: connection.execute(statement), _FEW_RETRIES)
 
     # -- the answer --------------------------------------------------------------------------------
 
@@ -266,7 +259,7 @@ class Store:
         """
         for _ in range(_ATTEMPTS):
             try:
-                kept = self._transaction(lambda c: self._keep(key, claim, answer, c))
+                kept = self._transaction(lambda c: self._store(key, claim, answer, c))
                 break
             except ConflictError as error:
                 conflict = error
@@ -277,7 +270,7 @@ class Store:
             raise kept.fault
         return kept.value
 
-    def _keep(
+    def _store(
         self, key: SecretKey, claim: Claim, answer: tuple[Any, Any], connection: sa.Connection
     ) -> _Kept:
         history = self._history(key, connection)
@@ -290,7 +283,7 @@ class Store:
             return _Kept(value, sealed, "ok")  # it was committed when the connection was lost
         if claim.added is not None:
             stored = history.find_number(claim.added)
-            if stored is not None and history.open_version(stored.number, stored.payload) == value:
+            if stored is not None and history.open(stored.number, stored.payload) == value:
                 return _Kept(value, sealed, "late")
         expires_at, fault = _expiry_of(answer[1], now)
         if is_mine:
@@ -330,14 +323,10 @@ class Store:
             state = history.lock()
             now = database_time(connection)
             is_mine = state.lease_number == claim.number
-            taken = self._take_pending(history, state.number, state)
-            is_new = taken is not None or state.number != claim.value_number
-            if is_new and state.current is not None and (
-                state.expires_at is None or state.expires_at > now
-            ):
+            is_new = self._take_pending(history, state) or state.number != claim.value_number
+            found = None
+            if is_new and state.current is not None and not _is_due(state.expires_at, now):
                 found = Renewed(history.open_current(state), state.current)
-            else:
-                found = None
             if is_mine and (is_last or is_new):
                 state.lease_until = None
                 if is_gone and not is_new:
@@ -361,22 +350,19 @@ class Store:
             connection.execute,
             connection.dialect,
             self._keyring,
-            keep=self._keep,
+            keep=self._kept,
         )
 
-    def _take_pending(
-        self, history: SecretHistory, current: int, state: State | None = None
-    ) -> State | None:
-        """Make an answer that came late current; return the state, or ``None`` if there is none."""
-        columns = self.tables.versions.c
-        row = history.find(sa.and_(columns.stage == "pending", columns.number > current))
+    @staticmethod
+    def _take_pending(history: SecretHistory, state: State) -> bool:
+        """Make an answer that came late current; return whether there was one."""
+        row = history.find_pending(state)
         if row is None:
-            return None
-        state = state or history.lock()
-        value = history.open_version(row.number, row.payload)
+            return False
+        sealed = history.seal(history.open(row.number, row.payload))
         history.delete_version(row.number)
-        history.write_current(state, history.seal(value), expires_at=row.expires_at)
-        return state
+        history.write_current(state, sealed, expires_at=row.expires_at)
+        return True
 
     def _transaction(
         self, work: Callable[[sa.Connection], _T], retries: int = DEFAULT_RETRIES
@@ -420,11 +406,17 @@ def _expiry_of(given: Any, now: datetime) -> tuple[datetime | None, Serializatio
     try:
         if isinstance(given, timedelta):
             given = now + given
+        elif isinstance(given, (int, float)):  # OAuth's expires_in, as it is
+            return now, SerializationError(
+                _wrong_expiry("is a number; return timedelta(seconds=…) instead")
+            )
         expires_at = None if given is None else check_moment("expires_at", given)
     except OverflowError:
         return now, SerializationError(_wrong_expiry("is out of range"))
     except SerializationError as error:
-        hint = ": of seconds, return timedelta(seconds=…)" if isinstance(given, (int, float)) else ""
+        hint = (
+            ": of seconds, return timedelta(seconds=…)" if isinstance(given, (int, float)) else ""
+        )
         return now, SerializationError(_wrong_expiry(f"is wrong: {error}{hint}"))
     if expires_at is not None and expires_at <= now:
         return now, SerializationError(_wrong_expiry("has passed already"))
