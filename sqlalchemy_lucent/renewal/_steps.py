@@ -110,7 +110,6 @@ def renew(
         if seen.needs_reauthorization_at is not None:
             return Raised(_needs_reauthorization(key))
         if not seen.is_leased:
-            claiming = time.monotonic()
             claim = yield Work(partial(store.claim, key, seen, options))
             if claim is not None:
                 break
@@ -136,7 +135,7 @@ def renew(
     if isinstance(claim, Raised):
         return claim
     attempt = RenewalAttempt(key, claim.number, claim.is_uncertain)
-    if time.monotonic() - claiming >= options.lease:
+    if time.monotonic() - claim.began >= options.lease:
         yield Work(partial(store.give_back, key, claim))
         return Raised(
             ConfigurationError(
@@ -147,7 +146,7 @@ def renew(
     answer = yield Call(claim.take_value(), attempt)
     if not isinstance(answer, Raised):
         return (yield from _keep(store, key, claim, answer))
-    waits_until = min(began + options.wait, claiming + options.lease)
+    waits_until = min(began + options.wait, claim.began + options.lease)
     return (yield from _look_again(store, key, claim, answer, waits_until))
 
 

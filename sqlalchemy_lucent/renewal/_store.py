@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeVar
@@ -108,8 +109,10 @@ class Claim:
     number: int
     is_uncertain: bool
     until: datetime
+    began: float
+    """When it was taken, by this process's monotonic clock."""
     value_number: int
-    value: Any
+    value: Any = field(repr=False)
     """The value to renew; ``None`` once it was taken out."""
     sealed: Sealed | None = None
     added: int | None = None
@@ -203,6 +206,7 @@ class Store:
         def work(connection: sa.Connection) -> Claim | Renewed | None:
             nonlocal claimed
             # Rows that a writer has locked are skipped: it may be the caller's own transaction.
+            began = time.monotonic()
             row = run(connection.execute, self.tables, statement, key._asdict()).first()
             if row is None:
                 return None
@@ -226,7 +230,7 @@ class Store:
             state.lease_until = now.now + timedelta(seconds=options.lease)
             history.save(state)
             claimed = Claim(
-                state.lease_number, is_uncertain, state.lease_until, state.number, value
+                state.lease_number, is_uncertain, state.lease_until, began, state.number, value
             )
             return claimed
 
@@ -306,7 +310,8 @@ class Store:
         history.trim(state)
         if is_mine and is_replaced and state.current is not None:
             return _Kept(history.open_current(state), state.current, "conflict")
-        return _Kept(value, sealed, "late", fault)
+        outcome = "late" if fault is None else type(fault).__name__
+        return _Kept(value, sealed, outcome, fault)
 
     # -- no answer ---------------------------------------------------------------------------------
 
