@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
+import signal
+import subprocess
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
+import anyio
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import URL, Engine, create_engine, event
@@ -28,15 +36,20 @@ from sqlalchemy_lucent import (
     RenewalError,
     Renewals,
     RenewalTimeoutError,
+    SecretAccess,
     SecretKey,
     SecretNotFoundError,
     SerializationError,
 )
 from sqlalchemy_lucent.models import LucentSecretMixin, with_lifecycle
-from tests.conftest import KEY_2
-from tests.databases import drop_everything
+from tests.conftest import KEY_2, LONG, Databases
+from tests.databases import drop_everything, with_driver
+from tests.frames import texts_in_frames
+from tests.integration.test_poolers import RECOMMENDED
+from tests.integration.workers import reap, start
 from tests.integration.workers.renewer import STATES, expire, renewed
 from tests.oauth import OAuthError, Server, oauth_server
+from tests.proxies import Proxy, pgbouncer
 
 KEY = SecretKey("user", "u1", "google", "oauth")
 OTHER = SecretKey("user", "u2", "google", "oauth")
@@ -57,7 +70,7 @@ def tables(engine: Engine) -> Engine:
 
 
 @pytest.fixture
-def sqlite(databases: Any) -> Iterator[Engine]:
+def sqlite(databases: Databases) -> Iterator[Engine]:
     """SQLite alone, for what the database has no part in."""
     engine = create_engine(databases.url("sqlite"))
     LucentBase.metadata.create_all(engine)
@@ -371,10 +384,11 @@ def test_who_waits_takes_a_new_value_although_it_is_due_at_once(tables: Engine) 
     assert found == ["a2", "a2"]
 
 
-def test_a_secret_that_is_locked_by_the_callers_own_transaction_blocks_nobody(url: URL) -> None:
-    if url.get_backend_name() == "sqlite":
-        pytest.skip("SQLite has one writer, and waits for it as long as its timeout says")
-    engine = create_engine(url)
+@pytest.mark.parametrize("kind", ["postgresql", "mysql"])  # SQLite has one writer, and waits for it
+def test_a_secret_that_is_locked_by_the_callers_own_transaction_blocks_nobody(
+    databases: Databases, kind: str
+) -> None:
+    engine = create_engine(databases.url(kind))
     LucentBase.metadata.create_all(engine)
     store(engine, "a1", left=30)
     with Session(engine) as session:
@@ -649,7 +663,7 @@ def test_an_answer_that_cannot_be_stored_changes_nothing(tables: Engine, name: s
 
 BAD_EXPIRIES: dict[str, Any] = {
     "in the past": datetime(2020, 1, 1, tzinfo=UTC),
-    "without a time zone": datetime(2999, 1, 1),
+    "without a time zone": datetime(2999, 1, 1),  # noqa: DTZ001
     "a number": 3600,
     "a text": "2999-01-01",
     "no time": timedelta(0),
@@ -745,3 +759,413 @@ def test_the_wrong_engines_and_models_are_refused(sqlite: Engine) -> None:
     for make in wrong:
         with pytest.raises(ConfigurationError):
             make()
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+class Processes:
+    """Processes that call `fresh`; see the worker `renewer`."""
+
+    def __init__(self, url: URL, oauth: Server) -> None:
+        shown = url.render_as_string(hide_password=False)
+        self.process = start("renewer", shown, oauth.url, primary="v1", stdin=subprocess.PIPE)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"key": str(KEY), **request}) + "\n")
+        self.process.stdin.flush()
+        answer: dict[str, Any] = json.loads(self.process.stdout.readline() or "{}")
+        return answer
+
+
+@pytest.fixture
+def processes(tables: Engine, oauth: Server) -> Iterator[Processes]:
+    started = Processes(tables.url, oauth)
+    yield started
+    reap([started.process])
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_processes_renew_each_expiry_once(
+    tables: Engine, oauth: Server, processes: Processes
+) -> None:
+    count, expiries = (64, 200) if LONG else (8, 10)
+    grant, tokens = oauth.grant()
+    store(tables, tokens)
+    found = processes.ask(processes=count, rounds=expiries)["rounds"]
+    assert found == [[2 + number] * count for number in range(expiries)]
+    seen = oauth.seen(grant)
+    assert (seen.calls, seen.invalid_grant, seen.revocations) == (expiries, 0, 0)
+    print(f"{tables.dialect.name}: {count} processes, {expiries} expiries: {seen.calls} calls")
+
+
+KILLS = 50 if LONG else 5
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_process_killed_at_any_statement_loses_no_answer_that_another_can_have(
+    tables: Engine, oauth: Server, processes: Processes
+) -> None:
+    _, tokens = oauth.grant()
+    store(tables, tokens, left=-1)
+    usual = processes.ask()
+    assert usual["serial"] == 2
+    numbers = range(1, usual["statements"] + 1)
+    points = [("answer", 0)]
+    points += [(when, number) for number in numbers for when in ("before", "after")]
+    last = len(points) - 1  # after the last commit
+    chosen = [points[number * last // (KILLS - 1)] for number in range(KILLS)]
+    outcomes: Counter[str] = Counter()
+    for point in chosen:
+        outcomes[outcome_of_kill(tables, oauth, processes, point)] += 1
+    assert outcomes["lost, and reported"] >= 1  # killed between the answer and its commit
+    assert outcomes["stored"] >= 1
+    assert outcomes["not asked yet"] >= 1
+    print(f"{tables.dialect.name}: {len(chosen)} kills, {dict(outcomes)}")
+
+
+def outcome_of_kill(
+    engine: Engine, oauth: Server, processes: Processes, point: tuple[str, int]
+) -> str:
+    grant, tokens = oauth.grant()
+    store(engine, tokens, left=-1)
+    killed = processes.ask(kill=point)
+    assert killed == {"exit": -signal.SIGKILL}, point
+    calls = oauth.seen(grant).calls
+    assert calls <= 1
+    end_lease(engine)
+    after = processes.ask()
+    seen = oauth.seen(grant)
+    if calls == 0:
+        assert after["serial"] == 2, point
+        assert (seen.calls, seen.invalid_grant) == (1, 0), point
+        return "not asked yet"
+    if seen.calls == 1:
+        assert after["serial"] == 2, point
+        assert stored(engine)["refresh_token"] == seen.refresh_token
+        return "stored"
+    # Nobody has the answer any more. The holder was told, and the value from before is still there.
+    assert [attempt["uncertain"] for attempt in after["attempts"]] == [True], point
+    assert after["error"] == "OAuthError"
+    assert stored(engine)["serial"] == 1
+    assert state(engine).needs_reauthorization_at is not None
+    return "lost, and reported"
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mysql"])
+def test_an_answer_is_stored_once_although_the_connection_is_lost(
+    databases: Databases, kind: str
+) -> None:
+    direct = create_engine(databases.url(kind))
+    LucentBase.metadata.create_all(direct)
+    with Proxy(direct.url) as proxy:
+        for cut in range(1, 40):
+            store(direct, f"a{cut}", left=-1)
+
+            def answer(cut: int = cut) -> Any:
+                proxy.begin({(1, cut)})  # counted from the moment when the provider has answered
+                return f"b{cut}", HOUR
+
+            engine = create_engine(proxy.url, poolclass=sa.NullPool)
+            assert Renewals(engine).fresh(KEY, Provider(answer)) == f"b{cut}"
+            engine.dispose()
+            assert stored(direct) == f"b{cut}"
+            assert stored(direct, stage="previous") == f"a{cut}"
+            newest = max(stages(direct), key=lambda number: number or 0)
+            assert newest == state(direct).number == state(direct).last_number
+            assert is_free(direct)
+            if proxy.connections == 1:
+                break  # it went through without reaching the cut
+        else:
+            pytest.fail("every answer was cut")
+    drop_everything(direct)
+    direct.dispose()
+
+
+# -- asyncio ---------------------------------------------------------------------------------------
+
+
+def test_an_async_engine_renews_by_coroutines_and_by_plain_functions(async_url: URL) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        renewals = AsyncRenewals(engine)
+        held: list[int] = []
+        loop_thread = threading.get_ident()
+        threads: list[int] = []
+        executed: list[str] = []
+
+        async def refresh(value: Any, attempt: RenewalAttempt) -> Any:
+            held.append(engine.pool.checkedout())  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+            return f"{value}+", HOUR
+
+        class Client:
+            async def __call__(self, value: Any, attempt: RenewalAttempt) -> Any:
+                return await refresh(value, attempt)
+
+        def plain(value: Any, attempt: RenewalAttempt) -> Any:
+            held.append(engine.pool.checkedout())  # type: ignore[attr-defined]
+            threads.append(threading.get_ident())
+            return f"{value}-", HOUR
+
+        functions: Sequence[Any] = (
+            refresh,
+            partial(refresh),
+            Client(),
+            lambda value, attempt: refresh(value, attempt),
+        )
+        for function in functions:
+            await store_async(engine, "a")
+            assert await renewals.fresh(KEY, function) == "a+"
+        await store_async(engine, "a")
+        assert await renewals.fresh(KEY, plain) == "a-"
+        assert held == [0] * 5
+        assert loop_thread not in threads
+        event.listen(
+            engine.sync_engine,
+            "before_cursor_execute",
+            lambda c, d, text, *r: executed.append(text),
+        )
+        assert await renewals.fresh(KEY, plain) == "a-"
+        assert [text.split()[0] for text in executed] == ["SELECT"]
+
+    run_on(async_url, work)
+
+
+def test_a_cancelled_call_gives_the_lease_back_and_the_next_holder_is_told(async_url: URL) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        await store_async(engine, "a1", left=-1)
+        renewals = AsyncRenewals(engine)
+        asked = asyncio.Event()
+
+        async def never(value: Any, attempt: RenewalAttempt) -> Any:
+            asked.set()
+            await asyncio.sleep(3600)
+
+        task = asyncio.create_task(renewals.fresh(KEY, never))
+        await asked.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        provider = Provider(("a2", HOUR))
+        assert await renewals.fresh(KEY, provider, wait=0) == "a2"
+        assert provider.uncertain == [True]
+
+    run_on(async_url, work)
+
+
+def test_an_answer_is_stored_before_a_cancellation_goes_on(async_url: URL) -> None:
+    async def work(engine: AsyncEngine) -> None:
+        renewals = AsyncRenewals(engine)
+        for delay in range(6):
+            await store_async(engine, "a1", left=-1)
+
+            async def refresh(value: Any, attempt: RenewalAttempt, delay: int = delay) -> Any:
+                task = asyncio.current_task()
+                assert task is not None
+                loop = asyncio.get_running_loop()
+                loop.call_later(delay / 1000, task.cancel)
+                return "a2", HOUR
+
+            task = asyncio.create_task(renewals.fresh(KEY, refresh))
+            with suppress(asyncio.CancelledError):
+                await task
+            async with AsyncSession(engine) as session:
+                assert await AsyncLucentSecrets(session).require(KEY) == "a2"
+
+    run_on(async_url, work)
+
+
+def test_a_cancel_scope_of_anyio_gives_the_lease_back(databases: Databases) -> None:
+    # It cancels each await inside it again and again.
+    url = with_driver(databases.url("postgresql"), "postgresql+asyncpg")
+
+    async def work(engine: AsyncEngine) -> None:
+        await store_async(engine, "a1", left=-1)
+        renewals = AsyncRenewals(engine)
+        with anyio.CancelScope() as scope:
+
+            async def never(value: Any, attempt: RenewalAttempt) -> Any:
+                scope.cancel()
+                await asyncio.sleep(3600)
+
+            await renewals.fresh(KEY, never)
+        assert scope.cancelled_caught
+        provider = Provider(("a2", HOUR))
+        assert await renewals.fresh(KEY, provider, wait=0) == "a2"
+        assert provider.uncertain == [True]
+
+    run_on(url, work)
+    sync_engine = create_engine(databases.url("postgresql"))
+    drop_everything(sync_engine)
+    sync_engine.dispose()
+
+
+# -- behind PgBouncer ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg_async", "asyncpg"])
+def test_renewals_work_behind_pgbouncer(databases: Databases, driver: str) -> None:
+    direct = create_engine(databases.url("postgresql"))
+    LucentBase.metadata.create_all(direct)
+    store(direct, "a1", left=-1)
+    provider = Provider(("a2", HOUR), Down())
+    with pgbouncer(direct.url) as pooled:
+        url = pooled.set(drivername=f"postgresql+{driver}")
+        options: dict[str, Any] = {"poolclass": sa.NullPool, "connect_args": RECOMMENDED[driver]}
+        if driver == "psycopg":
+            engine = create_engine(url, **options)
+            for _ in range(2):
+                assert Renewals(engine).fresh(KEY, provider) == "a2"
+            expire(direct, KEY, -1)
+            with pytest.raises(Down):
+                Renewals(engine).fresh(KEY, provider)
+            engine.dispose()
+        else:
+
+            async def work(engine: AsyncEngine) -> None:
+                for _ in range(2):
+                    assert await AsyncRenewals(engine).fresh(KEY, provider) == "a2"
+                expire(direct, KEY, -1)
+                with pytest.raises(Down):
+                    await AsyncRenewals(engine).fresh(KEY, provider)
+
+            run_on(url, work, **options)
+    assert is_free(direct)
+    drop_everything(direct)
+    direct.dispose()
+
+
+# -- events ----------------------------------------------------------------------------------------
+
+
+def test_each_read_and_each_renewal_is_reported(tables: Engine) -> None:
+    seen: list[tuple[str, str | None, str]] = []
+
+    def audit(access: SecretAccess, session: Session) -> None:
+        assert access.key == KEY
+        assert session.scalar(sa.select(sa.literal(1))) == 1
+        seen.append((access.action, access.key_version, access.outcome))
+
+    renewals = Renewals(tables, on_access=audit)
+    with pytest.raises(SecretNotFoundError):
+        renewals.fresh(KEY, Provider())
+    store(tables, "a1", left=3600)
+    renewals.fresh(KEY, Provider())
+    expire(tables, KEY, -1)
+    renewals.fresh(KEY, Provider(("a2", HOUR)))
+    expire(tables, KEY, -1)
+    with pytest.raises(Down):
+        renewals.fresh(KEY, Provider(Down()))
+
+    def slowly() -> Any:
+        end_lease(tables)
+        with pytest.raises(Down):
+            Renewals(tables).fresh(KEY, Provider(Down()))
+        return "a3", HOUR
+
+    renewals.fresh(KEY, Provider(slowly))
+    renewals.fresh(KEY, Provider())
+    assert seen == [
+        ("read", None, "missing"),
+        ("read", "v1", "ok"),
+        ("renew", "v1", "ok"),
+        ("renew", None, "Down"),
+        ("renew", "v1", "late"),
+        ("renew", "v1", "ok"),
+    ]
+
+
+def test_a_handler_that_raises_does_not_undo_a_renewal(tables: Engine) -> None:
+    class NotAllowed(Exception):
+        pass
+
+    def refuse(access: SecretAccess, session: Session) -> None:
+        raise NotAllowed(access.action)
+
+    store(tables, "a1", left=-1)
+    with pytest.raises(NotAllowed, match="renew"):
+        Renewals(tables, on_access=refuse).fresh(KEY, Provider(("a2", HOUR)))
+    assert stored(tables) == "a2"
+    with pytest.raises(NotAllowed, match="read"):
+        Renewals(tables, on_access=refuse).fresh(KEY, Provider())
+
+
+# -- leaks -----------------------------------------------------------------------------------------
+
+MARKS = (b"PLAINTEXT-OLD", b"PLAINTEXT-NEW")
+
+
+def broken(engine: Engine) -> Any:
+    """Answer, and have the database refuse to store it."""
+    with engine.begin() as connection:
+        for name in ("lucent_secret_versions", "lucent_secret_states"):
+            LucentBase.metadata.tables[name].drop(connection)
+    return {"access": "PLAINTEXT-NEW"}, HOUR
+
+
+FAILURES: dict[str, Callable[[Engine], Any]] = {
+    "an error of the provider": lambda engine: Down("down"),
+    "a grant that is gone": lambda engine: OAuthError("invalid_grant"),
+    "an interrupt": lambda engine: KeyboardInterrupt(),
+    "a value that cannot be sealed": lambda engine: ({"a": "PLAINTEXT-NEW", "b": object()}, HOUR),
+    "a wrong expiry": lambda engine: ({"access": "PLAINTEXT-NEW"}, 3600),
+    "a wrong shape": lambda engine: {"access": "PLAINTEXT-NEW"},
+    "a broken database": broken,
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_no_value_is_in_the_frames_messages_or_logs_of_an_error(
+    tables: Engine, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    store(tables, {"access": "PLAINTEXT-OLD"}, left=-1)
+    renewals = Renewals(tables)
+
+    def refresh(value: Any, attempt: RenewalAttempt) -> Any:
+        assert b"PLAINTEXT" not in repr((value, attempt)).encode()
+        answer = FAILURES[name](tables)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    with pytest.raises((Exception, KeyboardInterrupt)) as caught:
+        renewals.fresh(KEY, refresh)
+    shown = [repr(renewals), repr(caught.value), str(caught.value), caplog.text]
+    assert not [text for text in shown if "PLAINTEXT" in text]
+    assert not [
+        (where, data)
+        for where, data in texts_in_frames(caught.value)
+        if any(mark in data for mark in MARKS)
+    ]
+    # What the application raised has its own frames, for whoever looks for the fault.
+    if isinstance(caught.value, (Down, OAuthError, KeyboardInterrupt)):
+        assert "refresh" in [entry.name for entry in caught.traceback]
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_no_value_is_in_the_frames_of_an_error_of_a_task(
+    databases: Databases, sqlite: Engine, name: str
+) -> None:
+    async def work(engine: AsyncEngine) -> BaseException:
+        async def refresh(value: Any, attempt: RenewalAttempt) -> Any:
+            answer = FAILURES[name](sqlite)
+            if isinstance(answer, KeyboardInterrupt):
+                raise asyncio.CancelledError
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+        with pytest.raises((Exception, asyncio.CancelledError)) as caught:
+            await AsyncRenewals(engine).fresh(KEY, refresh)
+        return caught.value
+
+    store(sqlite, {"access": "PLAINTEXT-OLD"}, left=-1)
+    error = run_on(with_driver(sqlite.url, "sqlite+aiosqlite"), work)
+    assert not [
+        where for where, data in texts_in_frames(error) if any(mark in data for mark in MARKS)
+    ]

@@ -148,6 +148,9 @@ def run_rounds(database: str, oauth: str, request: dict[str, Any]) -> dict[str, 
 
 
 def main(database: str, oauth: str) -> None:
+    engine = new_engine(database)  # imports what each process would import again
+    Renewals(engine)
+    engine.dispose()
     for line in sys.stdin:
         request = json.loads(line)
         run = run_rounds if "rounds" in request else run_forked
