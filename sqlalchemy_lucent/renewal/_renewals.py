@@ -20,7 +20,7 @@ from ..keyring import Keyring
 from ..models import LucentSecret, LucentSecretMixin
 from ..secret_key import SecretKey
 from ._steps import Pause, Raised, RenewalAttempt, Step, Work, renew
-from ._store import Options, Seen, Store
+from ._store import Options, Store
 
 if TYPE_CHECKING:  # without greenlet, which only async programs need, it does not import
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -107,10 +107,10 @@ class Renewals:
         if not callable(refresh) or _is_async(refresh):
             hint = "; AsyncRenewals takes a coroutine function" if callable(refresh) else ""
             raise ConfigurationError(f"refresh is a plain function{hint}")
-        seen = self._store.read(key)
-        if not seen.is_due(options.within):
-            return self._store.open(key, seen)
-        result = _drive(renew(self._store, key, options, seen), refresh)
+        sealed = self._store.current(key, options.within)
+        if sealed is not None:
+            return self._store.open(key, sealed)
+        result = _drive(renew(self._store, key, options), refresh)
         if not isinstance(result, Raised):
             return result
         raise result.error
@@ -159,18 +159,17 @@ class AsyncRenewals:
         options = _options(within, lease, wait)
         if not callable(refresh):
             raise ConfigurationError("refresh is a function")
-        seen, value = await run_sync(self._engine, lambda _: self._read(key, options))
-        if not seen.is_due(options.within):
+        is_due, value = await run_sync(self._engine, lambda _: self._current(key, options))
+        if not is_due:
             return value
-        steps = renew(self._store, key, options, seen)
-        result = await _Driver(self._engine, refresh).drive(steps)
+        result = await _Driver(self._engine, refresh).drive(renew(self._store, key, options))
         if not isinstance(result, Raised):
             return result
         raise result.error
 
-    def _read(self, key: SecretKey, options: Options) -> tuple[Seen, Any]:
-        seen = self._store.read(key)
-        return seen, None if seen.is_due(options.within) else self._store.open(key, seen)
+    def _current(self, key: SecretKey, options: Options) -> tuple[bool, Any]:
+        sealed = self._store.current(key, options.within)
+        return sealed is None, None if sealed is None else self._store.open(key, sealed)
 
 
 def _drive(steps: Generator[Step, Any, Any], refresh: Refresh) -> Any:

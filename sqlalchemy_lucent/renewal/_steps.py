@@ -25,7 +25,7 @@ from ..exceptions import (
     RenewalTimeoutError,
 )
 from ..secret_key import SecretKey
-from ._store import Claim, Options, Renewed, Seen, Store
+from ._store import Claim, Options, Renewed, Store
 
 _FIRST_PAUSE: Final = 0.02
 _LONGEST_PAUSE: Final = 0.5
@@ -98,15 +98,18 @@ def _links(traceback: TracebackType | None) -> Iterator[TracebackType]:
         traceback = traceback.tb_next
 
 
-def renew(
-    store: Store, key: SecretKey, options: Options, seen: Seen
-) -> Generator[Step, Any, Any | Raised]:
-    """Renew the secret, or wait for who does; return its value, or what was raised.
-
-    :param seen: the secret as it was read, due.
-    """
-    began, first, pause = time.monotonic(), seen, _FIRST_PAUSE
+def renew(store: Store, key: SecretKey, options: Options) -> Generator[Step, Any, Any | Raised]:
+    """Renew a secret that is due, or wait for who does; return its value, or what was raised."""
+    began, first, pause = time.monotonic(), None, _FIRST_PAUSE
     while True:
+        seen = yield Work(partial(store.read, key))
+        if isinstance(seen, Raised):
+            return seen
+        first = first or seen
+        # A token that lives shorter than `within` is due as soon as it is there.
+        is_new = seen.number != first.number and not seen.is_expired
+        if is_new or not seen.is_due(options.within):
+            return (yield Work(partial(store.open, key, seen.payload)))
         if seen.needs_reauthorization_at is not None:
             return Raised(_needs_reauthorization(key))
         if not seen.is_leased:
@@ -116,20 +119,12 @@ def renew(
         left = began + options.wait - time.monotonic()
         if left <= 0:
             if not seen.is_expired:
-                return (yield Work(partial(store.open, key, seen)))
+                return (yield Work(partial(store.open, key, seen.payload)))
             return Raised(_not_in_time(key, options))
         waited = yield Pause(min(left, pause * random.uniform(0.5, 1)))  # noqa: S311  (jitter)
         if isinstance(waited, Raised):
             return waited
         pause = min(2 * pause, _LONGEST_PAUSE)
-        looked = yield Work(partial(store.read, key))
-        if isinstance(looked, Raised):
-            return looked
-        seen = looked
-        # A token that lives shorter than `within` is due as soon as it is there.
-        is_new = seen.number != first.number and not seen.is_expired
-        if is_new or not seen.is_due(options.within):
-            return (yield Work(partial(store.open, key, seen)))
     if isinstance(claim, Renewed):
         return claim.value
     if isinstance(claim, Raised):

@@ -74,27 +74,26 @@ class Seen(NamedTuple):
         return self.lease_until is not None and self.lease_until > self.now
 
 
+_SEEN: Final = Seen._fields[1:-1]
+
+
 def _is_due(expires_at: datetime | None, by: datetime) -> bool:
     return expires_at is not None and expires_at <= by
 
 
 @lru_cache(maxsize=32)
-def _select_seen(
-    table: sa.Table, states: sa.Table, dialect: sa.Dialect, *, lock: bool = False
+def _select(
+    table: sa.Table, states: sa.Table, dialect: sa.Dialect, *names: str, lock: bool = False
 ) -> sa.Select[Any]:
-    """Return the SELECT of a :class:`Seen`, with a parameter for each part of the key.
+    """Return the SELECT of the payload, these columns of its state and the time.
+
+    It has a parameter for each part of the key.
 
     :param lock: lock both rows. Those that a writer has locked are skipped.
     """
     statement = (
         sa.select(
-            table.c.payload,
-            states.c.number,
-            states.c.expires_at,
-            states.c.needs_reauthorization_at,
-            states.c.lease_number,
-            states.c.lease_until,
-            time_of(dialect).label("now"),
+            table.c.payload, *(states.c[name] for name in names), time_of(dialect).label("now")
         )
         .select_from(table.join(states, describes(states, table), isouter=not lock))
         .where(has_key(table, [sa.bindparam(name) for name in KEY_PART_NAMES]))
@@ -164,32 +163,47 @@ class Store:
         self._keyring = keyring
         self._kept = keep
         self._on_access = on_access
-        self._select = _select_seen(table, self.tables.states, engine.dialect)
+        sources = table, self.tables.states, engine.dialect
+        # Each column costs: the one that most calls need has as few as it can.
+        self._select_current = _select(*sources, "expires_at")
+        self._select_seen = _select(*sources, *_SEEN)
+        self._select_to_claim = _select(*sources, *_SEEN, lock=True)
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def read(self, key: SecretKey) -> Seen:
-        """Read the secret, by one statement on a connection that is given back at once.
+    def current(self, key: SecretKey, within: timedelta) -> Sealed | None:
+        """Return the value, or ``None`` if it is due, by one statement.
 
         :raises SecretNotFoundError: there is none.
         """
+        payload, expires_at, now = self._one(key, self._select_current)
+        return None if _is_due(expires_at, now + within) else payload
+
+    def read(self, key: SecretKey) -> Seen:
+        """Read the secret and its state, by one statement.
+
+        :raises SecretNotFoundError: there is none.
+        """
+        return Seen._make(self._one(key, self._select_seen))
+
+    def _one(self, key: SecretKey, statement: sa.Select[Any]) -> Any:
         with self._engine.connect() as connection:
-            row = run(connection.execute, self.tables, self._select, key._asdict()).first()
+            row = run(connection.execute, self.tables, statement, key._asdict()).first()
         if row is not None:
-            return Seen._make(row)
+            return row
         self._tell("read", key, None, "missing")
         raise SecretNotFoundError(f"no secret is stored under {key}")
 
-    def open(self, key: SecretKey, seen: Seen) -> Any:
+    def open(self, key: SecretKey, sealed: Sealed) -> Any:
         """Open the value, for the caller."""
         try:
-            value = _opened(key, seen.payload, self._keyring)
+            value = _opened(key, sealed, self._keyring)
         except (DecryptionError, SerializationError) as error:
             refusal = error
         else:
-            self._tell("read", key, seen.payload, "ok")
+            self._tell("read", key, sealed, "ok")
             return value
-        self._tell("read", key, seen.payload, type(refusal).__name__)
+        self._tell("read", key, sealed, type(refusal).__name__)
         raise refusal
 
     # -- the lease ---------------------------------------------------------------------------------
@@ -200,14 +214,13 @@ class Store:
         An answer that came late becomes current first. If it is not due, nobody has the lease, and
         its value is returned.
         """
-        statement = _select_seen(self.table, self.tables.states, self._engine.dialect, lock=True)
         claimed: Claim | None = None
 
         def work(connection: sa.Connection) -> Claim | Renewed | None:
             nonlocal claimed
             # Rows that a writer has locked are skipped: it may be the caller's own transaction.
             began = time.monotonic()
-            row = run(connection.execute, self.tables, statement, key._asdict()).first()
+            row = run(connection.execute, self.tables, self._select_to_claim, key._asdict()).first()
             if row is None:
                 return None
             now = Seen._make(row)

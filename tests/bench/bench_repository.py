@@ -207,7 +207,7 @@ def calls_on(kind: str, url: URL, values: Mapping[SecretKey, Any], others: int) 
             session = AsyncSession(engine)
             stack.callback(lambda: runner.run(session.close()))
             renewals: Any = AsyncRenewals(engine)
-            required_here: Call = partial(required_async, engine)
+            required_here: Callable[[SecretKey], Any] = partial(required_async, engine)
 
             def repeated(name: str, call: Callable[[Any], Any], *, plain: bool) -> Call:
                 async def one_by_one() -> Any:
