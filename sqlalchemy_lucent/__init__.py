@@ -31,6 +31,8 @@ from .keyring import Keyring, default_keyring, generate_master_key, set_default_
 from .types import Bound, EncryptedJSON, Sealed
 
 if TYPE_CHECKING:
+    from ._lifecycle import SecretVersion
+    from ._purge import apurge, purge
     from .binding import bound_rows, row_bound
     from .config import Lucent, LucentConfig, SecretsConfig
     from .events import SecretAccess
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
         ReceiptsReport,
         RegisteredKey,
     )
-    from .models import LucentBase, LucentSecret, LucentSecretMixin
+    from .models import LucentBase, LucentSecret, LucentSecretMixin, with_lifecycle
     from .repository import AsyncLucentSecrets, LucentSecrets, SecretInfo
     from .rotation import (
         FailedRow,
@@ -120,6 +122,7 @@ __all__ = [
     "SecretInfo",
     "SecretKey",
     "SecretNotFoundError",
+    "SecretVersion",
     "SecretsConfig",
     "SerializationError",
     "StatusReport",
@@ -130,6 +133,7 @@ __all__ = [
     "VerifyReport",
     "WrongKeyError",
     "__version__",
+    "apurge",
     "aretire_check",
     "arotate",
     "astatus",
@@ -137,12 +141,14 @@ __all__ = [
     "bound_rows",
     "default_keyring",
     "generate_master_key",
+    "purge",
     "retire_check",
     "rotate",
     "row_bound",
     "set_default_keyring",
     "status",
     "verify",
+    "with_lifecycle",
 ]
 
 _AT_FIRST_USE = {
@@ -155,7 +161,9 @@ _AT_FIRST_USE = {
         "KeyHolder KeyReceipt KeyRegistry LeakReport LeakedValue Readiness ReceiptFault "
         "ReceiptsReport RegisteredKey",
         "key_source": "KeySource KeySourceHealth",
-        "models": "LucentBase LucentSecret LucentSecretMixin",
+        "_lifecycle": "SecretVersion",
+        "_purge": "apurge purge",
+        "models": "LucentBase LucentSecret LucentSecretMixin with_lifecycle",
         "repository": "AsyncLucentSecrets LucentSecrets SecretInfo",
         "rotation": "FailedRow RotationProgress RotationReport StatusReport StatusRow VerifyReport "
         "aretire_check arotate astatus averify retire_check rotate status verify",

@@ -7,22 +7,31 @@
 
     secrets = LucentSecrets(session, on_access=audit)
 
-==========  ==================================================================  =================
-action      reported after                                                      outcomes
-==========  ==================================================================  =================
-``read``    a value was opened, or failed to: ``get``, ``require``,             ``ok``,
-            ``get_many``, the source of ``copy`` and ``move``                   ``missing``, or an
-                                                                                error's class name
-``write``   a value was stored: ``set``, ``set_many``, the target of            ``ok``,
-            ``copy`` and ``move``                                               ``conflict``
-``delete``  a secret was deleted: ``delete``, ``delete_many``, the source       ``ok``,
-            of ``move``                                                         ``missing``,
+============  ================================================================  =================
+action        reported after                                                    outcomes
+============  ================================================================  =================
+``read``      a value was opened, or failed to: ``get``, ``require``,           ``ok``,
+              ``get_many``, the source of ``copy`` and ``move``, and what       ``missing``, or an
+              ``promote``, ``restore`` and ``undelete`` read                    error's class name
+``write``     a value was stored: ``set``, ``set_many``, the target of          ``ok``,
+              ``copy`` and ``move``                                             ``conflict``
+``delete``    a secret was deleted: ``delete``, ``delete_many``, the source     ``ok``,
+              of ``move``                                                       ``missing``,
                                                                                 ``conflict``
-``rotate``  a value was sealed again: ``rotate``, ``rotate_many``               ``ok``
-==========  ==================================================================  =================
+``rotate``    a value was sealed again: ``rotate``, ``rotate_many``             ``ok``
+``stage``     a value was stored to be tried                                    ``ok``
+``promote``   the staged value became the secret                                ``ok``,
+                                                                                ``missing``
+``restore``   an earlier version became the secret                              ``ok``,
+                                                                                ``missing``
+``undelete``  a deleted secret came back                                        ``ok``,
+                                                                                ``missing``,
+                                                                                ``conflict``
+``purge``     a deleted secret was purged with its versions                     ``ok``
+============  ================================================================  =================
 
-``exists``, ``info``, ``list`` and ``count`` open nothing and report nothing. Errors of the database
-are raised and not reported.
+``exists``, ``info``, ``list``, ``due``, ``versions`` and ``count`` open nothing and report nothing.
+Errors of the database are raised and not reported.
 """
 
 from __future__ import annotations
@@ -36,7 +45,9 @@ from sqlalchemy.orm import Session
 
 from .secret_key import SecretKey
 
-Action: TypeAlias = Literal["read", "write", "delete", "rotate"]
+Action: TypeAlias = Literal[
+    "read", "write", "delete", "rotate", "stage", "promote", "restore", "undelete", "purge"
+]
 
 
 @dataclass(frozen=True)
