@@ -734,7 +734,8 @@ class LucentSecrets:
 
         def page(statement: Any, table: sa.Table) -> Iterator[SecretInfo]:
             columns = [table.c[name] for name in KEY_PART_NAMES]
-            statement = statement.where(_lifecycle.has_key(table, parts))
+            if parts:
+                statement = statement.where(_lifecycle.has_key(table, parts))
             statement = statement.order_by(*columns).limit(limit)
             if last is not None:
                 rest = [sa.literal(part) for part in last[len(parts) :]]
@@ -774,7 +775,10 @@ class LucentSecrets:
             self._select_info(_lifecycle.describes(states, self._table))
             .where(
                 states.c.expires_at < _lifecycle.check_moment("before", before),
-                _lifecycle.has_key(states, parts),
+                *(
+                    states.c[name] == part
+                    for name, part in zip(KEY_PART_NAMES, parts, strict=False)
+                ),
             )
             .order_by(states.c.expires_at, *(states.c[name] for name in KEY_PART_NAMES))
             .limit(limit)
