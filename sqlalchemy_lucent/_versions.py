@@ -125,7 +125,9 @@ class SecretHistory:
         else:
             raise ConflictError(f"other writers kept deleting the secret {self.key}. Try again")
         state = State(*tuple(row))
-        if to_insert and is_mysql(self._dialect):
+        # What MySQL reads without a lock may be of an older state. It only makes a difference to a
+        # secret that no state describes, and an INSERT will tell.
+        if to_insert and is_mysql(self._dialect) and state.written_at is None:
             exists = sa.select(sa.literal(1)).where(has_key(self.table, self.key))
             if self._run(exists).first() is not None:
                 self._read_current(state)
@@ -206,12 +208,13 @@ class SecretHistory:
         *,
         expires_at: datetime | None = None,
         archive: bool = True,
-        created_at: datetime | None = None,
-    ) -> None:
+        only_new: bool = False,
+    ) -> bool:
         """Make `sealed` the current value under a new number; archive what it replaces.
 
-        The state is stored, except that a lease is left as it is in `state`.
+        The state is stored, with the lease that it has.
 
+        :param only_new: insert the secret, or return ``False`` if there is one.
         :raises DecryptionError: the value that it replaces does not open, so it cannot be kept.
         """
         for _ in range(_ATTEMPTS):
@@ -225,6 +228,8 @@ class SecretHistory:
             if self.insert_current(sealed, created_at=now, updated_at=now):
                 state.stored_since = now
                 break
+            if only_new:
+                return False
             # A store that does not lock was faster. Its value is archived like any other.
             self._read_current(state)
             self._adopt(state)
@@ -236,6 +241,7 @@ class SecretHistory:
         state.needs_reauthorization_at = None
         self.save(state)
         self.trim(state)
+        return True
 
     def insert_current(self, sealed: Sealed, *, created_at: datetime, updated_at: datetime) -> bool:
         """Insert the secret's row unless there is one; return whether it was inserted."""

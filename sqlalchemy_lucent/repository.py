@@ -549,18 +549,19 @@ class LucentSecrets:
         self, key: SecretKey, sealed: Sealed, expected: _Expected, expires_at: datetime | None
     ) -> bool:
         """Store a value under its own number; return whether the stored one was as expected."""
+        token = None if expected is _UNSET or expected is None else _token_bytes(expected)
         history = self._history(key)
-        prefix = (
-            expected if isinstance(expected, _Unset) or not expected else _token_bytes(expected)
+        state = history.lock(to_insert=token is None)
+        current = None if state.current is None else _prefix(bytes(state.current))
+        if expected is not _UNSET and current != token:
+            return False
+        return history.write_current(
+            state,
+            sealed,
+            expires_at=expires_at,
+            archive=self._keep is not None and self._keep > 1,
+            only_new=expected is None,
         )
-        state = history.lock(to_insert=True)
-        if not isinstance(prefix, _Unset):
-            current = None if state.current is None else _prefix(bytes(state.current))
-            if current != prefix:
-                return False
-        is_kept = self._keep is not None and self._keep > 1
-        history.write_current(state, sealed, expires_at=expires_at, archive=is_kept)
-        return True
 
     def _read_version(self, key: SecretKey, version: int | None, stage: Stage | None) -> Any:
         if version is not None and stage is not None:
@@ -676,21 +677,17 @@ class LucentSecrets:
         if len(parts) < len(("scope", "owner_id")):
             raise InvalidKeyError("delete_many() needs the scope and the owner_id of one owner")
         condition = self._begins_with(parts)
-        if self._keep is not None:
-            tables = _lifecycle.required_tables(self._table)
-            # The states first, which other writers lock first.
-            for table in (tables.states, tables.versions):
-                statement = sa.delete(table).where(_lifecycle.has_key(table, parts))
-                _lifecycle.run(self._execute_write, tables, statement)
         if self._on_access is None:
+            self._forget_many(parts)
             deleted = self._write((), sa.delete(self._table).where(condition)).rowcount
         else:
             # By their keys, so that exactly the deleted secrets are reported.
             selected = sa.select(*self._key_columns).where(condition).with_for_update()
-            keys = [_stored_key(row) for row in self._execute(selected, to_write=True)]
             deleted = 0
             on_mysql = is_mysql(self._dialect(self._to_write))
             with self._savepoint_if_audited():
+                self._forget_many(parts)
+                keys = [_stored_key(row) for row in self._execute(selected, to_write=True)]
                 for size, parameters in _upsert.batches(keys):
                     one_of = _upsert.is_one_of(self._table, on_mysql, size)
                     statement = sa.delete(self._table).where(one_of)
@@ -702,6 +699,16 @@ class LucentSecrets:
             if isinstance(loaded, self._model) and inspect(loaded).identity[: len(parts)] == parts:
                 self._expire(loaded)
         return deleted
+
+    def _forget_many(self, parts: Sequence[str]) -> None:
+        """Delete the versions and states of a store that keeps versions."""
+        if self._keep is None:
+            return
+        tables = _lifecycle.required_tables(self._table)
+        # The states first: every writer locks them first.
+        for table in (tables.states, tables.versions):
+            statement = sa.delete(table).where(_lifecycle.has_key(table, parts))
+            _lifecycle.run(self._execute_write, tables, statement)
 
     # -- listing ----------------------------------------------------------------------------------
 
