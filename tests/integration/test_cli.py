@@ -612,7 +612,8 @@ def test_a_secret_is_stored_listed_shown_and_deleted(lucent: Lucent) -> None:
     done = lucent("set", SECRET_KEY, stdin=json.dumps({"apiKey": PLAINTEXT}))
     assert done == (0, f"stored {SECRET_KEY} under key version v2\n", "")
     assert re.fullmatch(
-        rf"{SECRET_KEY}\tv2\t\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00\n", lucent("list").out
+        rf"{SECRET_KEY}\tv2\t\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00\t\d+s\t-\n",
+        lucent("list").out,
     )
     redacted = lucent("get", SECRET_KEY)
     assert redacted.code == 0
