@@ -120,9 +120,7 @@ def get_secret(
     secret_key = SecretKey.parse(key)
     with open_secrets(url, metadata) as (_, secrets):
         value = secrets.require(secret_key)
-        info = secrets.info(secret_key)
-    if info is None:  # deleted between the two statements
-        raise _not_found(secret_key)
+        info = None if reveal else secrets.info(secret_key)
     if reveal:
         if text and not isinstance(value, str):
             raise CommandError(
@@ -135,6 +133,8 @@ def get_secret(
         else:
             write_json(value)
         return
+    if info is None:  # deleted between the two statements
+        raise _not_found(secret_key)
     created, updated = moment(info.created_at), moment(info.updated_at)
     row = (info.key, info.key_version, created, updated, f"<redacted {_kind(value)}>")
     write_rows(("key", "version", "created", "updated", "value"), [row])
