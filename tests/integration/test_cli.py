@@ -218,9 +218,14 @@ def test_a_key_is_rotated_verified_and_retired(at: Lucent, engine: Engine) -> No
 def test_a_retired_key_is_looked_for_in_the_tables_that_are_named(lucent: Lucent) -> None:
     assert lucent("retire-check", "v1", "--settle", "0.01") == (
         0,
-        "lucent_secret_versions.payload\t0\nlucent_secrets.payload\t0\n"
-        "no value in these tables needs key version v1\n",
-        "only lucent_secret_versions, lucent_secrets were counted: name your models with --metadata as well\n",
+        (
+            "lucent_secret_versions.payload\t0\nlucent_secrets.payload\t0\n"
+            "no value in these tables needs key version v1\n"
+        ),
+        (
+            "only lucent_secret_versions, lucent_secrets were counted: name your models with "
+            "--metadata as well\n"
+        ),
     )
     assert lucent("retire-check", "v1").err.startswith(
         "counted once, which does not see what open transactions are about to commit: "
