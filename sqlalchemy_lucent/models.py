@@ -189,9 +189,19 @@ def with_lifecycle(model: _Model) -> _Model:
 
     A decorator. For the table ``app_secrets`` they are ``app_secret_versions`` and
     ``app_secret_states``. :class:`LucentSecret` has them already.
+
+    :raises ConfigurationError: `model` is no mapped class made with :class:`LucentSecretMixin`.
     """
-    table: Any = inspect(model).local_table
-    _add_lifecycle_tables(table)
+    given: object = model
+    mapper = inspect(model, raiseerr=False)
+    if mapper is None or not (isinstance(given, type) and issubclass(given, LucentSecretMixin)):
+        name = getattr(model, "__name__", type(model).__name__)
+        raise ConfigurationError(
+            f"with_lifecycle() takes a mapped class made with LucentSecretMixin, not {name}"
+        )
+    table: Any = mapper.local_table
+    if lifecycle_tables(table) is None:
+        _add_lifecycle_tables(table)
     return model
 
 
@@ -223,10 +233,8 @@ def _lifecycle_names(name: str) -> tuple[str, str]:
     return f"{one}_versions", f"{one}_states"
 
 
-def _version_context(context: str | None) -> str | None:
+def _version_context(context: str) -> str:
     """Return the context of versions for one that the secrets' payload was given."""
-    if context is None:
-        return None
     name, dot, column = context.rpartition(".")
     return f"{_lifecycle_names(name)[0]}.{column}" if dot else f"{context}.versions"
 
@@ -234,6 +242,7 @@ def _version_context(context: str | None) -> str | None:
 def _add_lifecycle_tables(table: Table) -> None:
     versions, states = _lifecycle_names(table.name)
     payload: Any = table.c.payload.type
+    context = payload.explicit_context
     Table(
         versions,
         table.metadata,
@@ -244,10 +253,8 @@ def _add_lifecycle_tables(table: Table) -> None:
         Column(
             "payload",
             EncryptedJSON(
-                context=_version_context(payload.explicit_context),
-                accept_contexts=[
-                    each for c in payload.accept_contexts if (each := _version_context(c))
-                ],
+                context=None if context is None else _version_context(context),
+                accept_contexts=map(_version_context, payload.accept_contexts),
                 bound_to=(*KEY_PART_NAMES, "number"),
                 redact=payload.redact,
                 schema=payload.schema,

@@ -737,6 +737,60 @@ def test_a_model_of_ones_own_keeps_versions_of_its_typed_values(engine: Engine) 
     assert verify(engine, Base).opened == 2
 
 
+def test_the_statements_of_each_step_are_as_many_as_the_page_says(
+    engine: Engine, secrets: LucentSecrets, plain: LucentSecrets, session: Session
+) -> None:
+    for number in range(2):
+        secrets.set(KEY, number)
+    plain.set(OTHER, 1)
+
+    def statements_of(call: Callable[[], object]) -> int:
+        with counted(engine) as statements:
+            call()
+        return len(statements)
+
+    assert statements_of(lambda: secrets.set(KEY, 2)) == 7
+    assert statements_of(lambda: secrets.set(KEY, 3)) == 8
+    assert statements_of(lambda: plain.set(OTHER, 2, expires_at=TOMORROW)) == 2
+    assert statements_of(lambda: plain.set(OTHER, 3)) == 1
+    assert statements_of(lambda: secrets.require(KEY, version=2)) == 1
+    assert statements_of(lambda: secrets.require(KEY, stage="previous")) == 1
+    assert statements_of(lambda: secrets.due(TOMORROW)) == 1
+    assert statements_of(lambda: secrets.list()) == 1
+    assert statements_of(lambda: secrets.versions(KEY)) == 2
+
+
+def test_each_declarative_style_gets_the_tables(engine: Engine) -> None:
+    own = sa.orm.registry()
+
+    @with_lifecycle
+    @own.mapped
+    class Mapped(LucentSecretMixin):
+        __tablename__ = "vault"
+
+    class Old(sa.orm.declarative_base(metadata=sa.MetaData(schema="app"))):  # type: ignore[misc]
+        __abstract__ = True
+
+    @with_lifecycle
+    class InASchema(LucentSecretMixin, Old):
+        __tablename__ = "secrets"
+
+    assert with_lifecycle(InASchema) is InASchema
+    names = {"app.secrets", "app.secret_versions", "app.secret_states"}
+    assert set(InASchema.metadata.tables) == names
+    own.metadata.create_all(engine)
+    with Session(engine) as session:
+        secrets = LucentSecrets(session, model=Mapped, keep=2)
+        secrets.set(KEY, 1)
+        secrets.set(KEY, 2)
+        assert secrets.require(KEY, version=1) == 1
+        assert secrets.due(TOMORROW) == []
+
+    for given in (LucentSecretMixin, DeclarativeBase, "secrets", None):
+        with pytest.raises(ConfigurationError, match="with_lifecycle"):
+            with_lifecycle(given)  # type: ignore[type-var]
+
+
 def test_a_model_without_the_tables_says_so() -> None:
     class Base(DeclarativeBase):
         pass
