@@ -108,6 +108,9 @@ def test_a_database_that_is_not_upgraded_says_what_to_run(
     LucentSecret.__table__.create(engine)  # type: ignore[attr-defined]
     lucent = Lucent(tmp_path, url, keys("v2"))
     store(lucent, PLAINTEXT)
+    doctor = lucent("doctor")
+    assert doctor.code == 1
+    assert "op.upgrade_lucent_secrets()" in doctor.out
     for arguments in (["list"], ["due"], ["versions", KEY], ["purge"]):
         done = lucent(*arguments)
         assert done.code == 2
