@@ -363,6 +363,8 @@ class LucentSecrets:
     def rotate(self, key: _Key, to: Keyring | None = None) -> str:
         """Seal the secret under `key` again, and return its new key version.
 
+        Only the current value. The function :func:`~sqlalchemy_lucent.rotate` seals versions too.
+
         :param to: the keyring whose primary seals, instead of the repository's own.
         :raises SecretNotFoundError: no secret is stored under `key`.
         :raises ConflictError: other writers kept changing it.
