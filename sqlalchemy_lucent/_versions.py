@@ -1,72 +1,39 @@
-"""The versions and the state of one secret: their statements, and the steps that change them.
+"""The steps that change the versions and the state of one secret.
 
-The row of ``lucent_secrets`` holds the current value, ``lucent_secret_versions`` all others. A row
-of ``lucent_secret_states`` describes the current value while its `written_at` is the secret's
-`updated_at`. A store that knows nothing of these tables changes `updated_at`, and so the row says
-nothing about the value that it stored. Every step begins with :meth:`SecretHistory.lock`, which
-waits for other steps at the same key and gives such a value a number.
+Each begins with :meth:`SecretHistory.lock`, which waits for other steps at the same key, and gives
+a number to a value that a store without versions has written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
 
 from . import _upsert
-from ._driver_errors import sqlstate
+from ._lifecycle import (
+    NO_NUMBER,
+    Execute,
+    Stage,
+    has_key,
+    is_ordinary,
+    required_tables,
+    run,
+    same_key,
+)
 from ._row import encode_row
 from ._sealing import Sealed
 from ._sql import is_mysql
-from .exceptions import (
-    ConfigurationError,
-    ConflictError,
-    DecryptionError,
-    InvalidKeyError,
-    SecretNotFoundError,
-    SerializationError,
-    hide_locals,
-)
+from .exceptions import ConflictError, DecryptionError, hide_locals
 from .keyring import Keyring
-from .models import LifecycleTables, lifecycle_tables, utc_now
-from .secret_key import KEY_PART_NAMES, SecretKey
-
-Stage = Literal["current", "previous", "staged", "pending", "deleted"]
-
-READABLE_STAGES: Final = ("current", "previous", "staged", "pending")
-
-Execute = Callable[..., sa.CursorResult[Any]]
-"""Executes a statement with parameters, as ``Connection.execute`` does."""
-
-_NO_NUMBER: Final = 2**31 - 1
-"""Stands for the number of a current value that has none: it is the newest."""
+from .models import utc_now
+from .secret_key import SecretKey
 
 _ATTEMPTS: Final = 5
 """Attempts at a row that others delete and create. A second is rare."""
-
-
-@dataclass(frozen=True)
-class SecretVersion:
-    """What is known about a version of a secret without opening it.
-
-    `number` is ``None`` for a current value that a store without versions has written. `stage` is
-    ``current``, ``previous`` (the one before it), ``staged`` (tried before it counts), ``pending``
-    (a renewal's answer that came late), ``deleted``, or ``None`` for an older one. `created_at` is
-    when the value was stored.
-    """
-
-    number: int | None
-    stage: Stage | None
-    created_at: datetime
-    expires_at: datetime | None
-    key_version: str | None
-
-
-_OF_THE_SECRET: Final = ("current", "stored_at", "stored_since")
 
 
 @dataclass
@@ -89,6 +56,8 @@ class State:
     """The current value. The fields below are of its row; meaningless without one."""
     stored_at: datetime | None = None
     stored_since: datetime | None = None
+    had_secret: bool = False
+    """Whether there was a secret that a store without versions has deleted."""
 
     def take_number(self) -> int:
         """Return the number of another value."""
@@ -99,146 +68,8 @@ class State:
 _STATE_COLUMNS: Final = tuple(
     field.name
     for field in fields(State)
-    if field.name not in ("current", "stored_at", "stored_since")
+    if field.name not in ("current", "stored_at", "stored_since", "had_secret")
 )
-
-
-# -- tables and conditions -------------------------------------------------------------------------
-
-
-def required_tables(table: sa.Table) -> LifecycleTables:
-    """Return the tables beside `table`.
-
-    :raises ConfigurationError: its metadata has none.
-    """
-    found = lifecycle_tables(table)
-    if found is None:
-        raise ConfigurationError(
-            f"the model of {table.name} has no tables of versions and states. Decorate it with "
-            "@with_lifecycle, and run a migration with op.upgrade_lucent_secrets()"
-        )
-    return found
-
-
-def has_key(table: sa.Table, parts: Sequence[Any]) -> sa.ColumnElement[bool]:
-    """Return the condition that the key of `table` begins with `parts`."""
-    return sa.and_(
-        *(table.c[name] == part for name, part in zip(KEY_PART_NAMES, parts, strict=False))
-    )
-
-
-def same_key(one: sa.Table, other: sa.Table) -> sa.ColumnElement[bool]:
-    """Return the condition that joins two tables on the key."""
-    return sa.and_(*(one.c[name] == other.c[name] for name in KEY_PART_NAMES))
-
-
-def describes(states: sa.Table, table: sa.Table) -> sa.ColumnElement[bool]:
-    """Return the condition that a state is that of the secret's current value."""
-    return sa.and_(same_key(states, table), states.c.written_at == table.c.updated_at)
-
-
-def is_ordinary(versions: sa.Table, current: Any) -> sa.ColumnElement[bool]:
-    """Return the condition that a version was current, or was to be before `current` was stored.
-
-    A pending value is overtaken by whatever is stored after it. This is read from the numbers, so
-    that no writer needs another statement for it.
-    """
-    stage = versions.c.stage
-    return sa.or_(stage.is_(None), sa.and_(stage == "pending", versions.c.number < current))
-
-
-def missing_tables(error: DBAPIError, tables: LifecycleTables) -> ConfigurationError | None:
-    """Return what to raise for an error of the database, if it is that a table is missing."""
-    driver: Any = error.orig
-    code = driver.args[0] if driver.args else None
-    is_missing = (
-        sqlstate(driver) == "42P01"
-        or code == 1146
-        or (isinstance(code, str) and code.startswith("no such table"))
-    )
-    shown = str(driver)
-    missing = [table.name for table in tables if table.name in shown]
-    if not is_missing or not missing:
-        return None
-    return ConfigurationError(
-        f"this database has no table {missing[0]}, which versions, due dates and soft delete need: "
-        "run a migration with op.upgrade_lucent_secrets(), which autogenerate writes"
-    )
-
-
-def run(
-    execute: Execute, tables: LifecycleTables, statement: Any, parameters: Any = None
-) -> sa.CursorResult[Any]:
-    """Execute a statement that needs the tables.
-
-    :raises ConfigurationError: they are missing in the database.
-    """
-    try:
-        return execute(statement, parameters)
-    except DBAPIError as error:
-        fault = missing_tables(error, tables)
-        if fault is None:
-            raise
-    raise fault
-
-
-# -- arguments -------------------------------------------------------------------------------------
-
-
-def check_expiry(expires_at: object) -> datetime | None:
-    """Return `expires_at` if it is in the future, or ``None``.
-
-    :raises SerializationError: it is no datetime, has no time zone, or is in the past.
-    """
-    if expires_at is None:
-        return None
-    moment = check_moment("expires_at", expires_at)
-    if moment <= utc_now():
-        raise SerializationError(
-            f"expires_at= is in the past, {moment.isoformat()}: the value would count as expired "
-            "at once"
-        )
-    return moment
-
-
-def check_moment(name: str, given: object) -> datetime:
-    """Return `given` if it is a datetime with a time zone, in UTC.
-
-    :raises SerializationError: it is not.
-    """
-    if not isinstance(given, datetime):
-        raise SerializationError(f"{name}= takes a datetime, not {type(given).__name__}")
-    if given.utcoffset() is None:
-        raise SerializationError(
-            f"{name}= takes a datetime with a time zone, such as datetime.now(UTC) + "
-            "timedelta(hours=1)"
-        )
-    try:
-        return given.astimezone(UTC)
-    except OverflowError:
-        pass
-    raise SerializationError(f"{name}= is out of range in UTC")
-
-
-def check_number(number: object) -> int:
-    """Return the number of a version.
-
-    :raises InvalidKeyError: it is none.
-    """
-    if isinstance(number, int) and not isinstance(number, bool) and 0 < number < 2**31:
-        return number
-    shown = number if isinstance(number, int) else type(number).__name__
-    raise InvalidKeyError(f"the number of a version is an integer from 1 on, not {shown}")
-
-
-def version_not_found(key: SecretKey, what: str) -> SecretNotFoundError:
-    """Return the error for a version that is not there."""
-    return SecretNotFoundError(
-        f"the secret {key} has no {what}: it was never stored, or is no longer kept"
-    )
-
-
-# -- one secret ------------------------------------------------------------------------------------
 
 
 class SecretHistory:
@@ -294,7 +125,9 @@ class SecretHistory:
         else:
             raise ConflictError(f"other writers kept deleting the secret {self.key}. Try again")
         state = State(*tuple(row))
-        if to_insert and is_mysql(self._dialect):
+        # What MySQL reads without a lock may be of an older state. It only makes a difference to a
+        # secret that no state describes, and an INSERT will tell.
+        if to_insert and is_mysql(self._dialect) and state.written_at is None:
             exists = sa.select(sa.literal(1)).where(has_key(self.table, self.key))
             if self._run(exists).first() is not None:
                 self._read_current(state)
@@ -315,6 +148,7 @@ class SecretHistory:
         if state.current is None:
             if state.written_at is not None:  # deleted by a store without versions
                 self._delete_versions(~self._has_stage("deleted"))
+                state.had_secret = True
             state.number = 0
         elif state.written_at != state.stored_at:
             state.number = state.take_number()
@@ -374,12 +208,13 @@ class SecretHistory:
         *,
         expires_at: datetime | None = None,
         archive: bool = True,
-        created_at: datetime | None = None,
-    ) -> None:
+        only_new: bool = False,
+    ) -> bool:
         """Make `sealed` the current value under a new number; archive what it replaces.
 
-        The state is stored, except that a lease is left as it is in `state`.
+        The state is stored, with the lease that it has.
 
+        :param only_new: insert the secret, or return ``False`` if there is one.
         :raises DecryptionError: the value that it replaces does not open, so it cannot be kept.
         """
         for _ in range(_ATTEMPTS):
@@ -393,6 +228,8 @@ class SecretHistory:
             if self.insert_current(sealed, created_at=now, updated_at=now):
                 state.stored_since = now
                 break
+            if only_new:
+                return False
             # A store that does not lock was faster. Its value is archived like any other.
             self._read_current(state)
             self._adopt(state)
@@ -404,6 +241,7 @@ class SecretHistory:
         state.needs_reauthorization_at = None
         self.save(state)
         self.trim(state)
+        return True
 
     def insert_current(self, sealed: Sealed, *, created_at: datetime, updated_at: datetime) -> bool:
         """Insert the secret's row unless there is one; return whether it was inserted."""
@@ -421,6 +259,39 @@ class SecretHistory:
         stored = self._run(selected.with_for_update()).scalar()
         return stored is not None and bytes(stored) == bytes(sealed)
 
+    def delete_softly(self, state: State, purge_after: timedelta) -> None:
+        """Move the current value to the versions, to be undeleted until it is purged."""
+        self.archive(state, "deleted")
+        self.supersede("deleted", state.number)
+        self.delete_current()
+        state.created_at, state.deleted_at = state.stored_since, utc_now()
+        state.purge_at = state.deleted_at + purge_after
+        state.number, state.written_at = 0, None
+        state.expires_at = state.needs_reauthorization_at = None
+        self.save(state)
+
+    def undelete(self, state: State, deleted: sa.Row[Any], sealed: Sealed) -> bool:
+        """Store a deleted secret as it was; return whether there was no other."""
+        times = {"created_at": state.created_at or utc_now(), "updated_at": deleted.created_at}
+        if not self.insert_current(sealed, **times):
+            return False
+        self.delete_version(deleted.number)
+        state.number, state.written_at = deleted.number, deleted.created_at
+        state.expires_at = deleted.expires_at
+        state.created_at = state.deleted_at = state.purge_at = None
+        self.save(state)
+        return True
+
+    def purge_deleted(self, state: State) -> None:
+        """Delete what was deleted softly; without another secret, all versions but a staged one.
+
+        The caller stores the state afterwards.
+        """
+        stage = "deleted" if state.current is not None else "staged"
+        condition = self._has_stage(stage)
+        self._delete_versions(condition if state.current is not None else ~condition)
+        state.created_at = state.deleted_at = state.purge_at = None
+
     def delete_current(self) -> None:
         """Delete the secret's row."""
         self._run(sa.delete(self.table).where(has_key(self.table, self.key)))
@@ -435,12 +306,12 @@ class SecretHistory:
         """
         assert state.stored_at is not None
         try:
-            value = self.open_current(state)
+            sealed = self.seal_version(state.number, self.open_current(state))
         except DecryptionError as error:
             refusal = error
         else:
-            self._insert_version(
-                state.number, value, stage, state.expires_at, created_at=state.stored_at
+            self.insert_version(
+                state.number, sealed, stage, state.expires_at, created_at=state.stored_at
             )
             return
         raise type(refusal)(
@@ -461,31 +332,19 @@ class SecretHistory:
         The caller stores the state afterwards.
         """
         number = state.take_number()
-        given, value = [value], None
-        self._insert_version(number, given.pop(), stage, expires_at, created_at=utc_now())
+        sealed = self.seal_version(number, value)
+        del value
+        self.insert_version(number, sealed, stage, expires_at, utc_now())
         return number
 
     @hide_locals
-    def _insert_version(
-        self,
-        number: int,
-        value: Any,
-        stage: str | None,
-        expires_at: datetime | None,
-        *,
-        created_at: datetime,
-    ) -> None:
-        sealed = self._seal_version(number, value)
-        del value
-        self._insert_sealed(number, sealed, stage, expires_at, created_at)
-
-    @hide_locals
-    def _seal_version(self, number: int, value: Any) -> Sealed:
+    def seal_version(self, number: int, value: Any) -> Sealed:
+        """Seal a value as the version `number`."""
         codec = _upsert.payload_codec(self._versions, self._dialect)
         row = encode_row((*self.key, number))
         return Sealed(codec.seal(value, row, self._keyring), codec, row)
 
-    def _insert_sealed(
+    def insert_version(
         self,
         number: int,
         sealed: Sealed,
@@ -493,6 +352,7 @@ class SecretHistory:
         expires_at: datetime | None,
         created_at: datetime,
     ) -> None:
+        """Store a sealed version."""
         values = {
             **self.key._asdict(),
             "number": number,
@@ -526,10 +386,10 @@ class SecretHistory:
             row = self._run(sa.select(table.c.payload).where(has_key(table, self.key))).first()
             return None if row is None else (None, row.payload)
         if stage == "staged":
-            found = self.find_stage("staged")
+            found = self.find_stage("staged", lock=False)
             return None if found is None else (found.number, found.payload)
         if stage == "previous":
-            wanted = is_ordinary(versions, sa.func.coalesce(current, _NO_NUMBER))
+            wanted = is_ordinary(versions, sa.func.coalesce(current, NO_NUMBER))
         elif stage == "pending":
             wanted = sa.and_(versions.c.stage == "pending", versions.c.number > current)
         else:
@@ -548,59 +408,11 @@ class SecretHistory:
             return None, row.payload
         return None if row.number is None else (row.number, row.archived)
 
-    def versions(self) -> list[SecretVersion]:
-        """Return what is known about each version, the newest first."""
-        table, states, columns = self.table, self._states, self._versions.c
-        current = self._run(
-            sa.select(
-                table.c.updated_at,
-                table.c.key_version,
-                states.c.number,
-                states.c.written_at,
-                states.c.expires_at,
-            )
-            .select_from(table.outerjoin(states, same_key(states, table)))
-            .where(has_key(table, self.key))
-        ).first()
-        archived = self._run(
-            sa.select(
-                columns.number,
-                columns.stage,
-                columns.created_at,
-                columns.expires_at,
-                columns.key_version,
-            )
-            .where(has_key(self._versions, self.key), ~self._has_stage("deleted"))
-            .order_by(columns.number.desc())
-        ).all()
-        if current is None:
-            return [SecretVersion(*tuple(row)) for row in archived if row.stage == "staged"]
-        is_described = current.written_at == current.updated_at
-        number = current.number if is_described else None
-        listed = [
-            SecretVersion(
-                number,
-                "current",
-                current.updated_at,
-                current.expires_at if is_described else None,
-                current.key_version,
-            )
-        ]
-        has_previous = False
-        for row in archived:
-            if row.number == number:
-                continue  # another writer archived it after it was read
-            stage = row.stage
-            if stage == "pending" and (number is None or row.number < number):
-                stage = None
-            if stage is None and not has_previous:
-                stage, has_previous = "previous", True
-            listed.append(SecretVersion(row.number, stage, *tuple(row)[2:]))
-        listed.sort(key=lambda version: version.number or _NO_NUMBER, reverse=True)
-        return listed
+    def find(self, condition: sa.ColumnElement[bool], *, lock: bool = True) -> sa.Row[Any] | None:
+        """Return number, payload, expires_at and created_at of the newest version that fits.
 
-    def find(self, condition: sa.ColumnElement[bool]) -> sa.Row[Any] | None:
-        """Return number, payload, expires_at and created_at of the newest version that fits."""
+        :param lock: read what is committed now, for a step that depends on it.
+        """
         columns = self._versions.c
         statement = (
             sa.select(columns.number, columns.payload, columns.expires_at, columns.created_at)
@@ -608,15 +420,17 @@ class SecretHistory:
             .order_by(columns.number.desc())
             .limit(1)
         )
-        return self._run(statement).first()
+        return self._run(statement.with_for_update() if lock else statement).first()
 
     def find_number(self, number: int) -> sa.Row[Any] | None:
         """Return the version with this number, unless it is that of a deleted secret."""
         return self.find(sa.and_(self._versions.c.number == number, ~self._has_stage("deleted")))
 
-    def find_stage(self, stage: Literal["staged", "deleted"]) -> sa.Row[Any] | None:
+    def find_stage(
+        self, stage: Literal["staged", "deleted"], *, lock: bool = True
+    ) -> sa.Row[Any] | None:
         """Return the version in this stage."""
-        return self.find(self._has_stage(stage))
+        return self.find(self._has_stage(stage), lock=lock)
 
     def find_pending(self, state: State) -> sa.Row[Any] | None:
         """Return the answer of a renewal that came late, unless a later value is stored."""
@@ -639,6 +453,19 @@ class SecretHistory:
         else:
             statement = sa.update(self._versions).where(has_key(self._versions, self.key), earlier)
             self._run(statement.values(stage=None))
+
+    def all_versions(self) -> Sequence[sa.Row[Any]]:
+        """Return number, payload, stage, expires_at and created_at of each version; lock them."""
+        columns = self._versions.c
+        statement = sa.select(
+            columns.number,
+            columns.payload,
+            columns.stage,
+            columns.expires_at,
+            columns.created_at,
+        )
+        statement = statement.where(has_key(self._versions, self.key)).with_for_update()
+        return self._run(statement).all()
 
     def trim(self, state: State) -> None:
         """Delete ordinary versions beyond those that are kept."""

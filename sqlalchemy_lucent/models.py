@@ -48,6 +48,10 @@ from .types import EncryptedJSON
 _Model = TypeVar("_Model", bound="type[LucentSecretMixin]")
 
 
+_VERSIONS_OF: Final = "lucent_versions_of"
+"""The key in :attr:`Table.info` that marks a table of versions."""
+
+
 def byte_wise_string(length: int) -> String:
     """Return a string type that every database compares and sorts byte for byte.
 
@@ -185,9 +189,19 @@ def with_lifecycle(model: _Model) -> _Model:
 
     A decorator. For the table ``app_secrets`` they are ``app_secret_versions`` and
     ``app_secret_states``. :class:`LucentSecret` has them already.
+
+    :raises ConfigurationError: `model` is no mapped class made with :class:`LucentSecretMixin`.
     """
-    table: Any = inspect(model).local_table
-    _add_lifecycle_tables(table)
+    given: object = model
+    mapper = inspect(model, raiseerr=False)
+    if mapper is None or not (isinstance(given, type) and issubclass(given, LucentSecretMixin)):
+        name = getattr(model, "__name__", type(model).__name__)
+        raise ConfigurationError(
+            f"with_lifecycle() takes a mapped class made with LucentSecretMixin, not {name}"
+        )
+    table: Any = mapper.local_table
+    if lifecycle_tables(table) is None:
+        _add_lifecycle_tables(table)
     return model
 
 
@@ -200,13 +214,35 @@ def lifecycle_tables(table: Table) -> LifecycleTables | None:
     return None if versions is None or states is None else LifecycleTables(versions, states)
 
 
+def is_versions_table(table: Table) -> bool:
+    """Say whether `table` has the versions of a table of secrets. It may not be there yet."""
+    return _VERSIONS_OF in table.info
+
+
+def upgrade_tables(metadata: MetaData, name: str, *, schema: str | None = None) -> LifecycleTables:
+    """Return the tables beside the table of secrets `name`, for migrations."""
+    table = secrets_table(metadata, name, schema=schema)
+    _add_lifecycle_tables(table)
+    found = lifecycle_tables(table)
+    assert found is not None
+    return found
+
+
 def _lifecycle_names(name: str) -> tuple[str, str]:
     one = name.removesuffix("s")
     return f"{one}_versions", f"{one}_states"
 
 
+def _version_context(context: str) -> str:
+    """Return the context of versions for one that the secrets' payload was given."""
+    name, dot, column = context.rpartition(".")
+    return f"{_lifecycle_names(name)[0]}.{column}" if dot else f"{context}.versions"
+
+
 def _add_lifecycle_tables(table: Table) -> None:
     versions, states = _lifecycle_names(table.name)
+    payload: Any = table.c.payload.type
+    context = payload.explicit_context
     Table(
         versions,
         table.metadata,
@@ -214,13 +250,25 @@ def _add_lifecycle_tables(table: Table) -> None:
         # Bound to the number as well, so that an old value put in the place of a newer one does not
         # open.
         Column("number", Integer, primary_key=True, autoincrement=False),
-        Column("payload", EncryptedJSON(bound_to=(*KEY_PART_NAMES, "number")), nullable=False),
+        Column(
+            "payload",
+            EncryptedJSON(
+                context=None if context is None else _version_context(context),
+                accept_contexts=map(_version_context, payload.accept_contexts),
+                bound_to=(*KEY_PART_NAMES, "number"),
+                redact=payload.redact,
+                schema=payload.schema,
+                create_constraint=payload.create_constraint,
+            ),
+            nullable=False,
+        ),
         Column("key_version", key_version_type(), computed_key_version("payload"), index=True),
         # "staged", "pending" or "deleted"; NULL for a version that was current.
         Column("stage", String(16)),
         Column("expires_at", UTCDateTime),
         Column("created_at", UTCDateTime, nullable=False),  # when the value was stored
         schema=table.schema,
+        info={_VERSIONS_OF: table.name},
     )
     Table(
         states,

@@ -12,12 +12,13 @@ from typing import Any, Final, NamedTuple, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from .._database.clock import database_time, time_of
+from .._database.clock import database_time
 from .._database.connection import DEFAULT_RETRIES, ManagedConnection
 from .._database.faults import Fault
+from .._lifecycle import check_moment, describes, has_key, required_tables, run, time_of
 from .._row import encode_row
 from .._sealing import Sealed
-from .._versions import SecretHistory, State, check_moment, describes, has_key, required_tables, run
+from .._versions import SecretHistory, State
 from ..events import AccessHandler, Action, SecretAccess
 from ..exceptions import (
     ConflictError,
