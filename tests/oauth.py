@@ -1,4 +1,4 @@
-"""A local OAuth server: refresh tokens that work once, and a grant that is revoked on re-use.
+"""A local OAuth server: refresh tokens that work once, and a grant that is revoked on reuse.
 
 It is a small ASGI application in a process of its own. Each test makes its own grants, says how
 they behave, and reads what was asked for them.

@@ -500,6 +500,27 @@ def test_a_secret_that_is_deleted_meanwhile_stays_deleted(tables: Engine) -> Non
         Renewals(tables).fresh(KEY, Provider())
 
 
+def test_the_answer_for_a_secret_that_is_put_away_meanwhile_is_a_version_of_it(
+    tables: Engine,
+) -> None:
+    store(tables, "a1", left=-1)
+
+    def put_away() -> Any:
+        with Session(tables) as session:
+            LucentSecrets(session).delete(KEY, purge_after=HOUR)
+            session.commit()
+        return "a2", HOUR
+
+    assert Renewals(tables).fresh(KEY, Provider(put_away)) == "a2"
+    with Session(tables) as session:
+        secrets = LucentSecrets(session)
+        secrets.undelete(KEY)
+        assert secrets.require(KEY, version=2) == "a2"
+        secrets.restore(KEY, 2)
+        session.commit()
+    assert stored(tables) == "a2"
+
+
 def test_a_provider_slower_than_the_lease_is_called_twice_and_loses_no_token(
     tables: Engine, oauth: Server
 ) -> None:
@@ -555,6 +576,8 @@ def test_a_grant_that_is_gone_is_noted_and_nothing_is_deleted(
     with pytest.raises(NeedsReauthorizationError, match=str(KEY)):
         renewals.fresh(KEY, Provider())  # not asked again
     assert stored(tables) == "a1"
+    with Session(tables) as session:
+        assert [info.needs_reauthorization for info in LucentSecrets(session).list()] == [True]
     assert is_free(tables)
     store(tables, "b1", left=30)
     assert renewals.fresh(KEY, Provider(("b2", HOUR))) == "b2"
