@@ -171,6 +171,11 @@ class Store:
         self.table: sa.Table = table
         self.tables = required_tables(table)
         self._engine = engine
+        # One statement needs no BEGIN and ROLLBACK, which are round trips of their own. asyncpg needs
+        # them behind a pooler; drivers of MySQL would need as many to change the mode.
+        self._reader = engine
+        if engine.dialect.driver in ("psycopg", "psycopg_async"):
+            self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._keyring = keyring
         self._kept = keep
         self._on_access = on_access
@@ -197,7 +202,7 @@ class Store:
         return Seen._make(self._one(key, self._select_seen))
 
     def _one(self, key: SecretKey, statement: sa.Select[Any]) -> Any:
-        with self._engine.connect() as connection:
+        with self._reader.connect() as connection:
             row = run(connection.execute, self.tables, statement, key._asdict()).first()
         if row is not None:
             return row
