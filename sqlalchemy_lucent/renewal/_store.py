@@ -171,8 +171,8 @@ class Store:
         self.table: sa.Table = table
         self.tables = required_tables(table)
         self._engine = engine
-        # One statement needs no BEGIN and ROLLBACK, which are round trips of their own. asyncpg needs
-        # them behind a pooler; drivers of MySQL would need as many to change the mode.
+        # One statement needs no BEGIN and ROLLBACK, which are round trips of their own. asyncpg
+        # needs them behind a pooler; drivers of MySQL would need as many to change the mode.
         self._reader = engine
         if engine.dialect.driver in ("psycopg", "psycopg_async"):
             self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
