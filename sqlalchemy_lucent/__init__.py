@@ -15,8 +15,11 @@ from .exceptions import (
     KeyInUseError,
     KeyStateError,
     LucentError,
+    NeedsReauthorizationError,
     NotSealedError,
     PicklingRefusedError,
+    RenewalError,
+    RenewalTimeoutError,
     RetiredKeyError,
     RotationError,
     SchemaMismatchError,
@@ -31,6 +34,8 @@ from .keyring import Keyring, default_keyring, generate_master_key, set_default_
 from .types import Bound, EncryptedJSON, Sealed
 
 if TYPE_CHECKING:
+    from ._lifecycle import SecretVersion
+    from ._purge import apurge, purge
     from .binding import bound_rows, row_bound
     from .config import Lucent, LucentConfig, SecretsConfig
     from .events import SecretAccess
@@ -51,7 +56,8 @@ if TYPE_CHECKING:
         ReceiptsReport,
         RegisteredKey,
     )
-    from .models import LucentBase, LucentSecret, LucentSecretMixin
+    from .models import LucentBase, LucentSecret, LucentSecretMixin, with_lifecycle
+    from .renewal import AsyncRenewals, RenewalAttempt, Renewals
     from .repository import AsyncLucentSecrets, LucentSecrets, SecretInfo
     from .rotation import (
         FailedRow,
@@ -78,6 +84,7 @@ __all__ = [
     "AsyncAnnouncement",
     "AsyncKeyRegistry",
     "AsyncLucentSecrets",
+    "AsyncRenewals",
     "Bound",
     "ConfigurationError",
     "ConflictError",
@@ -104,12 +111,17 @@ __all__ = [
     "LucentSecret",
     "LucentSecretMixin",
     "LucentSecrets",
+    "NeedsReauthorizationError",
     "NotSealedError",
     "PicklingRefusedError",
     "Readiness",
     "ReceiptFault",
     "ReceiptsReport",
     "RegisteredKey",
+    "RenewalAttempt",
+    "RenewalError",
+    "RenewalTimeoutError",
+    "Renewals",
     "RetiredKeyError",
     "RotationError",
     "RotationProgress",
@@ -120,6 +132,7 @@ __all__ = [
     "SecretInfo",
     "SecretKey",
     "SecretNotFoundError",
+    "SecretVersion",
     "SecretsConfig",
     "SerializationError",
     "StatusReport",
@@ -130,6 +143,7 @@ __all__ = [
     "VerifyReport",
     "WrongKeyError",
     "__version__",
+    "apurge",
     "aretire_check",
     "arotate",
     "astatus",
@@ -137,12 +151,14 @@ __all__ = [
     "bound_rows",
     "default_keyring",
     "generate_master_key",
+    "purge",
     "retire_check",
     "rotate",
     "row_bound",
     "set_default_keyring",
     "status",
     "verify",
+    "with_lifecycle",
 ]
 
 _AT_FIRST_USE = {
@@ -155,7 +171,10 @@ _AT_FIRST_USE = {
         "KeyHolder KeyReceipt KeyRegistry LeakReport LeakedValue Readiness ReceiptFault "
         "ReceiptsReport RegisteredKey",
         "key_source": "KeySource KeySourceHealth",
-        "models": "LucentBase LucentSecret LucentSecretMixin",
+        "_lifecycle": "SecretVersion",
+        "_purge": "apurge purge",
+        "models": "LucentBase LucentSecret LucentSecretMixin with_lifecycle",
+        "renewal": "AsyncRenewals RenewalAttempt Renewals",
         "repository": "AsyncLucentSecrets LucentSecrets SecretInfo",
         "rotation": "FailedRow RotationProgress RotationReport StatusReport StatusRow VerifyReport "
         "aretire_check arotate astatus averify retire_check rotate status verify",

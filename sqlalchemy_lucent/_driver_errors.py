@@ -48,7 +48,7 @@ def _hide_row(context: ExceptionContext, error: DBAPIError) -> bool:
         )
     compiled = getattr(context.execution_context, "compiled", None)
     is_text = compiled is None or isinstance(compiled.statement, TextClause)
-    return (is_refused and _sqlstate(driver) != _NOT_NULL) or (
+    return (is_refused and sqlstate(driver) != _NOT_NULL) or (
         is_text and isinstance(error, (IntegrityError, DataError))
     )
 
@@ -60,12 +60,13 @@ _SQLSTATES: Final = ("22", _NOT_NULL, "23514", "44", "42804")
 _MYSQL_CODES: Final = frozenset({4025, 3819, 4038, 3140, 3141, 1366})
 
 
-def _sqlstate(driver: BaseException) -> Any:
+def sqlstate(driver: BaseException) -> Any:
+    """Return the SQLSTATE of an error of a PostgreSQL driver, or ``None``."""
     return getattr(driver, "sqlstate", None) or getattr(driver, "pgcode", None)
 
 
 def _refuses_a_value(driver: BaseException) -> bool:
-    state = _sqlstate(driver)
+    state = sqlstate(driver)
     if isinstance(state, str) and state.startswith(_SQLSTATES):
         return True
     first = driver.args[0] if driver.args else None

@@ -107,8 +107,10 @@ def batches(keys: Sequence[SecretKey]) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 @lru_cache(maxsize=32)
-def insert_or(table: sa.Table, dialect_name: str, *updated: str) -> Insert:
+def insert_or(table: sa.Table, dialect_name: str, *updated: str, numbered: bool = False) -> Insert:
     """Return an INSERT that updates the columns `updated` if the key exists.
+
+    With `numbered`, it also sets `number` and `last_number` to the next number.
 
     A dialect is imported with its database only: importing all three takes as long as the rest of
     the package.
@@ -120,6 +122,8 @@ def insert_or(table: sa.Table, dialect_name: str, *updated: str) -> Insert:
             "postgresql, mysql and mariadb"
         )
     insert: Any = importlib.import_module(f"sqlalchemy.dialects.{module}").insert(table)
+    # MySQL assigns in the order of the columns, where `number` comes first.
+    numbers = dict.fromkeys(("number", "last_number"), table.c.last_number + 1) if numbered else {}
     if module == "mysql":
         # Callers that insert one new key at once wait for the first, and continue when it commits.
         # If it rolls back, InnoDB leaves each of them a lock on the gap where the row was, and
@@ -129,9 +133,10 @@ def insert_or(table: sa.Table, dialect_name: str, *updated: str) -> Insert:
         #
         # MySQL has no DO NOTHING; assigning a column to itself leaves the row as it is.
         values = {name: insert.inserted[name] for name in updated} or {"scope": table.c.scope}
+        values.update(numbers)
         statement: Insert = insert.on_duplicate_key_update(values)
     elif updated:
-        values = {name: insert.excluded[name] for name in updated}
+        values = {**{name: insert.excluded[name] for name in updated}, **numbers}
         statement = insert.on_conflict_do_update(index_elements=KEY_PART_NAMES, set_=values)
     else:
         statement = insert.on_conflict_do_nothing(index_elements=KEY_PART_NAMES)

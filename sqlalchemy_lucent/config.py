@@ -160,16 +160,23 @@ class Lucent:
         object.__setattr__(self, "config", config)
 
     @overload
-    def secrets(self, session: Session) -> LucentSecrets | None: ...
+    def secrets(self, session: Session, *, keep: int | None = None) -> LucentSecrets | None: ...
 
     @overload
-    def secrets(self, session: AsyncSession) -> AsyncLucentSecrets | None: ...
+    def secrets(
+        self, session: AsyncSession, *, keep: int | None = None
+    ) -> AsyncLucentSecrets | None: ...
 
-    def secrets(self, session: Session | AsyncSession) -> LucentSecrets | AsyncLucentSecrets | None:
-        """Return the repository over `session`; ``None`` unless secrets are enabled and keyed."""
+    def secrets(
+        self, session: Session | AsyncSession, *, keep: int | None = None
+    ) -> LucentSecrets | AsyncLucentSecrets | None:
+        """Return the repository over `session`; ``None`` unless secrets are enabled and keyed.
+
+        :param keep: how many values of each secret to keep, see :class:`LucentSecrets`.
+        """
         config = self.config.secrets
         if not config.enabled or config.keyring is None:
             return None
         if isinstance(session, (Session, scoped_session)):
-            return LucentSecrets(session, keyring=config.keyring)
-        return AsyncLucentSecrets(session, keyring=config.keyring)
+            return LucentSecrets(session, keyring=config.keyring, keep=keep)
+        return AsyncLucentSecrets(session, keyring=config.keyring, keep=keep)

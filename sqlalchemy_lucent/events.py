@@ -7,22 +7,47 @@
 
     secrets = LucentSecrets(session, on_access=audit)
 
-==========  ==================================================================  =================
-action      reported after                                                      outcomes
-==========  ==================================================================  =================
-``read``    a value was opened, or failed to: ``get``, ``require``,             ``ok``,
-            ``get_many``, the source of ``copy`` and ``move``                   ``missing``, or an
-                                                                                error's class name
-``write``   a value was stored: ``set``, ``set_many``, the target of            ``ok``,
-            ``copy`` and ``move``                                               ``conflict``
-``delete``  a secret was deleted: ``delete``, ``delete_many``, the source       ``ok``,
-            of ``move``                                                         ``missing``,
+============  ================================================================  =================
+action        reported after                                                    outcomes
+============  ================================================================  =================
+``read``      a value was opened, or failed to: ``get``, ``require``,           ``ok``,
+              ``get_many``, the source of ``copy`` and ``move``, and what       ``missing``, or an
+              ``promote``, ``restore`` and ``undelete`` read                    error's class name
+``write``     a value was stored: ``set``, ``set_many``, the target of          ``ok``,
+              ``copy`` and ``move``                                             ``conflict``
+``delete``    a secret was deleted: ``delete``, ``delete_many``, the source     ``ok``,
+              of ``move``                                                       ``missing``,
                                                                                 ``conflict``
-``rotate``  a value was sealed again: ``rotate``, ``rotate_many``               ``ok``
-==========  ==================================================================  =================
+
+A renewal is ``late`` if its lease had passed to another caller, and a ``conflict`` if another value
+was stored meanwhile. Its handler is called after the commit, with a session of its own.
+
+A renewal is ``late`` if its lease had passed to another caller, and a ``conflict`` if another value
+was stored meanwhile. It is reported after the commit, with a session of its own.
 
 ``exists``, ``info``, ``list`` and ``count`` open nothing and report nothing. Errors of the database
 are raised and not reported.
+=======
+``rotate``    a value was sealed again: ``rotate``, ``rotate_many``             ``ok``
+``renew``     a provider's answer was stored, or there was none: ``fresh`` of   ``ok``, ``late``,
+              ``Renewals``                                                      ``conflict``, or an
+                                                                                error's class name
+``stage``     a value was stored to be tried                                    ``ok``
+``promote``   the staged value became the secret                                ``ok``,
+                                                                                ``missing``
+``restore``   an earlier version became the secret                              ``ok``,
+                                                                                ``missing``
+``undelete``  a deleted secret came back                                        ``ok``,
+                                                                                ``missing``,
+                                                                                ``conflict``
+``purge``     a deleted secret was purged with its versions                     ``ok``
+============  ================================================================  =================
+
+A renewal is ``late`` if its lease had passed to another caller, and a ``conflict`` if another value
+was stored meanwhile. It is reported after the commit, with a session of its own.
+
+``exists``, ``info``, ``list``, ``due``, ``versions`` and ``count`` open nothing and report nothing.
+Errors of the database are raised and not reported.
 """
 
 from __future__ import annotations
@@ -36,7 +61,18 @@ from sqlalchemy.orm import Session
 
 from .secret_key import SecretKey
 
-Action: TypeAlias = Literal["read", "write", "delete", "rotate"]
+Action: TypeAlias = Literal[
+    "read",
+    "write",
+    "delete",
+    "rotate",
+    "renew",
+    "stage",
+    "promote",
+    "restore",
+    "undelete",
+    "purge",
+]
 
 
 @dataclass(frozen=True)

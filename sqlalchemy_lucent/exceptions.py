@@ -20,6 +20,9 @@
       RotationError
         KeyInUseError               a key that rows still need
         KeyStateError               a step that a key's state or its holders do not allow yet
+      RenewalError                  a renewal that did not get or store a new value
+        RenewalTimeoutError         who renews an expired value was not done in time
+        NeedsReauthorizationError   the provider's grant is gone
 
 Every class derives from :class:`sqlalchemy.exc.DontWrapMixin`. SQLAlchemy wraps other exceptions
 that are raised while it binds parameters in a ``StatementError`` whose message prints the row's
@@ -117,6 +120,21 @@ class KeyInUseError(RotationError):
 
 class KeyStateError(RotationError):
     """A key's state, or a process that lacks it, does not allow this step. Nothing was changed."""
+
+
+class RenewalError(LucentError):
+    """A secret was not renewed. The stored value is what it was."""
+
+
+class RenewalTimeoutError(RenewalError):
+    """A value has expired, and another process did not renew it in time."""
+
+
+class NeedsReauthorizationError(RenewalError):
+    """The grant behind a secret is gone: its owner has to log in again.
+
+    A refresh function raises it as well, to say so.
+    """
 
 
 def hide_locals(function: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -2,16 +2,31 @@
 
 ::
 
+    @with_lifecycle                             # if its secrets expire or keep their versions
     class Secret(LucentSecretMixin, Base):      # in your own metadata, under your own name
         __tablename__ = "app_secrets"
+
+Two tables beside it have what only some stores use, so that a store that does not use it neither
+reads nor needs them: the versions that are kept, and the state of each secret (its numbers, when it
+expires, who renews it, when it is purged).
 """
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
-from sqlalchemy import Computed, DateTime, MetaData, String, Table, inspect, literal_column
+from sqlalchemy import (
+    Column,
+    Computed,
+    DateTime,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    inspect,
+    literal_column,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -28,6 +43,13 @@ from ._sql import is_mysql, key_version
 from .binding import is_pydantic, row_bound
 from .exceptions import ConfigurationError, SerializationError
 from .secret_key import KEY_PART_NAMES, MAX_PART_LENGTH, SecretKey, check_part
+from .types import EncryptedJSON
+
+_Model = TypeVar("_Model", bound="type[LucentSecretMixin]")
+
+
+_VERSIONS_OF: Final = "lucent_versions_of"
+"""The key in :attr:`Table.info` that marks a table of versions."""
 
 
 def byte_wise_string(length: int) -> String:
@@ -155,12 +177,132 @@ class LucentSecretMixin:
         return f"<{type(self).__name__} {':'.join(map(str, parts))}>"
 
 
+class LifecycleTables(NamedTuple):
+    """The tables beside a table of secrets."""
+
+    versions: Table
+    states: Table
+
+
+def with_lifecycle(model: _Model) -> _Model:
+    """Add the tables of versions and states to the metadata of a mapped class; return the class.
+
+    A decorator. For the table ``app_secrets`` they are ``app_secret_versions`` and
+    ``app_secret_states``. :class:`LucentSecret` has them already.
+
+    :raises ConfigurationError: `model` is no mapped class made with :class:`LucentSecretMixin`.
+    """
+    given: object = model
+    mapper = inspect(model, raiseerr=False)
+    if mapper is None or not (isinstance(given, type) and issubclass(given, LucentSecretMixin)):
+        name = getattr(model, "__name__", type(model).__name__)
+        raise ConfigurationError(
+            f"with_lifecycle() takes a mapped class made with LucentSecretMixin, not {name}"
+        )
+    table: Any = mapper.local_table
+    if lifecycle_tables(table) is None:
+        _add_lifecycle_tables(table)
+    return model
+
+
+def lifecycle_tables(table: Table) -> LifecycleTables | None:
+    """Return the tables beside the table of secrets `table`, if its metadata has them."""
+    versions, states = (
+        table.metadata.tables.get(f"{table.schema}.{name}" if table.schema else name)
+        for name in _lifecycle_names(table.name)
+    )
+    return None if versions is None or states is None else LifecycleTables(versions, states)
+
+
+def is_versions_table(table: Table) -> bool:
+    """Say whether `table` has the versions of a table of secrets. It may not be there yet."""
+    return _VERSIONS_OF in table.info
+
+
+def upgrade_tables(metadata: MetaData, name: str, *, schema: str | None = None) -> LifecycleTables:
+    """Return the tables beside the table of secrets `name`, for migrations."""
+    table = secrets_table(metadata, name, schema=schema)
+    _add_lifecycle_tables(table)
+    found = lifecycle_tables(table)
+    assert found is not None
+    return found
+
+
+def _lifecycle_names(name: str) -> tuple[str, str]:
+    one = name.removesuffix("s")
+    return f"{one}_versions", f"{one}_states"
+
+
+def _version_context(context: str) -> str:
+    """Return the context of versions for one that the secrets' payload was given."""
+    name, dot, column = context.rpartition(".")
+    return f"{_lifecycle_names(name)[0]}.{column}" if dot else f"{context}.versions"
+
+
+def _add_lifecycle_tables(table: Table) -> None:
+    versions, states = _lifecycle_names(table.name)
+    payload: Any = table.c.payload.type
+    context = payload.explicit_context
+    Table(
+        versions,
+        table.metadata,
+        *_key_part_columns(),
+        # Bound to the number as well, so that an old value put in the place of a newer one does not
+        # open.
+        Column("number", Integer, primary_key=True, autoincrement=False),
+        Column(
+            "payload",
+            EncryptedJSON(
+                context=None if context is None else _version_context(context),
+                accept_contexts=map(_version_context, payload.accept_contexts),
+                bound_to=(*KEY_PART_NAMES, "number"),
+                redact=payload.redact,
+                schema=payload.schema,
+                create_constraint=payload.create_constraint,
+            ),
+            nullable=False,
+        ),
+        Column("key_version", key_version_type(), computed_key_version("payload"), index=True),
+        # "staged", "pending" or "deleted"; NULL for a version that was current.
+        Column("stage", String(16)),
+        Column("expires_at", UTCDateTime),
+        Column("created_at", UTCDateTime, nullable=False),  # when the value was stored
+        schema=table.schema,
+        info={_VERSIONS_OF: table.name},
+    )
+    Table(
+        states,
+        table.metadata,
+        *_key_part_columns(),
+        Column("number", Integer, nullable=False),  # of the current value
+        Column("last_number", Integer, nullable=False),  # the highest that was given to a value
+        # The `updated_at` of the secret that this row describes. If the secret has another one,
+        # somebody stored a value without the lifecycle, and this row says nothing about it.
+        Column("written_at", UTCDateTime),
+        Column("expires_at", UTCDateTime, index=True),
+        Column("needs_reauthorization_at", UTCDateTime),
+        Column("lease_number", Integer, nullable=False),  # of renewals; a claim adds one
+        Column("lease_until", UTCDateTime),  # not NULL while a renewal is under way, or broke off
+        Column("created_at", UTCDateTime),  # of a deleted secret
+        Column("deleted_at", UTCDateTime),
+        Column("purge_at", UTCDateTime, index=True),
+        schema=table.schema,
+    )
+
+
+def _key_part_columns() -> list[Column[str]]:
+    return [
+        Column(name, byte_wise_string(MAX_PART_LENGTH), primary_key=True) for name in KEY_PART_NAMES
+    ]
+
+
 class LucentBase(DeclarativeBase):
     """The declarative base of :class:`LucentSecret`, with a MetaData of its own."""
 
     metadata = MetaData()
 
 
+@with_lifecycle
 class LucentSecret(LucentSecretMixin, LucentBase):
     """A secret in table ``lucent_secrets``."""
 

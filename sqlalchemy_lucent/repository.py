@@ -15,20 +15,23 @@ import uuid
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Concatenate, Final, Literal, ParamSpec, TypeVar, overload
 
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement, CursorResult, Executable, LargeBinary, inspect
 from sqlalchemy.orm import Mapper, Session, scoped_session
 
-from . import _upsert
+from . import _lifecycle, _upsert
 from ._envelope import LONGEST_PREFIX, NONCE_SIZE, header_size, parse
+from ._lifecycle import READABLE_STAGES, SecretVersion, Stage
 from ._pagination import row_after
+from ._purge import apurge, purge
 from ._row import encode_row
 from ._schema import Schema
 from ._sealing import Sealed
 from ._sql import is_mysql
+from ._versions import SecretHistory
 from .events import AccessHandler, Action, SecretAccess
 from .exceptions import (
     ConfigurationError,
@@ -40,7 +43,7 @@ from .exceptions import (
     hide_locals,
 )
 from .keyring import Keyring, generate_master_key
-from .models import LucentSecret, LucentSecretMixin, utc_now
+from .models import LucentSecret, LucentSecretMixin, lifecycle_tables, utc_now
 from .secret_key import KEY_PART_NAMES, SecretKey, check_part
 
 if TYPE_CHECKING:  # without greenlet, which only async programs need, it does not import
@@ -69,6 +72,10 @@ class SecretInfo:
 
     `token` identifies the stored value for ``expected=``; each write and rotation changes it.
     `key_version` and `token` are ``None`` if the stored bytes are not sealed.
+
+    `number` is that of the value among its versions, ``None`` if it was stored without one.
+    `needs_reauthorization` says that a renewal was refused for good. `deleted_at` and `purge_at`
+    are set for a secret that was deleted and can be undeleted; its `token` is ``None``.
     """
 
     key: SecretKey
@@ -76,6 +83,11 @@ class SecretInfo:
     created_at: datetime
     updated_at: datetime
     token: str | None
+    number: int | None = None
+    expires_at: datetime | None = None
+    needs_reauthorization: bool = False
+    deleted_at: datetime | None = None
+    purge_at: datetime | None = None
 
 
 class LucentSecrets:
@@ -87,7 +99,10 @@ class LucentSecrets:
     :param model: a mapped class made with :class:`LucentSecretMixin`.
     :param on_access: called for each use of a secret, see :mod:`sqlalchemy_lucent.events`. Writes
         then happen in a savepoint, so that they are undone if the handler raises.
-    :raises ConfigurationError: `session`, `keyring`, `model` or `on_access` is of a wrong type.
+    :param keep: how many values of each secret to keep, the current one included. If left out, a
+        write replaces the value.
+    :raises ConfigurationError: `session`, `keyring`, `model`, `on_access` or `keep` is of a wrong
+        type, or `model` has no tables to keep versions in.
 
     Every method takes a :class:`SecretKey` or its text, and raises
     :exc:`InvalidKeyError` for one that breaks a rule.
@@ -95,6 +110,7 @@ class LucentSecrets:
 
     generate_master_key = staticmethod(generate_master_key)
     key = staticmethod(SecretKey)
+    purge = staticmethod(purge)
 
     @hide_locals
     def __init__(
@@ -104,6 +120,7 @@ class LucentSecrets:
         keyring: Keyring | None = None,
         model: type[LucentSecretMixin] = LucentSecret,
         on_access: AccessHandler | None = None,
+        keep: int | None = None,
     ) -> None:
         if keyring is not None and not isinstance(keyring, Keyring):
             raise ConfigurationError(f"keyring= takes a Keyring, not {type(keyring).__name__}")
@@ -134,6 +151,14 @@ class LucentSecrets:
         # SELECT that a write depends on. So all of these are routed as an UPDATE of the table.
         self._to_write = {**self._to_read, "clause": _upsert.any_update(self._table)}
         self._on_access = on_access
+        given_keep: object = keep
+        if keep is not None:
+            if not isinstance(given_keep, int) or isinstance(given_keep, bool) or keep < 1:
+                raise ConfigurationError(
+                    "keep= takes the number of values of a secret to keep, from 1 on"
+                )
+            _lifecycle.required_tables(self._table)
+        self._keep = keep
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._table.name}>"
@@ -141,22 +166,48 @@ class LucentSecrets:
     # -- one secret ------------------------------------------------------------------------------
 
     @hide_locals
-    def set(self, key: _Key, value: Any, *, expected: _Expected = _UNSET) -> str:
+    def set(
+        self,
+        key: _Key,
+        value: Any,
+        *,
+        expected: _Expected = _UNSET,
+        expires_at: datetime | None = None,
+    ) -> str:
         """Store `value` under `key`, and return its token.
 
-        One statement. Without `expected` it is an upsert, safe under concurrent callers: the last
-        one to commit wins.
+        One statement, unless the store keeps versions or the value expires. Without `expected` it
+        is an upsert, safe under concurrent callers: the last one to commit wins.
 
         :param expected: store only if the stored value still has this token
             (:attr:`SecretInfo.token`); ``None`` means only if no secret is stored.
-        :raises SerializationError: JSON would not give `value` back equal.
+        :param expires_at: when the value expires, for :meth:`due`. The value can still be read
+            then.
+        :raises SerializationError: JSON would not give `value` back equal, or `expires_at` is in
+            the past or has no time zone.
         :raises ConflictError: the stored value is not the expected one.
+        :raises DecryptionError: the store keeps versions, and the value that would be replaced does
+            not open.
         """
-        key = SecretKey.of(key)
+        if expires_at is not None:
+            expires_at = _lifecycle.check_expiry(expires_at)
+        return self._store(SecretKey.of(key), value, expected, expires_at)
+
+    def _store(
+        self, key: SecretKey, value: Any, expected: _Expected, expires_at: datetime | None
+    ) -> str:
         dialect = self._dialect(self._to_write)
         sealed = self._seal(key, value, self._keyring, dialect)
+        del value
         with self._savepoint_if_audited():
-            if expected is _UNSET:
+            if self._keep is not None or (expires_at is not None and expected is not _UNSET):
+                written = self._set_next(key, sealed, expected, expires_at)
+            elif expires_at is not None:
+                row = self._row(key, sealed)
+                self._history(key).note_expiry(row["updated_at"], expires_at)
+                self._write([key], _upsert.upsert(self._table, dialect.name), row)
+                written = True
+            elif expected is _UNSET:
                 statement = _upsert.upsert(self._table, dialect.name)
                 self._write([key], statement, self._row(key, sealed))
                 written = True
@@ -182,24 +233,46 @@ class LucentSecrets:
         return self._read(key, sealed)
 
     @overload
-    def require(self, key: _Key) -> Any: ...
+    def require(
+        self, key: _Key, *, version: int | None = None, stage: Stage | None = None
+    ) -> Any: ...
 
     @overload
-    def require(self, key: _Key, *, as_: type[_T]) -> _T: ...
+    def require(
+        self,
+        key: _Key,
+        *,
+        as_: type[_T],
+        version: int | None = None,
+        stage: Stage | None = None,
+    ) -> _T: ...
 
     @hide_locals
-    def require(self, key: _Key, *, as_: type[_T] | None = None) -> Any:
+    def require(
+        self,
+        key: _Key,
+        *,
+        as_: type[_T] | None = None,
+        version: int | None = None,
+        stage: Stage | None = None,
+    ) -> Any:
         """Return the value stored under `key`.
 
         :param as_: the type to return it as: a dataclass, TypedDict, msgspec Struct or pydantic
             model.
-        :raises SecretNotFoundError: no secret is stored under `key`.
+        :param version: the number of the version to return, see :meth:`versions`.
+        :param stage: ``"current"``, ``"previous"``, ``"staged"`` or ``"pending"``, instead of a
+            number.
+        :raises SecretNotFoundError: no secret is stored under `key`, or not this version of it.
         :raises DecryptionError: it does not open; the subclass says why.
         :raises SchemaMismatchError: it does not fit `as_`; the message gives the path of the
             fault, never the value.
         """
         key = SecretKey.of(key)
-        value = self._read(key, self._load_required(key))
+        if version is None and stage is None:
+            value = self._read(key, self._load_required(key))
+        else:
+            value = self._read_version(key, version, stage)
         return value if as_ is None else Schema(as_).load(value)
 
     def exists(self, key: _Key) -> bool:
@@ -209,16 +282,30 @@ class LucentSecrets:
     def info(self, key: _Key) -> SecretInfo | None:
         """Return what is known about the secret under `key` without opening it, or ``None``."""
         statement = self._select_info().where(self._begins_with(SecretKey.of(key)))
-        row = self._execute(statement).first()
+        row = self._select(statement).first()
         return None if row is None else _info(row)
 
-    def delete(self, key: _Key, *, expected: str | Literal[_Unset.UNSET] = _UNSET) -> bool:
+    def delete(
+        self,
+        key: _Key,
+        *,
+        expected: str | Literal[_Unset.UNSET] = _UNSET,
+        purge_after: timedelta | None = None,
+    ) -> bool:
         """Delete the secret under `key`; return whether there was one.
 
+        A store that keeps versions deletes them too. Another store leaves them to :meth:`purge`.
+
         :param expected: delete only if the stored value still has this token.
+        :param purge_after: keep the secret and its versions so long, for :meth:`undelete`. It is
+            not found any more, except by ``list(deleted=True)``.
         :raises ConflictError: the stored value is not the expected one, or there is none.
+        :raises DecryptionError: with `purge_after`, the value does not open, so it cannot be kept.
         """
         key = SecretKey.of(key)
+        if self._keep is not None or purge_after is not None:
+            given = None if expected is _UNSET else _token_bytes(expected)
+            return self._delete_with_history(key, given, _lifecycle.check_delay(purge_after))
         statement = sa.delete(self._table).where(self._begins_with(key))
         if expected is not _UNSET:
             token = sa.literal(_token_bytes(expected), LargeBinary)
@@ -231,18 +318,26 @@ class LucentSecrets:
             raise _conflict(key)
         return deleted
 
+    @hide_locals
     def copy(self, source: _Key, target: _Key) -> None:
         """Store the secret of `source` under `target` as well, sealed for `target`.
+
+        Its versions are not copied. A store that keeps versions copies when it expires.
 
         :raises SecretNotFoundError: no secret is stored under `source`.
         :raises ConflictError: a secret is stored under `target`.
         """
         source, target = _two_keys(source, target)
         stored = self._load_required(source, to_write=True)
-        self.set(target, self._read(source, stored), expected=None)
+        info = None if self._keep is None else self.info(source)
+        expires_at = None if info is None else info.expires_at
+        self._store(target, self._read(source, stored), None, expires_at)
 
+    @hide_locals
     def move(self, source: _Key, target: _Key) -> None:
         """Move the secret of `source` to `target`, sealed for `target`, in one UPDATE.
+
+        A store that keeps versions moves them too, and when it expires.
 
         :raises SecretNotFoundError: no secret is stored under `source`.
         :raises ConflictError: a secret is stored under `target`, or another writer changed
@@ -250,6 +345,9 @@ class LucentSecrets:
         :raises sqlalchemy.exc.IntegrityError: another writer created `target` meanwhile.
         """
         source, target = _two_keys(source, target)
+        if self._keep is not None:
+            self._move_with_history(source, target)
+            return
         stored = self._load_required(source, to_write=True, lock=True)
         sealed = self._seal(target, self._read(source, stored), self._keyring)
         taken = self._exists(target, to_write=True)
@@ -265,6 +363,8 @@ class LucentSecrets:
     def rotate(self, key: _Key, to: Keyring | None = None) -> str:
         """Seal the secret under `key` again, and return its new key version.
 
+        Only the current value. The function :func:`~sqlalchemy_lucent.rotate` seals versions too.
+
         :param to: the keyring whose primary seals, instead of the repository's own.
         :raises SecretNotFoundError: no secret is stored under `key`.
         :raises ConflictError: other writers kept changing it.
@@ -272,11 +372,222 @@ class LucentSecrets:
         key = SecretKey.of(key)
         return self.rotate_many([key], to)[key]
 
+    # -- versions of one secret ------------------------------------------------------------------
+
+    def versions(self, key: _Key) -> builtins.list[SecretVersion]:
+        """Return what is known about each version of a secret, the newest first. None is opened.
+
+        The current value is among them. Without a secret, or after a soft delete, only a staged
+        value is left to show.
+
+        :raises ConfigurationError: the database has no tables of versions.
+        """
+        return _lifecycle.list_versions(self._table, SecretKey.of(key), self._execute)
+
+    @hide_locals
+    def stage(self, key: _Key, value: Any, *, expires_at: datetime | None = None) -> int:
+        """Store a value to try before it counts, and return its number.
+
+        ``require(key, stage="staged")`` returns it, and :meth:`promote` makes it the secret. A
+        value that was staged before is replaced. There may be no secret under `key` yet.
+
+        :raises SerializationError: JSON would not give `value` back equal, or `expires_at` is in
+            the past or has no time zone.
+        """
+        key, expires_at = SecretKey.of(key), _lifecycle.check_expiry(expires_at)
+        history = self._history(key)
+        state = history.lock()
+        number = state.take_number()
+        sealed = history.seal_version(number, value)
+        del value
+        with self._savepoint_if_audited():
+            history.insert_version(number, sealed, "staged", expires_at, utc_now())
+            history.supersede("staged", number)
+            history.save(state)
+            self._tell("stage", key, sealed, "ok")
+        return number
+
+    @hide_locals
+    def promote(self, key: _Key) -> int:
+        """Make the staged value the secret, and return its number, a new one.
+
+        The value that it replaces is kept as a version.
+
+        :raises SecretNotFoundError: no value is staged under `key`.
+        :raises DecryptionError: the staged value or the one to keep does not open.
+        """
+        key = SecretKey.of(key)
+        history = self._history(key)
+        state = history.lock(to_insert=True)
+        staged = history.find_stage("staged")
+        if staged is None:
+            self._tell("promote", key, None, "missing")
+            raise _lifecycle.version_not_found(key, "staged value")
+        sealed = self._seal(key, self._read(key, staged.payload, staged.number), self._keyring)
+        with self._savepoint_if_audited():
+            history.delete_version(staged.number)
+            history.write_current(state, sealed, expires_at=staged.expires_at)
+            self._tell("promote", key, sealed, "ok")
+        return state.number
+
+    @hide_locals
+    def restore(self, key: _Key, version: int) -> int:
+        """Make the value of an earlier version the secret again, and return its number, a new one.
+
+        It expires when that version does. The value that it replaces is kept as a version.
+
+        :raises SecretNotFoundError: there is no such version, or no secret under `key`.
+        :raises DecryptionError: the version or the value to keep does not open.
+        """
+        key, number = SecretKey.of(key), _lifecycle.check_number(version)
+        history = self._history(key)
+        state = history.lock()
+        if state.current is None:
+            found = None
+        elif state.number == number:
+            found = (state.current, None, state.expires_at)
+        else:
+            row = history.find_number(number)
+            found = None if row is None else (row.payload, row.number, row.expires_at)
+        if found is None:
+            self._tell("restore", key, None, "missing")
+            raise _lifecycle.version_not_found(key, f"version {number}")
+        payload, stored_as, expires_at = found
+        sealed = self._seal(key, self._read(key, payload, stored_as), self._keyring)
+        with self._savepoint_if_audited():
+            history.write_current(state, sealed, expires_at=expires_at)
+            self._tell("restore", key, sealed, "ok")
+        return state.number
+
+    @hide_locals
+    def undelete(self, key: _Key) -> None:
+        """Bring back a secret that was deleted with ``purge_after=``, as it was.
+
+        :raises SecretNotFoundError: none was deleted under `key`, or it is purged.
+        :raises ConflictError: another secret has been stored under `key` since.
+        :raises DecryptionError: its value does not open.
+        """
+        key = SecretKey.of(key)
+        history = self._history(key)
+        state = history.lock(to_insert=True)
+        deleted = history.find_stage("deleted")
+        if deleted is None:
+            self._tell("undelete", key, None, "missing")
+            raise SecretNotFoundError(
+                f"no deleted secret is kept under {key}: it was not deleted with purge_after=, or "
+                "it is purged"
+            )
+        undeleted, sealed = state.current is None, None
+        if undeleted:
+            sealed = self._seal(
+                key, self._read(key, deleted.payload, deleted.number), self._keyring
+            )
+        with self._savepoint_if_audited():
+            if sealed is not None:
+                undeleted = history.undelete(state, deleted, sealed)
+            self._tell("undelete", key, sealed, "ok" if undeleted else "conflict")
+        if not undeleted:
+            raise ConflictError(
+                f"another secret is stored under {key} since it was deleted. Move or delete it, "
+                "then undelete"
+            )
+
+    def _delete_with_history(
+        self, key: SecretKey, token: bytes | None, purge_after: timedelta | None
+    ) -> bool:
+        history = self._history(key)
+        state = history.lock()
+        current = None if state.current is None else _prefix(bytes(state.current))
+        deleted = current is not None and token in (None, current)
+        with self._savepoint_if_audited():
+            if purge_after is None:
+                if deleted or token is None:
+                    history.delete_current()
+                    history.forget()
+            elif deleted:
+                history.delete_softly(state, purge_after)
+            refused = "missing" if token is None else "conflict"
+            self._tell("delete", key, None, "ok" if deleted else refused)
+        if not deleted and token is not None:
+            raise _conflict(key)
+        return deleted
+
+    def _move_with_history(self, source: SecretKey, target: SecretKey) -> None:
+        histories = {key: self._history(key) for key in (source, target)}
+        states = {key: histories[key].lock(to_insert=key == target) for key in sorted(histories)}
+        state, old, new = states[source], histories[source], histories[target]
+        if state.current is None:
+            self._tell("read", source, None, "missing")
+            raise _not_found([source])
+        sealed = self._seal(target, self._read(source, state.current), self._keyring)
+        kept = [
+            (row, new.seal_version(row.number, old.open(row.number, row.payload)))
+            for row in old.all_versions()
+        ]
+        taken = states[target].current is not None or bool(new.all_versions())
+        now, prefix = utc_now(), _prefix(bytes(state.current))
+        with self._savepoint_if_audited():
+            moved = not taken and self._replace(source, prefix, sealed, target, now)
+            if moved:
+                for row, version in kept:
+                    new.insert_version(
+                        row.number, version, row.stage, row.expires_at, row.created_at
+                    )
+                old.forget()
+                state.written_at = now
+                new.save(state)
+            outcome = "ok" if moved else "conflict"
+            self._tell("write", target, sealed, outcome)
+            self._tell("delete", source, None, outcome)
+        if not moved:
+            raise _conflict(target if taken else source)
+
+    def _history(self, key: SecretKey, *, to_read: bool = False) -> SecretHistory:
+        execute = self._execute if to_read else functools.partial(self._write, [key])
+        dialect = self._dialect(self._to_read if to_read else self._to_write)
+        return SecretHistory(self._table, key, execute, dialect, self._keyring, keep=self._keep)
+
+    def _set_next(
+        self, key: SecretKey, sealed: Sealed, expected: _Expected, expires_at: datetime | None
+    ) -> bool:
+        """Store a value under its own number; return whether the stored one was as expected."""
+        token = None if expected is _UNSET or expected is None else _token_bytes(expected)
+        history = self._history(key)
+        state = history.lock(to_insert=token is None)
+        current = None if state.current is None else _prefix(bytes(state.current))
+        if expected is not _UNSET and current != token:
+            return False
+        return history.write_current(
+            state,
+            sealed,
+            expires_at=expires_at,
+            archive=self._keep is not None and self._keep > 1,
+            only_new=expected is None,
+        )
+
+    def _read_version(self, key: SecretKey, version: int | None, stage: Stage | None) -> Any:
+        if version is not None and stage is not None:
+            raise InvalidKeyError("version= and stage= name one version in two ways; pass one")
+        if stage is not None and stage not in READABLE_STAGES:
+            raise InvalidKeyError(f"stage= takes one of {', '.join(READABLE_STAGES)}")
+        number = None if version is None else _lifecycle.check_number(version)
+        history = self._history(key, to_read=True)
+        found = history.read(number, stage)
+        if found is None:
+            self._tell("read", key, None, "missing")
+            raise _lifecycle.version_not_found(
+                key, f"{stage} value" if number is None else f"version {number}"
+            )
+        number, sealed = found
+        return self._read(key, sealed, number)
+
     # -- many secrets ----------------------------------------------------------------------------
 
     @hide_locals
     def set_many(self, values: Mapping[SecretKey, Any] | Mapping[str, Any]) -> None:
-        """Store each value under its key, as :meth:`set` does, with one statement for all.
+        """Store each value under its key, as :meth:`set` does.
+
+        One statement for all, unless the store keeps versions.
 
         :raises SerializationError: JSON would not give a value back equal; nothing is written.
         :raises InvalidKeyError: a key breaks a rule, or is given twice, as a key and its text.
@@ -288,6 +599,14 @@ class LucentSecrets:
                 raise InvalidKeyError(f"duplicate key {key}")
             by_key[key] = value
         if not by_key:
+            return
+        if self._keep is not None:
+            sealed = {key: self._seal(key, by_key[key], self._keyring) for key in sorted(by_key)}
+            with self._savepoint_if_audited():
+                for key, each in sealed.items():
+                    self._set_next(key, each, _UNSET, None)
+                for key, each in sealed.items():
+                    self._tell("write", key, each, "ok")
             return
         dialect = self._dialect(self._to_write)
         sealed = {
@@ -352,6 +671,8 @@ class LucentSecrets:
     ) -> int:
         """Delete an owner's secrets, or those of one provider; return how many.
 
+        A store that keeps versions deletes those too, and the secrets that can be undeleted.
+
         :raises InvalidKeyError: a part breaks a rule.
         """
         parts = _leading_parts(scope, owner_id, provider)
@@ -359,14 +680,16 @@ class LucentSecrets:
             raise InvalidKeyError("delete_many() needs the scope and the owner_id of one owner")
         condition = self._begins_with(parts)
         if self._on_access is None:
+            self._forget_many(parts)
             deleted = self._write((), sa.delete(self._table).where(condition)).rowcount
         else:
             # By their keys, so that exactly the deleted secrets are reported.
             selected = sa.select(*self._key_columns).where(condition).with_for_update()
-            keys = [_stored_key(row) for row in self._execute(selected, to_write=True)]
             deleted = 0
             on_mysql = is_mysql(self._dialect(self._to_write))
             with self._savepoint_if_audited():
+                self._forget_many(parts)
+                keys = [_stored_key(row) for row in self._execute(selected, to_write=True)]
                 for size, parameters in _upsert.batches(keys):
                     one_of = _upsert.is_one_of(self._table, on_mysql, size)
                     statement = sa.delete(self._table).where(one_of)
@@ -379,6 +702,16 @@ class LucentSecrets:
                 self._expire(loaded)
         return deleted
 
+    def _forget_many(self, parts: Sequence[str]) -> None:
+        """Delete the versions and states of a store that keeps versions."""
+        if self._keep is None:
+            return
+        tables = _lifecycle.required_tables(self._table)
+        # The states first: every writer locks them first.
+        for table in (tables.states, tables.versions):
+            statement = sa.delete(table).where(_lifecycle.has_key(table, parts))
+            _lifecycle.run(self._execute_write, tables, statement)
+
     # -- listing ----------------------------------------------------------------------------------
 
     def list(
@@ -390,6 +723,7 @@ class LucentSecrets:
         name: str | None = None,
         limit: int | None = None,
         after: _Key | None = None,
+        deleted: bool = False,
     ) -> builtins.list[SecretInfo]:
         """Return what is known about the secrets whose keys begin with the given parts.
 
@@ -398,22 +732,67 @@ class LucentSecrets:
         :param limit: return at most so many: one page.
         :param after: continue after this key, the last one of the previous page. The last page
             costs no more than the first.
+        :param deleted: whether to list the secrets that can be undeleted as well.
         :raises InvalidKeyError: a part breaks a rule, or is given without the parts before it.
+        :raises ConfigurationError: the model has tables of versions, and the database has none.
         """
         parts = _leading_parts(scope, owner_id, provider, name)
-        statement = self._select_info().order_by(*self._key_columns).limit(limit)
-        if parts:
-            statement = statement.where(self._begins_with(parts))
-        if after is not None:
-            last = SecretKey.of(after)
-            if last[: len(parts)] != parts:
-                raise InvalidKeyError(f"after= is a key of another listing, {last}")
-            columns, rest = self._key_columns[len(parts) :], last[len(parts) :]
-            values = [sa.literal(part) for part in rest]
-            statement = statement.where(
-                row_after(columns, values, self._dialect(self._to_read)) if columns else sa.false()
+        last = None if after is None else SecretKey.of(after)
+        if last is not None and last[: len(parts)] != parts:
+            raise InvalidKeyError(f"after= is a key of another listing, {last}")
+
+        def page(statement: Any, table: sa.Table) -> Iterator[SecretInfo]:
+            columns = [table.c[name] for name in KEY_PART_NAMES]
+            if parts:
+                statement = statement.where(_lifecycle.has_key(table, parts))
+            statement = statement.order_by(*columns).limit(limit)
+            if last is not None:
+                rest = [sa.literal(part) for part in last[len(parts) :]]
+                dialect = self._dialect(self._to_read)
+                following = row_after(columns[len(parts) :], rest, dialect) if rest else sa.false()
+                statement = statement.where(following)
+            return map(_info, self._select(statement))
+
+        listed = builtins.list(page(self._select_info(), self._table))
+        if deleted:
+            tables = _lifecycle.required_tables(self._table)
+            listed += page(_lifecycle.select_deleted(self._table, tables), tables.versions)
+            # Python and the databases both compare by code points.
+            listed.sort(key=lambda info: info.key)
+        return listed[:limit]
+
+    def due(
+        self,
+        before: datetime,
+        *,
+        scope: str | None = None,
+        owner_id: str | int | uuid.UUID | None = None,
+        limit: int | None = None,
+    ) -> builtins.list[SecretInfo]:
+        """Return what is known about the secrets that expire before a moment, the first ones first.
+
+        Secrets that have expired are among them. An index finds them, and none is opened.
+
+        :param limit: return at most so many.
+        :raises SerializationError: `before` is no datetime with a time zone.
+        :raises InvalidKeyError: a part breaks a rule, or is given without the parts before it.
+        :raises ConfigurationError: the database has no tables of versions.
+        """
+        parts = _leading_parts(scope, owner_id)
+        states = _lifecycle.required_tables(self._table).states
+        statement = (
+            self._select_info(_lifecycle.describes(states, self._table))
+            .where(
+                states.c.expires_at < _lifecycle.check_moment("before", before),
+                *(
+                    states.c[name] == part
+                    for name, part in zip(KEY_PART_NAMES, parts, strict=False)
+                ),
             )
-        return [_info(row) for row in self._execute(statement)]
+            .order_by(states.c.expires_at, *(states.c[name] for name in KEY_PART_NAMES))
+            .limit(limit)
+        )
+        return [_info(row) for row in self._select(statement)]
 
     def count(
         self,
@@ -450,15 +829,33 @@ class LucentSecrets:
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def _select_info(self) -> Any:
+    def _select_info(self, joined: ColumnElement[bool] | None = None) -> Any:
+        """Select what :func:`_info` takes.
+
+        :param joined: how to join the states; a secret without one is selected as well if left out.
+        """
         columns = self._table.c
-        return sa.select(
+        statement = sa.select(
             *self._key_columns,
             columns.key_version,
             columns.created_at,
             columns.updated_at,
             sa.func.substr(columns.payload, 1, LONGEST_PREFIX, type_=LargeBinary).label("prefix"),
         )
+        tables = lifecycle_tables(self._table)
+        if tables is None:
+            return statement
+        states = tables.states
+        condition = _lifecycle.describes(states, self._table) if joined is None else joined
+        return statement.add_columns(
+            states.c.number, states.c.expires_at, states.c.needs_reauthorization_at
+        ).join_from(self._table, states, condition, isouter=joined is None)
+
+    def _select(self, statement: Any) -> CursorResult[Any]:
+        tables = lifecycle_tables(self._table)
+        if tables is None:
+            return self._execute(statement)
+        return _lifecycle.run(self._execute, tables, statement)
 
     def _exists(self, key: SecretKey, *, to_write: bool = False) -> bool:
         statement = sa.select(sa.literal(1)).where(self._begins_with(key))
@@ -498,10 +895,10 @@ class LucentSecrets:
                 found[_stored_key(row[:-1])] = row[-1]
         return found
 
-    def _read(self, key: SecretKey, sealed: Sealed) -> Any:
+    def _read(self, key: SecretKey, sealed: Sealed, number: int | None = None) -> Any:
         """Open a value for the caller, and report the access."""
         try:
-            value = self._open(key, sealed)
+            value = self._open(key, sealed, number)
         except (DecryptionError, SerializationError) as error:
             refusal = error
         else:
@@ -510,9 +907,10 @@ class LucentSecrets:
         self._tell("read", key, sealed, type(refusal).__name__)
         raise refusal
 
-    def _open(self, key: SecretKey, sealed: Sealed) -> Any:
+    def _open(self, key: SecretKey, sealed: Sealed, number: int | None = None) -> Any:
         # Sealed.open() would check `row` each time.
-        return sealed._codec.open(sealed._data, encode_row(key), self._keyring)
+        row = encode_row(key if number is None else (*key, number))
+        return sealed._codec.open(sealed._data, row, self._keyring)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -544,10 +942,15 @@ class LucentSecrets:
         return stored is not None and bytes(stored) == bytes(sealed)
 
     def _replace(
-        self, key: SecretKey, token: bytes, sealed: Sealed, moved_to: SecretKey | None = None
+        self,
+        key: SecretKey,
+        token: bytes,
+        sealed: Sealed,
+        moved_to: SecretKey | None = None,
+        now: datetime | None = None,
     ) -> bool:
         """Compare-and-swap the value under `key`; return whether it was swapped."""
-        values: dict[str, Any] = {"payload": sealed, "updated_at": utc_now()}
+        values: dict[str, Any] = {"payload": sealed, "updated_at": now or utc_now()}
         keys = [key]
         if moved_to is not None:
             values.update(moved_to._asdict())
@@ -609,6 +1012,9 @@ class LucentSecrets:
         # Not if it waits to be flushed (autoflush is off): the changes are the caller's.
         if not inspect(loaded).modified:
             self._session.expire(loaded)
+
+    def _execute_write(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
+        return self._execute(statement, parameters, to_write=True)
 
     def _execute(
         self, statement: Executable, parameters: Any = None, *, to_write: bool = False
@@ -681,6 +1087,7 @@ class AsyncLucentSecrets:
 
     generate_master_key = staticmethod(generate_master_key)
     key = staticmethod(SecretKey)
+    purge = staticmethod(apurge)
 
     @hide_locals
     def __init__(
@@ -690,6 +1097,7 @@ class AsyncLucentSecrets:
         keyring: Keyring | None = None,
         model: type[LucentSecretMixin] = LucentSecret,
         on_access: AccessHandler | None = None,
+        keep: int | None = None,
     ) -> None:
         if not hasattr(session, "sync_session"):
             raise ConfigurationError(
@@ -697,7 +1105,7 @@ class AsyncLucentSecrets:
             )
         self._session = session
         self._secrets = LucentSecrets(
-            session.sync_session, keyring=keyring, model=model, on_access=on_access
+            session.sync_session, keyring=keyring, model=model, on_access=on_access, keep=keep
         )
 
     def __repr__(self) -> str:
@@ -717,17 +1125,39 @@ class AsyncLucentSecrets:
     delete_many = _awaited(LucentSecrets.delete_many)
     list = _awaited(LucentSecrets.list)
     count = _awaited(LucentSecrets.count)
+    stage = _awaited(LucentSecrets.stage)
+    promote = _awaited(LucentSecrets.promote)
+    restore = _awaited(LucentSecrets.restore)
+    undelete = _awaited(LucentSecrets.undelete)
+    due = _awaited(LucentSecrets.due)
+    versions = _awaited(LucentSecrets.versions)
     _require: Any = _awaited(LucentSecrets.require)  # has overloads, which a ParamSpec lacks
 
     @overload
-    async def require(self, key: _Key) -> Any: ...
+    async def require(
+        self, key: _Key, *, version: int | None = None, stage: Stage | None = None
+    ) -> Any: ...
 
     @overload
-    async def require(self, key: _Key, *, as_: type[_T]) -> _T: ...
+    async def require(
+        self,
+        key: _Key,
+        *,
+        as_: type[_T],
+        version: int | None = None,
+        stage: Stage | None = None,
+    ) -> _T: ...
 
-    async def require(self, key: _Key, *, as_: type[_T] | None = None) -> Any:
+    async def require(
+        self,
+        key: _Key,
+        *,
+        as_: type[_T] | None = None,
+        version: int | None = None,
+        stage: Stage | None = None,
+    ) -> Any:
         """See :meth:`LucentSecrets.require`."""
-        return await self._require(key, as_=as_)
+        return await self._require(key, as_=as_, version=version, stage=stage)
 
 
 def _leading_parts(*given: str | int | uuid.UUID | None) -> tuple[str, ...]:
@@ -767,7 +1197,20 @@ def _stored_key(parts: Iterable[str]) -> SecretKey:
 
 def _info(row: sa.Row[Any]) -> SecretInfo:
     key = _stored_key((row.scope, row.owner_id, row.provider, row.name))
-    return SecretInfo(key, row.key_version, row.created_at, row.updated_at, _token(row.prefix))
+    token = _token(row.prefix)
+    known: Any = row._mapping
+    return SecretInfo(
+        key,
+        row.key_version,
+        row.created_at,
+        row.updated_at,
+        token,
+        known.get("number"),
+        known.get("expires_at"),
+        known.get("needs_reauthorization_at") is not None,
+        known.get("deleted_at"),
+        known.get("purge_at"),
+    )
 
 
 def _prefix(sealed: bytes) -> bytes:

@@ -311,7 +311,8 @@ def retire_check(
             "--settle SECONDS counts again after them"
         )
     if not metadata:
-        tell(f"only {_names(tables)} was counted: name your models with --metadata as well")
+        verb = "was" if len(tables) == 1 else "were"
+        tell(f"only {_names(tables)} {verb} counted: name your models with --metadata as well")
 
 
 def _names(tables: Sequence[TargetTable]) -> str:

@@ -367,6 +367,8 @@ def opened(
 def _require_migrated(table: Found, engine: sa.Engine) -> None:
     name, place = table.target.name, where(engine.url)
     if table.relation is None:
+        if table.target.may_be_missing:
+            return
         raise CommandError(
             f"table {name} is not in the database ({place}): run your migrations, or name another "
             "database"

@@ -217,11 +217,13 @@ def _clock(engine: Engine) -> Iterator[Finding]:
 def _table(engine: Engine, found: Found, model: Table) -> Iterator[Finding]:
     name, relation = found.target.name, found.relation
     if relation is None:
-        yield Finding(
-            "fix",
-            f"table {name}: not in the database",
-            "run your migrations (alembic upgrade head), or name another database",
-        )
+        advice = "run your migrations (alembic upgrade head), or name another database"
+        if found.target.may_be_missing:
+            advice = (
+                "run a migration with op.upgrade_lucent_secrets(): listing secrets, their versions "
+                "and due dates need it"
+            )
+        yield Finding("fix", f"table {name}: not in the database", advice)
     elif not relation.is_table:
         yield Finding(
             "note",

@@ -11,6 +11,7 @@ import typer
 from sqlalchemy.exc import SAWarning
 
 from . import keys as keys
+from . import lifecycle as lifecycle
 from . import secrets, terminal
 from .errors import ClosedPipeError, Exit, explain
 from .terminal import printable, tell

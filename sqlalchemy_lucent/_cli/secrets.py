@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import getpass
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -19,13 +20,15 @@ import sqlalchemy_lucent as lucent
 
 from .._json import STRICT
 from ..exceptions import SerializationError
-from ..repository import LucentSecrets
+from ..repository import LucentSecrets, SecretInfo
 from ..secret_key import SecretKey
 from .commands import MetadataOption, UrlOption
 from .commands import app as app  # with all commands
 from .database import opened, secrets_model
 from .errors import CommandError
 from .terminal import confirm, printable, wrapped, write, write_json, write_rows, write_text
+
+_UNITS: Final = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 _PAGE: Final = 500  # secrets listed by one statement
 
@@ -36,13 +39,16 @@ KeyArgument = Annotated[
 
 
 @contextmanager
-def _secrets(
-    url: str | None, metadata: Sequence[str] | None
+def open_secrets(
+    url: str | None, metadata: Sequence[str] | None, *, keep: int | None = None
 ) -> Iterator[tuple[Session, LucentSecrets]]:
-    """Give the repository, and its session to commit."""
+    """Give the repository, and its session to commit.
+
+    :param keep: how many values of a secret to keep.
+    """
     model = secrets_model(metadata)
     with opened(url, [model]) as (engine, _), Session(engine) as session:
-        yield session, LucentSecrets(session, model=model)
+        yield session, LucentSecrets(session, model=model, keep=keep)
 
 
 @app.command("list")
@@ -56,24 +62,40 @@ def list_secrets(
     provider: Annotated[
         str | None, typer.Option(help="Only this provider, of the owner.", metavar="NAME")
     ] = None,
+    deleted: Annotated[
+        bool, typer.Option("--deleted", help="Also those that can be undeleted.")
+    ] = False,
 ) -> None:
-    """List secrets: key, key version, last change. Opens none."""
+    """List secrets: key, key version, last change, age, expiry. Opens none."""
     if owner is not None and scope is None:
         raise CommandError("--owner goes with --scope: name the scope of this owner too")
     if provider is not None and owner is None:
         raise CommandError("--provider goes with --scope and --owner: name both too")
-    with _secrets(url, metadata) as (session, secrets):
+    with open_secrets(url, metadata) as (session, secrets):
         after: SecretKey | None = None
         while True:
             page = secrets.list(
-                scope=scope, owner_id=owner, provider=provider, limit=_PAGE, after=after
+                scope=scope,
+                owner_id=owner,
+                provider=provider,
+                limit=_PAGE,
+                after=after,
+                deleted=deleted,
             )
             session.rollback()  # hold no transaction while the user reads
-            rows = [(i.key, i.key_version or "not sealed", _moment(i.updated_at)) for i in page]
-            write_rows(("key", "version", "updated"), rows)
+            rows = [_row(info, deleted=deleted) for info in page]
+            headings = ("key", "version", "updated", "age", "expires")
+            write_rows((*headings, "purged") if deleted else headings, rows)
             if len(page) < _PAGE:
                 return
             after = page[-1].key
+
+
+def _row(info: SecretInfo, *, deleted: bool) -> tuple[object, ...]:
+    version = info.key_version or "not sealed"
+    updated, expires = moment(info.updated_at), moment(info.expires_at)
+    row = (info.key, version, updated, _age(info.updated_at), expires)
+    return (*row, moment(info.purge_at)) if deleted else row
 
 
 @app.command("get")
@@ -96,11 +118,9 @@ def get_secret(
     if text and not reveal:
         raise CommandError("--text goes with --reveal: it says how the value is printed")
     secret_key = SecretKey.parse(key)
-    with _secrets(url, metadata) as (_, secrets):
+    with open_secrets(url, metadata) as (_, secrets):
         value = secrets.require(secret_key)
-        info = secrets.info(secret_key)
-    if info is None:  # deleted between the two statements
-        raise _not_found(secret_key)
+        info = None if reveal else secrets.info(secret_key)
     if reveal:
         if text and not isinstance(value, str):
             raise CommandError(
@@ -113,7 +133,9 @@ def get_secret(
         else:
             write_json(value)
         return
-    created, updated = _moment(info.created_at), _moment(info.updated_at)
+    if info is None:  # deleted between the two statements
+        raise _not_found(secret_key)
+    created, updated = moment(info.created_at), moment(info.updated_at)
     row = (info.key, info.key_version, created, updated, f"<redacted {_kind(value)}>")
     write_rows(("key", "version", "created", "updated", "value"), [row])
 
@@ -131,31 +153,53 @@ def set_secret(
         bool,
         typer.Option("--text", help="The value is text, not JSON; one line end after it is cut."),
     ] = False,
+    expires_at: Annotated[
+        str | None,
+        typer.Option(
+            "--expires-at", metavar="TIME", help="When it expires, as in 2027-01-31T12:00:00Z."
+        ),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option("--keep", min=1, metavar="N", help="Keep N values of it, this one included."),
+    ] = None,
 ) -> None:
     """Store a secret, read from a file or from standard input as JSON.
 
     The value is never an argument: a shell keeps those in its history, and other users see them.
     """
     secret_key = SecretKey.parse(key)
-    with _secrets(url, metadata) as (session, secrets):
+    expiry = None if expires_at is None else _parse_moment(expires_at)
+    with open_secrets(url, metadata, keep=keep) as (session, secrets):
         version = lucent.default_keyring().primary
-        secrets.set(secret_key, _read_value(file, as_text=text))
+        secrets.set(secret_key, _read_value(file, as_text=text), expires_at=expiry)
         session.commit()
     write(wrapped(f"stored {printable(secret_key)} under key version {version}") + "\n")
 
 
 @app.command("delete")
 def delete_secret(
-    key: KeyArgument, url: UrlOption = None, metadata: MetadataOption = None, yes: YesOption = False
+    key: KeyArgument,
+    url: UrlOption = None,
+    metadata: MetadataOption = None,
+    yes: YesOption = False,
+    purge_after: Annotated[
+        str | None,
+        typer.Option(
+            "--purge-after", metavar="TIME", help="Keep it so long for `undelete`: 12h, 7d."
+        ),
+    ] = None,
 ) -> None:
-    """Delete a secret, after asking."""
+    """Delete a secret, after asking; with --purge-after, only for a while."""
     secret_key = SecretKey.parse(key)
-    with _secrets(url, metadata) as (session, secrets):
+    delay = None if purge_after is None else duration("--purge-after", purge_after)
+    with open_secrets(url, metadata) as (session, secrets):
         exists = secrets.exists(secret_key)
         session.rollback()  # hold no transaction while the user thinks
         if exists and not yes:
-            confirm(f"Delete {printable(secret_key)} for good?")
-        deleted = secrets.delete(secret_key)
+            how = " for good" if delay is None else ""
+            confirm(f"Delete {printable(secret_key)}{how}?")
+        deleted = secrets.delete(secret_key, purge_after=delay)
         session.commit()
     if not deleted:
         raise _not_found(secret_key)
@@ -214,8 +258,33 @@ def _kind(value: object) -> str:
     return next((name for type_, name in kinds.items() if isinstance(value, type_)), "number")
 
 
-def _moment(value: datetime) -> str:
-    return value.isoformat(timespec="seconds")
+def moment(value: datetime | None) -> str:
+    """Return the text of a time, to the second."""
+    return "-" if value is None else value.isoformat(timespec="seconds")
+
+
+def _age(since: datetime) -> str:
+    """Return how long ago a time was, in its largest unit."""
+    seconds = max(0, int((datetime.now(UTC) - since).total_seconds()))
+    for unit, size in _UNITS.items():
+        if seconds >= size:
+            return f"{seconds // size}{unit}"
+    return "0s"
+
+
+def duration(option: str, text: str) -> timedelta:
+    """Return the duration that an option gives, such as ``12h``."""
+    found = re.fullmatch(r"(\d{1,6})([dhms])", text, re.ASCII)
+    if found is None:
+        raise CommandError(f"{option} takes a number of days, hours, minutes or seconds: 7d, 12h")
+    return timedelta(seconds=int(found[1]) * _UNITS[found[2]])
+
+
+def _parse_moment(text: str) -> datetime:
+    """Return a time that was given as text; the repository refuses one without a time zone."""
+    with contextlib.suppress(ValueError):
+        return datetime.fromisoformat(text)
+    raise CommandError("--expires-at takes a time with its zone, as in 2027-01-31T12:00:00Z")
 
 
 def _not_found(key: SecretKey) -> lucent.SecretNotFoundError:

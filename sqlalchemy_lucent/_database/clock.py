@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, select
 
-from .._sql import is_mysql
+from .._lifecycle import time_of
+from ..models import utc_now
 
 
 def database_time(connection: Connection) -> datetime:
     """Return the current time in UTC. A SQLite database is on this machine, and has its clock."""
     if connection.dialect.name == "sqlite":
-        return datetime.now(UTC)
-    now = func.utc_timestamp(6) if is_mysql(connection.dialect) else func.clock_timestamp()
-    found: datetime = connection.execute(select(now)).scalar_one()
-    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+        return utc_now()
+    found: datetime = connection.execute(select(time_of(connection.dialect))).scalar_one()
+    return found

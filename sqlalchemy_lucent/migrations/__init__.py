@@ -53,6 +53,12 @@ from .operations import (
     rotate_encrypted_column,
     unfence_key_version,
 )
+from .secret_tables import (
+    DowngradeLucentSecretsOp,
+    UpgradeLucentSecretsOp,
+    downgrade_lucent_secrets,
+    upgrade_lucent_secrets,
+)
 
 __all__ = [
     "LINT_PLUGIN_NAME",
@@ -62,6 +68,7 @@ __all__ = [
     "CreateLucentSecretsOp",
     "CreateSealedCheckOp",
     "DecryptColumnOp",
+    "DowngradeLucentSecretsOp",
     "DropLucentKeysOp",
     "DropLucentSecretsOp",
     "DropSealedCheckOp",
@@ -70,10 +77,12 @@ __all__ = [
     "RebindEncryptedColumnOp",
     "RotateEncryptedColumnOp",
     "UnfenceKeyVersionOp",
+    "UpgradeLucentSecretsOp",
     "create_lucent_keys",
     "create_lucent_secrets",
     "create_sealed_check",
     "decrypt_column",
+    "downgrade_lucent_secrets",
     "drop_lucent_keys",
     "drop_lucent_secrets",
     "drop_sealed_check",
@@ -84,4 +93,5 @@ __all__ = [
     "rotate_encrypted_column",
     "setup",
     "unfence_key_version",
+    "upgrade_lucent_secrets",
 ]

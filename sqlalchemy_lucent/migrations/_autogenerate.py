@@ -42,6 +42,7 @@ from .. import _sql
 from .._database.relations import relation_of
 from .._row import tells_its_values
 from ..keyring import default_keyring
+from ..models import lifecycle_tables
 from ..rotation import needs_rotation
 from ..rotation.jobs import Rebind
 from ..rotation.rows import read_on
@@ -60,6 +61,7 @@ from .operations import (
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
 )
+from .secret_tables import UpgradeLucentSecretsOp
 
 logger = logging.getLogger("alembic.runtime.migration.lucent")
 
@@ -90,6 +92,7 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
     connection = autogen_context.connection
     assert connection is not None
     _warn_of_renames(upgrade_ops)
+    _name_upgrades(autogen_context, upgrade_ops)
     conversions = list(_take_conversions(connection, upgrade_ops))
     drops = list(_take_drops(autogen_context, upgrade_ops, conversions))
     if conversions and not upgrade_ops.is_empty():
@@ -200,6 +203,33 @@ def _missing_checks(
         ):
             logger.info("Detected that %s takes values that are not sealed", column)
             yield CreateSealedCheckOp(table.name, column.name, schema=table.schema)
+
+
+def _name_upgrades(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> None:
+    """Write one operation for the two tables beside a table of secrets.
+
+    They are dropped by one that refuses to drop versions.
+    """
+    secrets = {
+        (table.schema, table.name): tables
+        for table in autogen_context.sorted_tables
+        if (tables := lifecycle_tables(table)) is not None
+    }
+    created = {
+        (op.schema, op.table_name): op for op in upgrade_ops.ops if isinstance(op, CreateTableOp)
+    }
+    for (schema, name), tables in secrets.items():
+        found = [created.get((table.schema, table.name)) for table in tables]
+        if all(found):
+            place = min(upgrade_ops.ops.index(op) for op in found if op is not None)
+            upgrade_ops.ops[place] = UpgradeLucentSecretsOp(name, schema=schema)
+            indexes = {(op.schema, op.table_name) for op in found if op is not None}
+            upgrade_ops.ops[:] = [
+                op
+                for op in upgrade_ops.ops
+                if op not in found
+                and not (isinstance(op, ModifyTableOps) and (op.schema, op.table_name) in indexes)
+            ]
 
 
 def _warn_of_renames(upgrade_ops: UpgradeOps) -> None:

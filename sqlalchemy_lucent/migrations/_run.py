@@ -34,7 +34,7 @@ from .._key_tables import key_tables
 from .._statements import refuse_server_default
 from ..exceptions import ConfigurationError, RotationError
 from ..keyring import default_keyring
-from ..models import secrets_table
+from ..models import secrets_table, upgrade_tables
 from ..rotation import RotationReport, needs_rotation, rotate, run_jobs
 from ..rotation.jobs import Rebind
 from ..rotation.targets import TargetColumn, TargetTable, resolve_targets
@@ -58,6 +58,7 @@ from .operations import (
     UnfenceKeyVersionOp,
     ValuesOp,
 )
+from .secret_tables import DowngradeLucentSecretsOp, UpgradeLucentSecretsOp
 
 logger = logging.getLogger("alembic.runtime.migration.lucent")
 
@@ -106,6 +107,22 @@ def _drop_lucent_keys(operations: Operations, operation: DropLucentKeysOp) -> No
     if not operation.force:
         contents = "receipts, which prove what was done to keys"
         _require_empty(operations, operation, "lucent_key_receipts", contents)
+    for table in tables:
+        operations.impl.drop_table(table)
+
+
+@Operations.implementation_for(UpgradeLucentSecretsOp)
+def _upgrade_lucent_secrets(operations: Operations, operation: UpgradeLucentSecretsOp) -> None:
+    for table in upgrade_tables(MetaData(), operation.table_name, schema=operation.schema):
+        operations.impl.create_table(table)
+
+
+@Operations.implementation_for(DowngradeLucentSecretsOp)
+def _downgrade_lucent_secrets(operations: Operations, operation: DowngradeLucentSecretsOp) -> None:
+    tables = upgrade_tables(MetaData(), operation.table_name, schema=operation.schema)
+    if not operation.force:
+        contents = "versions of secrets, which cannot be restored"
+        _require_empty(operations, operation, tables.versions.name, contents)
     for table in tables:
         operations.impl.drop_table(table)
 

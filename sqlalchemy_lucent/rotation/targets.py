@@ -17,7 +17,7 @@ from .._database.relations import Relation, binary_columns, relation_of, tables_
 from .._pagination import key_type
 from .._sql import key_version
 from ..exceptions import RotationError
-from ..models import LucentBase
+from ..models import LucentBase, is_versions_table
 from ..types import EncryptedJSON
 
 Target: TypeAlias = (
@@ -52,6 +52,8 @@ class TargetTable:
     clause: TableClause
     primary_key: tuple[ColumnClause[Any], ...]
     columns: tuple[TargetColumn, ...]
+    may_be_missing: bool = False
+    """Whether a database may do without it: it has the versions of a table of secrets."""
 
 
 def resolve_targets(
@@ -245,7 +247,7 @@ def _target_table(owner: Table, columns: list[Column[Any]], schema: str | None) 
         schema=schema,
     )
     primary_key = tuple(clause.c[c.name] for c in owner.primary_key.columns)
-    return TargetTable(name, clause, primary_key, encrypted)
+    return TargetTable(name, clause, primary_key, encrypted, is_versions_table(owner))
 
 
 def _target_column(owner: Table, column: Column[Any]) -> TargetColumn:
@@ -288,15 +290,20 @@ class Survey(NamedTuple):
 def survey(connection: Connection, targets: Iterable[TargetTable]) -> Survey:
     """Look `targets` up in the database.
 
-    :raises RotationError: one is missing, or none is a table.
+    A missing table of versions is left out: it has no values until the database is upgraded.
+
+    :raises RotationError: another one is missing, or none is a table.
     """
+    targets = list(targets)
     found, missing = [], []
     for target in targets:
         relation = relation_of(connection, target.clause.name, target.clause.schema)
-        if relation is None:
+        if relation is None and not target.may_be_missing:
             missing.append(target.name)
-        else:
+        elif relation is not None:
             found.append((target, relation))
+    if not found:
+        missing = [target.name for target in targets]
     if missing:
         raise RotationError(
             f"not in this database: {', '.join(missing)}. Run your migrations (alembic upgrade "

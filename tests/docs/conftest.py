@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.oauth import oauth_server
+
 from . import key_managers as servers
 
 
@@ -20,4 +22,12 @@ def key_managers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     ):
         for name, value in {**aws_environ, **vault_environ, **google_environ}.items():
             monkeypatch.setenv(name, value)
+        yield
+
+
+@pytest.fixture
+def oauth_provider(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An OAuth server on this machine, whose refresh tokens work once."""
+    with oauth_server() as server:
+        monkeypatch.setenv("PROVIDER_URL", server.url)
         yield

@@ -27,6 +27,7 @@ BELOW: Final = {
     "rotation": frozenset({CORE, "_database"}),
     "migrations": frozenset({CORE, "_database", "rotation"}),
     "keys": frozenset({CORE, "_database", "rotation", "migrations"}),
+    "renewal": frozenset({CORE, "_database"}),
     "_cli": frozenset({CORE, "_database", "rotation", "keys"}),
 }
 """The packages, bottom to top, each with those that it may import."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
+import httpx
 import pytest
 from sqlalchemy import Engine
 
@@ -47,7 +48,10 @@ _RUN_ELSEWHERE: Final = (
 )
 
 # What a page needs beside it, as fixtures of conftest.py.
-_SERVERS: Final = {"docs/key-managers.md": "key_managers"}
+_SERVERS: Final = {
+    "docs/key-managers.md": "key_managers",
+    "docs/oauth-tokens.md": "oauth_provider",
+}
 
 
 @pytest.fixture
@@ -71,6 +75,8 @@ def page_module(
         # A reader's process ends here, and closes what the page left open.
         if isinstance(value, Engine):
             value.dispose()
+        elif isinstance(value, httpx.Client):
+            value.close()
 
 
 # Said by advanced-alchemy, when it is imported on SQLAlchemy 2.1.

@@ -124,6 +124,7 @@ def session(engine: Engine) -> Iterator[Session]:
         secrets = LucentSecrets(session)
         for key in (KEY, OTHER_KEY):
             secrets.set(key, VALUE)
+            secrets.stage(key, VALUE)
         session.add_all([Integration(id=n, first=VALUE, second=VALUE) for n in (1, 2)])
         session.add_all([Account(id=n, first=VALUE) for n in (1, 2)])
         session.add_all([Bound(id=f"row {n}", first=VALUE) for n in (1, 2)])

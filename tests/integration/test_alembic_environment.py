@@ -108,7 +108,7 @@ def test_creating_the_table_and_rotating_an_empty_one_need_no_key(
 
     command.upgrade(config, "head")
 
-    assert stamped(engine) == "0002"
+    assert stamped(engine) == "0003"
 
 
 def test_the_rotation_revision_re_encrypts_every_row(
@@ -171,7 +171,7 @@ def test_a_row_that_does_not_open_keeps_the_revision_from_being_stamped(
         LucentSecrets(session).delete("tenant:5:stripe:apiKey")
         session.commit()
     command.upgrade(config, "head")
-    assert stamped(engine) == "0002"
+    assert stamped(engine) == "0003"
 
 
 def test_rows_need_a_keyring(engine: Engine, config: Config) -> None:
@@ -282,7 +282,7 @@ def test_killed_half_way_it_goes_on_where_it_was(engine: Engine, config: Config)
     finish(alembic_process(engine.url, "upgrade", "head"))
 
     assert any(0 < count < rows for count in seen)
-    assert stamped(engine) == "0002"
+    assert stamped(engine) == "0003"
     assert versions(engine) == {"v2": rows}
     keyring = Keyring({"v2": KEY_2})
     assert verify(engine, keyring=keyring).opened == rows

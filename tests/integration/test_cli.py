@@ -221,9 +221,13 @@ def test_a_retired_key_is_looked_for_in_the_tables_that_are_named(lucent: Lucent
         0,
         (
             "no value in these tables needs key version v1\n"
-            "column\tunder v1\tall values\nlucent_secrets.payload\t0\t0\n"
+            "column\tunder v1\tall values\n"
+            "lucent_secret_versions.payload\t0\t0\nlucent_secrets.payload\t0\t0\n"
         ),
-        "only lucent_secrets was counted: name your models with --metadata as well\n",
+        (
+            "only lucent_secret_versions, lucent_secrets were counted: name your models with "
+            "--metadata as well\n"
+        ),
     )
     assert lucent("retire-check", "v1").err.startswith(
         "counted once, which does not see what open transactions are about to commit: "
@@ -628,7 +632,8 @@ def test_a_secret_is_stored_listed_shown_and_deleted(lucent: Lucent) -> None:
     done = lucent("set", SECRET_KEY, stdin=json.dumps({"apiKey": PLAINTEXT}))
     assert done == (0, f"stored {SECRET_KEY} under key version v2\n", "")
     assert re.fullmatch(
-        rf"{SECRET_KEY}\tv2\t\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00\n", lucent("list").out
+        rf"{SECRET_KEY}\tv2\t\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00\t\d+s\t-\n",
+        lucent("list").out,
     )
     redacted = lucent("get", SECRET_KEY)
     assert redacted.code == 0
@@ -746,7 +751,10 @@ def test_models_may_be_named_by_the_environment(lucent: Lucent) -> None:
     assert lucent("rotate", env=env) == (0, "7 values re-encrypted; the primary is v2\n", "")
     assert lucent("list", env=env).out.startswith(SECRET_KEY)
     assert lucent("verify", *LEDGER, env=env).out == "6 values opened in ledger\n"
-    assert lucent("verify", env={"LUCENT_METADATA": ""}).out == "1 value opened in lucent_secrets\n"
+    assert (
+        lucent("verify", env={"LUCENT_METADATA": ""}).out
+        == "1 value opened in lucent_secret_versions, lucent_secrets\n"
+    )
     wrong = lucent("status", env={"LUCENT_METADATA": "nowhere:Base"})
     assert (wrong.code, wrong.out) == (2, "")
     assert wrong.err == "lucent: LUCENT_METADATA nowhere:Base: No module named 'nowhere'\n"

@@ -154,7 +154,7 @@ TABLE: dict[str, tuple[list[str], dict[str, str | None], int, str]] = {
     ),
     "a table that is not there": (["rotate", *LEDGER], {}, 2, "table ledger is not in"),
     "no such table in the models": (
-        ["rotate", "--table", "user"], {}, 2, "there are lucent_secrets.payload"
+        ["rotate", "--table", "user"], {}, 2, "there are lucent_secret_versions.payload, "
     ),
     "metadata of another form": (["status", "--metadata", "app.Base"], {}, 2, "package.module:B"),
     "metadata that is a path": (

@@ -35,7 +35,12 @@ def public(class_: type[Any]) -> dict[str, Any]:
 def test_both_repositories_have_the_same_methods_and_parameters() -> None:
     sync, asynchronous = public(LucentSecrets), public(AsyncLucentSecrets)
     assert sync.keys() == asynchronous.keys()
-    for name in sync.keys() - {"key"}:
+    # One takes an Engine, the other an AsyncEngine.
+    assert [*inspect.signature(sync["purge"]).parameters] == [
+        *inspect.signature(asynchronous["purge"]).parameters
+    ]
+    assert inspect.iscoroutinefunction(asynchronous["purge"])
+    for name in sync.keys() - {"key", "purge"}:
         assert inspect.signature(sync[name]) == inspect.signature(asynchronous[name]), name
         assert name == "generate_master_key" or inspect.iscoroutinefunction(asynchronous[name])
 

@@ -1,0 +1,141 @@
+"""``purge``: delete for good what was deleted, and what no secret has any more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from ._lifecycle import required_tables, run, same_key, time_of
+from ._pagination import row_after
+from ._versions import SecretHistory
+from .events import AccessHandler, SecretAccess
+from .exceptions import ConfigurationError
+from .models import LucentSecret, LucentSecretMixin, utc_now
+from .secret_key import KEY_PART_NAMES, SecretKey
+
+if TYPE_CHECKING:  # without greenlet, which only async programs need, it does not import
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+_BATCH: Final = 100
+
+_Condition = Callable[[sa.Dialect], sa.ColumnElement[bool]]
+
+
+def purge(
+    bind: sa.Engine,
+    *,
+    model: type[LucentSecretMixin] = LucentSecret,
+    on_access: AccessHandler | None = None,
+) -> int:
+    """Delete for good each secret whose `purge_after` is over, and return how many.
+
+    It also deletes the versions of secrets that a store without versions has deleted. It commits
+    batch by batch; run it again after an error.
+
+    :param bind: an engine.
+    :param model: the mapped class of the secrets.
+    :param on_access: told of each secret, see :mod:`sqlalchemy_lucent.events`. If it raises, the
+        batch is undone.
+    :raises ConfigurationError: `bind` is no engine, or the database has no tables of versions.
+    """
+    given: object = bind
+    if not isinstance(given, sa.Engine):
+        name = type(given).__name__
+        hint = "; apurge() takes it" if name.startswith("Async") else ""
+        raise ConfigurationError(f"purge() takes an Engine, not {name}{hint}")
+    return _Purge(bind, model, on_access).run()
+
+
+async def apurge(
+    bind: AsyncEngine,
+    *,
+    model: type[LucentSecretMixin] = LucentSecret,
+    on_access: AccessHandler | None = None,
+) -> int:
+    """Do what :func:`purge` does, over an async engine. `on_access` is a plain function."""
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+    if not isinstance(bind, AsyncEngine):
+        raise ConfigurationError(f"apurge() takes an AsyncEngine, not {type(bind).__name__}")
+    # AsyncEngine has no run_sync(). A session has, and connects to nothing by itself.
+    async with AsyncSession(bind) as session:
+        return await session.run_sync(
+            lambda _: purge(bind.sync_engine, model=model, on_access=on_access)
+        )
+
+
+class _Purge:
+    def __init__(
+        self, engine: sa.Engine, model: type[LucentSecretMixin], on_access: AccessHandler | None
+    ) -> None:
+        self._engine = engine
+        self._on_access = on_access
+        table: Any = model.__table__  # type: ignore[attr-defined]
+        self._table: sa.Table = table
+        self._tables = required_tables(table)
+
+    def run(self) -> int:
+        states, versions = self._tables.states, self._tables.versions
+        has_secret = sa.exists().where(same_key(self._table, states)).correlate(states)
+        # A staged value may wait for its first promotion, without a secret.
+        has_staged = (
+            sa.exists()
+            .where(same_key(versions, states), versions.c.stage == "staged")
+            .correlate(states)
+        )
+        is_left = sa.and_(
+            states.c.deleted_at.is_(None),
+            ~has_secret,
+            sa.or_(states.c.written_at.is_not(None), ~has_staged),
+        )
+        past = self._sweep(lambda dialect: states.c.purge_at <= time_of(dialect))
+        return past + self._sweep(lambda _: is_left)
+
+    def _sweep(self, condition: _Condition) -> int:
+        """Purge what fits, in key order, each batch in a transaction."""
+        purged, after = 0, None
+        while True:
+            with Session(self._engine) as session, session.begin():
+                keys = self._find(session, condition, after)
+                purged += sum(self._purge(session, key) for key in keys)
+            if len(keys) < _BATCH:
+                return purged
+            after = keys[-1]
+
+    def _find(
+        self, session: Session, condition: _Condition, after: SecretKey | None
+    ) -> Sequence[SecretKey]:
+        states, dialect = self._tables.states, self._engine.dialect
+        columns: list[Any] = [states.c[name] for name in KEY_PART_NAMES]
+        statement = sa.select(*columns).where(condition(dialect)).order_by(*columns).limit(_BATCH)
+        if after is not None:
+            statement = statement.where(
+                row_after(columns, [sa.literal(part) for part in after], dialect)
+            )
+        found = run(session.connection().execute, self._tables, statement)
+        # Not checked again: a key that breaks a rule was written by others.
+        return [tuple.__new__(SecretKey, row) for row in found]
+
+    def _purge(self, session: Session, key: SecretKey) -> bool:
+        """Purge one secret if it is still to be purged; return whether it was."""
+        dialect = self._engine.dialect
+        history = SecretHistory(self._table, key, session.connection().execute, dialect)
+        # It inserts nothing. This keeps InnoDB from locking the gap where the secret was.
+        state = history.lock(to_insert=True)
+        now = session.execute(sa.select(time_of(dialect))).scalar_one()
+        is_past = state.purge_at is not None and state.purge_at <= now
+        if state.deleted_at is not None and not is_past:
+            return False  # deleted again meanwhile
+        existed = is_past or (state.current is None and state.had_secret)
+        if is_past:
+            history.purge_deleted(state)
+        if state.current is None and not history.all_versions():
+            history.forget()
+        elif is_past:
+            history.save(state)
+        if existed and self._on_access is not None:
+            self._on_access(SecretAccess("purge", key, None, utc_now(), "ok"), session)
+        return existed
