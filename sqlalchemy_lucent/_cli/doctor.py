@@ -289,7 +289,8 @@ def _values(
     engine: Engine, found: Found, model: Table, keyring: Keyring | None
 ) -> Iterator[Finding]:
     """Count the values of the columns that hold sealed bytes."""
-    types = {column: found.types.get(column.name.lower()) for column in columns_in(model)}
+    own = [column for column in columns_in(model) if column.table is model]
+    types = {column: found.types.get(column.name.lower()) for column in own}
     sealed = [c for c, type_ in types.items() if type_ is not None and not holds_text(type_)]
     if not sealed:
         return

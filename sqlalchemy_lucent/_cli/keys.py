@@ -241,7 +241,7 @@ def retire(
     _say(f"{version} is retired; take its key out of every environment")
     write(f"receipt {head}\n")
     if not metadata:
-        tell("only lucent_secrets was counted: name your models with --metadata as well")
+        tell("only scoped secrets were counted: name your models with --metadata as well")
 
 
 @keys.command()

@@ -135,7 +135,7 @@ def renew(store: Store, key: SecretKey, options: Options) -> Generator[Step, Any
         return Raised(
             ConfigurationError(
                 f"the lease of {options.lease:g} seconds on {key} was over before the claim was "
-                "stored: lease= is longer than the provider takes at most"
+                "stored. Make lease= longer than the provider takes at most"
             )
         )
     answer = yield Call(claim.take_value(), attempt)

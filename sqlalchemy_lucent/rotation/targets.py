@@ -17,7 +17,7 @@ from .._database.relations import Relation, binary_columns, relation_of, tables_
 from .._pagination import key_type
 from .._sql import key_version
 from ..exceptions import RotationError
-from ..models import LucentBase, is_versions_table
+from ..models import LucentBase, is_versions_table, lifecycle_tables
 from ..types import EncryptedJSON
 
 Target: TypeAlias = (
@@ -25,7 +25,8 @@ Target: TypeAlias = (
 )
 """What may be a target: a MetaData, with all its tables; a registry or Declarative base, with the
 tables of each MetaData that its classes use; a mapped class or a mixin, with the tables of the
-classes that derive from it; a Table; or one column."""
+classes that derive from it; a Table; or one column. A table of secrets includes that of its kept
+versions."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def columns_in(target: Any) -> Iterator[Column[Any]]:
             raise RotationError(f"column {target} is not a column of a table, but of an expression")
         yield target
     elif isinstance(target, Table):
-        yield from _columns_of([target], f"table {target.fullname}")
+        yield from _columns_of(_with_versions([target]), f"table {target.fullname}")
     elif isinstance(target, type) and isinstance(inspect(target, raiseerr=False), Mapper):
         yield from _columns_of(tables_in(target), f"class {target.__name__}")
     elif isinstance(target, (MetaData, registry, type)):
@@ -159,7 +160,21 @@ def _classes_below(class_: type[Any]) -> Iterator[type[Any]]:
 
 def _tables_of(mappers: Iterable[Mapper[Any]]) -> list[Table]:
     found = {owner for mapper in mappers for owner in mapper.tables if isinstance(owner, Table)}
-    return sorted(found, key=lambda owner: owner.fullname)
+    return _with_versions(sorted(found, key=lambda owner: owner.fullname))
+
+
+def _with_versions(tables: list[Table]) -> list[Table]:
+    """Return `tables`, each table of secrets followed by that of its kept versions.
+
+    Whoever names a model of secrets means all of its values.
+    """
+    every: dict[Table, None] = {}
+    for owner in tables:
+        every[owner] = None
+        beside = lifecycle_tables(owner)
+        if beside is not None and is_versions_table(beside.versions):
+            every[beside.versions] = None
+    return list(every)
 
 
 def _with_all_beside(metadatas: list[MetaData], tables: list[Table]) -> list[Table]:
