@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from sqlalchemy_lucent import EncryptedJSON, KeyRegistry, KeySource, LucentSecrets
-from sqlalchemy_lucent._binary_results import OPTION
 from sqlalchemy_lucent._cli.database import METADATA_VARIABLE, URL_VARIABLE
 from sqlalchemy_lucent._environment import ENV_FILE_SUFFIX, ENV_OLDEST_VERSION, ENV_VARIABLES
+from sqlalchemy_lucent._statements import BINARY_RESULTS
 from sqlalchemy_lucent.binding import _TYPE_OPTIONS
 
 from .pages import ROOT
@@ -82,6 +82,6 @@ def test_every_option_of_a_store_is_on_the_page(class_: type[Any]) -> None:
 
 def test_the_options_of_an_engine_are_on_the_page() -> None:
     named = " ".join(row[0] for row in rows("Options of an engine"))
-    assert OPTION in named
+    assert BINARY_RESULTS in named
     assert "stmt_cache_size" in named
     assert "stmt_cache_size" in modules()["_cli.doctor"].read_text("utf-8")

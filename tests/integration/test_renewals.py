@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import signal
-import subprocess
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -792,11 +791,9 @@ class Processes:
 
     def __init__(self, url: URL, oauth: Server) -> None:
         shown = url.render_as_string(hide_password=False)
-        self.process = start("renewer", shown, oauth.url, primary="v1", stdin=subprocess.PIPE)
+        self.process = start("renewer", shown, oauth.url, primary="v1")
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"key": str(KEY), **request}) + "\n")
         self.process.stdin.flush()
         answer: dict[str, Any] = json.loads(self.process.stdout.readline() or "{}")
