@@ -277,13 +277,15 @@ def _raised(named: str, error: BaseException) -> str:
 
 
 def with_stored_secrets(engine: sa.Engine, targets: Sequence[Target]) -> list[Target]:
-    """Return `targets`, and the table ``lucent_secrets`` too if the database has it.
+    """Return `targets`, and ``lucent_secrets`` with its versions if the database has the table.
 
-    A key must not go because somebody forgot to name the package's own table.
+    A key must not go because somebody forgot to name the package's own tables.
     """
-    name = LucentSecret.__tablename__
-    is_named = any(column.table.name == name for column in columns_in(targets))
-    if is_named or not sa.inspect(engine).has_table(name):
+    own: Any = LucentSecret.__table__
+    is_another = any(
+        column.table.name == own.name and column.table is not own for column in columns_in(targets)
+    )
+    if is_another or not sa.inspect(engine).has_table(own.name):
         return list(targets)
     return [*targets, LucentSecret]
 

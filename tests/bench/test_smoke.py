@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 FIGURES = {
     "columns": 2 * (5 + 3 * 10 + 3 * 5),
-    "repository": 4 * 2 * 4,
+    "repository": 4 * 2 * 5,
     "rotation": 2 * 3 * 5,
     "rotators": 2 * 2,
     "codec": 3 * 2 * 2 + 2 * 2 * 5 + 3 * 4,

@@ -75,7 +75,7 @@ def page_module(
         # A reader's process ends here, and closes what the page left open.
         if isinstance(value, Engine):
             value.dispose()
-        elif isinstance(value, httpx.Client):
+        elif type(value) is httpx.Client:
             value.close()
 
 

@@ -249,7 +249,8 @@ def test_secrets_that_nobody_named_keep_their_key(at: Lucent, engine: Engine) ->
     fill(engine, 1)
     assert at("rotate", *LEDGER).code == 0
     settled = ("retire-check", "v1", "--settle", "0.01", *LEDGER)
-    assert at(*settled).out.endswith("\nlucent_secrets.payload\t0\t0\n")
+    own = "\nlucent_secrets.payload\t0\t0\nlucent_secret_versions.payload\t0\t0\n"
+    assert at(*settled).out.endswith(own)
     store(at, apiKey=PLAINTEXT)
     forgotten = at(*settled)
     assert (forgotten.code, forgotten.out) == (1, "")
@@ -1020,7 +1021,7 @@ def test_a_second_interrupt_ends_the_workers_at_once(
     )
     assert told, shown.text
     written = stored_under(engine, "v2")
-    assert 0 < int(told[1]) <= written < 6000
+    assert int(told[1]) <= written < 6000  # a worker may not have reported yet
     time.sleep(1)
     assert stored_under(engine, "v2") == written
     assert len(contents(engine, Keyring.from_env({"LUCENT_SECRETS_KEYS": keys("v2")}))) == 6000

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -25,7 +26,11 @@ from sqlalchemy_lucent import (
     KeySource,
     LucentBase,
     LucentError,
+    LucentSecret,
     LucentSecrets,
+    NeedsReauthorizationError,
+    RenewalAttempt,
+    Renewals,
     exceptions,
     retire_check,
     rotate,
@@ -35,6 +40,7 @@ from sqlalchemy_lucent import (
 )
 from sqlalchemy_lucent.migrations import encrypt_column
 from sqlalchemy_lucent.migrations.fence import Fence
+from sqlalchemy_lucent.models import lifecycle_tables
 from sqlalchemy_lucent.rotation.targets import resolve_targets
 from tests.conftest import KEY_1
 from tests.frames import frames_of_ours, texts_in_frames
@@ -145,6 +151,32 @@ def conflict(session: Session) -> object:
     return LucentSecrets(session).set(SECRET, {"token": MARKER}, expected=None)
 
 
+def renewed(
+    answer: Callable[[Any, RenewalAttempt], Any], *, is_leased: bool = False
+) -> Callable[[Session], object]:
+    """Ask for an expired secret, which another process may be renewing."""
+
+    def case(session: Session) -> object:
+        now = datetime.now(UTC)
+        secrets = LucentSecrets(session)
+        secrets.set(SECRET, {"token": MARKER}, expires_at=now + timedelta(hours=1))
+        tables = lifecycle_tables(LucentSecret.__table__)  # type: ignore[arg-type]
+        assert tables is not None
+        until = now + timedelta(hours=1) if is_leased else None
+        changed = {"expires_at": now - timedelta(hours=1), "lease_until": until}
+        session.execute(tables.states.update().values(changed))
+        session.commit()
+        session.close()
+        engine: Engine = session.get_bind()  # type: ignore[assignment]
+        return Renewals(engine).fresh(SECRET, answer, wait=0)
+
+    return case
+
+
+def grant_is_gone(value: Any, attempt: RenewalAttempt) -> Any:
+    raise NeedsReauthorizationError(f"the grant behind {attempt.key} is gone")
+
+
 def conversion(session: Session) -> object:
     engine: Engine = session.get_bind()  # type: ignore[assignment]
     table = Table("users", MetaData(), Column("id", Integer, primary_key=True))
@@ -228,6 +260,10 @@ CASES: dict[str, tuple[str, Callable[[Session], object]]] = {
         alone(lambda e: KeyRegistry(e, keyring=KEY)),  # type: ignore[arg-type]
     ),
     "conversion": ("RotationError", conversion),
+    "an answer of no use": ("RenewalError", renewed(lambda value, _: [value])),
+    "an answer that cannot be sealed": ("SerializationError", renewed(lambda *_: (BAD, None))),
+    "a grant that is gone": ("NeedsReauthorizationError", renewed(grant_is_gone)),
+    "a renewal by another": ("RenewalTimeoutError", renewed(lambda *_: None, is_leased=True)),
 }
 
 
