@@ -240,17 +240,18 @@ def calls_on(kind: str, url: URL, values: Mapping[SecretKey, Any], others: int) 
             secrets = LucentSecrets
         hand, own = by_hand(kind, values), ours(secrets, values)
         key = SecretKey("user", OTHERS, "google", "oauth")
+        # `fresh` comes first: on SQLite, the open transaction of the others may keep it out.
         yield {
+            "fresh": {
+                "require": repeated("fresh", lambda _: required_here(key), plain=False),
+                "ours": repeated("fresh", lambda _: renewals.fresh(key, not_due), plain=False),
+            }
+        } | {
             name: {
                 "by hand": repeated(name, hand[name], plain=True),
                 "ours": repeated(name, own[name], plain=False),
             }
             for name in own
-        } | {
-            "fresh": {
-                "require": repeated("fresh", lambda _: required_here(key), plain=False),
-                "ours": repeated("fresh", lambda _: renewals.fresh(key, not_due), plain=False),
-            }
         }
 
 
