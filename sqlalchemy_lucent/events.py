@@ -18,16 +18,6 @@ action        reported after                                                    
 ``delete``    a secret was deleted: ``delete``, ``delete_many``, the source     ``ok``,
               of ``move``                                                       ``missing``,
                                                                                 ``conflict``
-
-A renewal is ``late`` if its lease had passed to another caller, and a ``conflict`` if another value
-was stored meanwhile. Its handler is called after the commit, with a session of its own.
-
-A renewal is ``late`` if its lease had passed to another caller, and a ``conflict`` if another value
-was stored meanwhile. It is reported after the commit, with a session of its own.
-
-``exists``, ``info``, ``list`` and ``count`` open nothing and report nothing. Errors of the database
-are raised and not reported.
-=======
 ``rotate``    a value was sealed again: ``rotate``, ``rotate_many``             ``ok``
 ``renew``     a provider's answer was stored, or there was none: ``fresh`` of   ``ok``, ``late``,
               ``Renewals``                                                      ``conflict``, or an
