@@ -8,7 +8,7 @@ nothing about the value that it stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from ._driver_errors import sqlstate
 from ._sql import is_mysql
+from ._upsert import Execute
 from .exceptions import (
     ConfigurationError,
     InvalidKeyError,
@@ -33,9 +34,6 @@ READABLE_STAGES: Final = ("current", "previous", "staged", "pending")
 
 NO_NUMBER: Final = 2**31 - 1
 """Stands for the number of a current value that has none: it is the newest."""
-
-Execute = Callable[..., sa.CursorResult[Any]]
-"""Executes a statement with parameters, as ``Connection.execute`` does."""
 
 
 @dataclass(frozen=True)

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.sql.dml import Insert
 
-from ._sealing import ColumnCodec
 from ._sql import is_mysql
 from .exceptions import UnsupportedOperationError
 from .secret_key import KEY_PART_NAMES, SecretKey
-from .types import EncryptedJSON
 
 _KEYS_PER_STATEMENT: Final = 128
 """Each takes four parameters; databases limit these, and plan long for many."""
 
-
-@lru_cache(maxsize=32)
-def payload_codec(table: sa.Table, dialect: sa.Dialect) -> ColumnCodec:
-    """Return the codec of the payloads; making one takes as long as sealing."""
-    type_ = table.c.payload.type
-    assert isinstance(type_, EncryptedJSON)
-    return type_.column_codec(dialect)
+Execute = Callable[..., sa.CursorResult[Any]]
+"""Executes a statement with parameters, as ``Connection.execute`` does."""
 
 
 @lru_cache(maxsize=32)
@@ -141,6 +134,22 @@ def insert_or(table: sa.Table, dialect_name: str, *updated: str, numbered: bool 
     else:
         statement = insert.on_conflict_do_nothing(index_elements=KEY_PART_NAMES)
     return statement
+
+
+def insert_absent(
+    execute: Execute, table: sa.Table, dialect: sa.Dialect, row: Mapping[str, Any]
+) -> bool:
+    """Insert a secret's row unless there is one; return whether it was inserted."""
+    # SQLAlchemy keeps the row count of an INSERT only on request.
+    statement = insert_or(table, dialect.name).execution_options(preserve_rowcount=True)
+    count = execute(statement, row).rowcount
+    if not is_mysql(dialect):
+        return count > 0
+    # MySQL counts 1 also for a row that it left alone. Compare what is stored: nobody else can have
+    # sealed the same bytes. The lock is there already; with it, MySQL reads what is committed now.
+    key = {name: row[name] for name in KEY_PART_NAMES}
+    stored = execute(select_payload(table).with_for_update(), key).scalar()
+    return stored is not None and bytes(stored) == bytes(row["payload"])
 
 
 def upsert(table: sa.Table, dialect_name: str) -> Insert:

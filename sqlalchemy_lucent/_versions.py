@@ -7,7 +7,7 @@ a number to a value that a store without versions has written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
@@ -16,7 +16,6 @@ import sqlalchemy as sa
 from . import _upsert
 from ._lifecycle import (
     NO_NUMBER,
-    Execute,
     Stage,
     has_key,
     is_ordinary,
@@ -24,7 +23,7 @@ from ._lifecycle import (
     run,
     same_key,
 )
-from ._row import encode_row
+from ._payloads import open_payload, seal_payload
 from ._sealing import Sealed
 from ._sql import is_mysql
 from .exceptions import ConflictError, DecryptionError, hide_locals
@@ -52,6 +51,7 @@ class State:
     deleted_at: datetime | None
     purge_at: datetime | None
 
+    # What follows has a default, and is not stored.
     current: Sealed | None = None
     """The current value. The fields below are of its row; meaningless without one."""
     stored_at: datetime | None = None
@@ -65,11 +65,7 @@ class State:
         return self.last_number
 
 
-_STATE_COLUMNS: Final = tuple(
-    field.name
-    for field in fields(State)
-    if field.name not in ("current", "stored_at", "stored_since", "had_secret")
-)
+_STATE_COLUMNS: Final = tuple(field.name for field in fields(State) if field.default is MISSING)
 
 
 class SecretHistory:
@@ -86,7 +82,7 @@ class SecretHistory:
         self,
         table: sa.Table,
         key: SecretKey,
-        execute: Execute,
+        execute: _upsert.Execute,
         dialect: sa.Dialect,
         keyring: Keyring | None = None,
         *,
@@ -197,9 +193,7 @@ class SecretHistory:
     @hide_locals
     def seal(self, value: Any) -> Sealed:
         """Seal a value for the secret's own row."""
-        codec = _upsert.payload_codec(self.table, self._dialect)
-        row = encode_row(self.key)
-        return Sealed(codec.seal(value, row, self._keyring), codec, row)
+        return seal_payload(self.table, self._dialect, self.key, value, self._keyring)
 
     def write_current(
         self,
@@ -245,19 +239,9 @@ class SecretHistory:
 
     def insert_current(self, sealed: Sealed, *, created_at: datetime, updated_at: datetime) -> bool:
         """Insert the secret's row unless there is one; return whether it was inserted."""
-        # SQLAlchemy keeps the row count of an INSERT only on request.
-        statement = _upsert.insert_or(self.table, self._dialect.name).execution_options(
-            preserve_rowcount=True
-        )
         times = {"created_at": created_at, "updated_at": updated_at}
-        count = self._run(statement, {**self.key._asdict(), "payload": sealed, **times}).rowcount
-        if not is_mysql(self._dialect):
-            return count > 0
-        # MySQL counts 1 also for a row that it left alone. Compare what is stored: nobody else can
-        # have sealed the same bytes.
-        selected = sa.select(self.table.c.payload).where(has_key(self.table, self.key))
-        stored = self._run(selected.with_for_update()).scalar()
-        return stored is not None and bytes(stored) == bytes(sealed)
+        row = {**self.key._asdict(), "payload": sealed, **times}
+        return _upsert.insert_absent(self._run, self.table, self._dialect, row)
 
     def delete_softly(self, state: State, purge_after: timedelta) -> None:
         """Move the current value to the versions, to be undeleted until it is purged."""
@@ -340,9 +324,7 @@ class SecretHistory:
     @hide_locals
     def seal_version(self, number: int, value: Any) -> Sealed:
         """Seal a value as the version `number`."""
-        codec = _upsert.payload_codec(self._versions, self._dialect)
-        row = encode_row((*self.key, number))
-        return Sealed(codec.seal(value, row, self._keyring), codec, row)
+        return seal_payload(self._versions, self._dialect, self.key, value, self._keyring, number)
 
     def insert_version(
         self,
@@ -369,8 +351,7 @@ class SecretHistory:
 
         :raises DecryptionError: it does not open.
         """
-        row = encode_row(self.key if number is None else (*self.key, number))
-        return sealed._codec.open(sealed._data, row, self._keyring)
+        return open_payload(sealed, self.key, self._keyring, number)
 
     def read(self, number: int | None, stage: Stage | None) -> tuple[int | None, Sealed] | None:
         """Return the number and the payload of a version, or ``None``; the current has no number.

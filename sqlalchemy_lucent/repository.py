@@ -26,8 +26,8 @@ from . import _lifecycle, _upsert
 from ._envelope import LONGEST_PREFIX, NONCE_SIZE, header_size, parse
 from ._lifecycle import READABLE_STAGES, SecretVersion, Stage
 from ._pagination import row_after
+from ._payloads import open_payload, read_payload, seal_payload
 from ._purge import apurge, purge
-from ._row import encode_row
 from ._schema import Schema
 from ._sealing import Sealed
 from ._sql import is_mysql
@@ -36,10 +36,8 @@ from .events import AccessHandler, Action, SecretAccess
 from .exceptions import (
     ConfigurationError,
     ConflictError,
-    DecryptionError,
     InvalidKeyError,
     SecretNotFoundError,
-    SerializationError,
     hide_locals,
 )
 from .keyring import Keyring, generate_master_key
@@ -212,7 +210,9 @@ class LucentSecrets:
                 self._write([key], statement, self._row(key, sealed))
                 written = True
             elif expected is None:
-                written = self._insert_absent(key, sealed)
+                execute = functools.partial(self._write, [key])
+                row = self._row(key, sealed)
+                written = _upsert.insert_absent(execute, self._table, dialect, row)
             else:
                 written = self._replace(key, _token_bytes(expected), sealed)
             self._tell("write", key, sealed, "ok" if written else "conflict")
@@ -652,7 +652,8 @@ class LucentSecrets:
                 if missing:
                     raise _not_found(missing)
                 resealed = {
-                    key: self._seal(key, self._open(key, stored[key]), keyring) for key in waiting
+                    key: self._seal(key, open_payload(stored[key], key, self._keyring), keyring)
+                    for key in waiting
                 }
                 waiting = self._replace_many(stored, resealed)
                 done.update(resealed)
@@ -784,10 +785,7 @@ class LucentSecrets:
             self._select_info(_lifecycle.describes(states, self._table))
             .where(
                 states.c.expires_at < _lifecycle.check_moment("before", before),
-                *(
-                    states.c[name] == part
-                    for name, part in zip(KEY_PART_NAMES, parts, strict=False)
-                ),
+                *([_lifecycle.has_key(states, parts)] if parts else []),
             )
             .order_by(states.c.expires_at, *(states.c[name] for name in KEY_PART_NAMES))
             .limit(limit)
@@ -819,9 +817,7 @@ class LucentSecrets:
         return [self._table.c[name] for name in KEY_PART_NAMES]
 
     def _begins_with(self, parts: Sequence[Any]) -> ColumnElement[bool]:
-        return sa.and_(
-            *(column == part for column, part in zip(self._key_columns, parts, strict=False))
-        )
+        return _lifecycle.has_key(self._table, parts)
 
     def _has_token(self, token: ColumnElement[bytes]) -> ColumnElement[bool]:
         size = sa.func.length(token)
@@ -896,50 +892,20 @@ class LucentSecrets:
         return found
 
     def _read(self, key: SecretKey, sealed: Sealed, number: int | None = None) -> Any:
-        """Open a value for the caller, and report the access."""
-        try:
-            value = self._open(key, sealed, number)
-        except (DecryptionError, SerializationError) as error:
-            refusal = error
-        else:
-            self._tell("read", key, sealed, "ok")
-            return value
-        self._tell("read", key, sealed, type(refusal).__name__)
-        raise refusal
-
-    def _open(self, key: SecretKey, sealed: Sealed, number: int | None = None) -> Any:
-        # Sealed.open() would check `row` each time.
-        row = encode_row(key if number is None else (*key, number))
-        return sealed._codec.open(sealed._data, row, self._keyring)
+        return read_payload(sealed, key, self._keyring, self._tell, number)
 
     # -- writing ---------------------------------------------------------------------------------
 
     def _seal(
         self, key: SecretKey, value: Any, keyring: Keyring | None, dialect: sa.Dialect | None = None
     ) -> Sealed:
-        codec = _upsert.payload_codec(self._table, dialect or self._dialect(self._to_write))
-        row = encode_row(key)
-        return Sealed(codec.seal(value, row, keyring), codec, row)
+        dialect = dialect or self._dialect(self._to_write)
+        return seal_payload(self._table, dialect, key, value, keyring)
 
     @staticmethod
     def _row(key: SecretKey, sealed: Sealed) -> dict[str, Any]:
         now = utc_now()
         return {**key._asdict(), "payload": sealed, "created_at": now, "updated_at": now}
-
-    def _insert_absent(self, key: SecretKey, sealed: Sealed) -> bool:
-        """Insert the secret unless there is one; return whether it was inserted."""
-        # SQLAlchemy keeps the row count of an INSERT only on request.
-        dialect = self._dialect(self._to_write)
-        statement = _upsert.insert_or(self._table, dialect.name).execution_options(
-            preserve_rowcount=True
-        )
-        count = self._write([key], statement, self._row(key, sealed)).rowcount
-        if not is_mysql(dialect):
-            return count > 0
-        # MySQL counts 1 also for a row that it left alone. Compare what is stored: nobody else can
-        # have sealed the same bytes.
-        stored = self._load(key, to_write=True)
-        return stored is not None and bytes(stored) == bytes(sealed)
 
     def _replace(
         self,

@@ -16,7 +16,7 @@ from .._database.clock import database_time
 from .._database.connection import DEFAULT_RETRIES, ManagedConnection
 from .._database.faults import Fault
 from .._lifecycle import check_moment, describes, has_key, required_tables, run, time_of
-from .._row import encode_row
+from .._payloads import open_payload, read_payload
 from .._sealing import Sealed
 from .._versions import SecretHistory, State
 from ..events import AccessHandler, Action, SecretAccess
@@ -211,15 +211,7 @@ class Store:
 
     def open(self, key: SecretKey, sealed: Sealed) -> Any:
         """Open the value, for the caller."""
-        try:
-            value = _opened(key, sealed, self._keyring)
-        except (DecryptionError, SerializationError) as error:
-            refusal = error
-        else:
-            self._tell("read", key, sealed, "ok")
-            return value
-        self._tell("read", key, sealed, type(refusal).__name__)
-        raise refusal
+        return read_payload(sealed, key, self._keyring, self._tell)
 
     # -- the lease ---------------------------------------------------------------------------------
 
@@ -307,7 +299,7 @@ class Store:
     ) -> _Kept:
         history = self._history(key, connection)
         sealed = history.seal(answer[0])  # first of all: whether it can be
-        value = _opened(key, sealed, self._keyring)
+        value = open_payload(sealed, key, self._keyring)
         state = history.lock()
         now = database_time(connection)
         is_mine = state.lease_number == claim.number
@@ -427,37 +419,27 @@ class Store:
                 session.commit()
 
 
-def _opened(key: SecretKey, sealed: Sealed, keyring: Keyring | None) -> Any:
-    return sealed._codec.open(sealed._data, encode_row(key), keyring)
-
-
 def _expiry_of(given: Any, now: datetime) -> tuple[datetime | None, SerializationError | None]:
     """Return when the provider's answer expires; and what is wrong with it.
 
     A value whose expiry is not known is due at once.
     """
+    if isinstance(given, (int, float)):  # OAuth's expires_in, as it is
+        return now, _wrong_expiry("is a number; return timedelta(seconds=…) instead")
     try:
-        if isinstance(given, timedelta):
-            given = now + given
-        elif isinstance(given, (int, float)):  # OAuth's expires_in, as it is
-            return now, SerializationError(
-                _wrong_expiry("is a number; return timedelta(seconds=…) instead")
-            )
-        expires_at = None if given is None else check_moment("expires_at", given)
+        moment = now + given if isinstance(given, timedelta) else given
+        expires_at = None if moment is None else check_moment("expires_at", moment)
     except OverflowError:
-        return now, SerializationError(_wrong_expiry("is out of range"))
+        return now, _wrong_expiry("is out of range")
     except SerializationError as error:
-        hint = (
-            ": of seconds, return timedelta(seconds=…)" if isinstance(given, (int, float)) else ""
-        )
-        return now, SerializationError(_wrong_expiry(f"is wrong: {error}{hint}"))
+        return now, _wrong_expiry(f"is wrong: {error}")
     if expires_at is not None and expires_at <= now:
-        return now, SerializationError(_wrong_expiry("has passed already"))
+        return now, _wrong_expiry("has passed already")
     return expires_at, None
 
 
-def _wrong_expiry(fault: str) -> str:
-    return (
+def _wrong_expiry(fault: str) -> SerializationError:
+    return SerializationError(
         f"the expiry that refresh returned {fault}. The value that it returned is kept, and is "
         "renewed by the next call"
     )
