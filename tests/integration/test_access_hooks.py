@@ -22,9 +22,8 @@ from sqlalchemy_lucent import (
     SecretNotFoundError,
     TamperedError,
 )
+from tests.secret_tables import KEY, OTHER
 
-KEY = SecretKey("tenant", "t1", "stripe", "apiKey")
-OTHER = SecretKey("tenant", "t2", "stripe", "apiKey")
 TABLE = LucentBase.metadata.tables["lucent_secrets"]
 
 

@@ -22,10 +22,10 @@ from sqlalchemy_lucent import (
     SecretKey,
 )
 from tests.databases import drop_everything
+from tests.secret_tables import KEY
 
 CALLERS = 16
 MYSQL_DEADLOCK = 1213
-KEY = SecretKey("tenant", "t1", "stripe", "apiKey")
 
 
 def options(url: URL) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from sqlalchemy.orm import Session
 
 from sqlalchemy_lucent import (
     InvalidKeyError,
-    LucentBase,
     LucentSecret,
     LucentSecrets,
     SecretInfo,
@@ -23,22 +22,11 @@ from sqlalchemy_lucent import (
     rotate,
 )
 from sqlalchemy_lucent.keyring import Keyring
-from sqlalchemy_lucent.models import lifecycle_tables
 from tests.conftest import LONG
+from tests.secret_tables import SECRETS, STATES
 
-SECRETS: sa.Table = LucentSecret.__table__  # type: ignore[assignment]
-TABLES = lifecycle_tables(SECRETS)
-assert TABLES is not None
-STATES = TABLES.states
 NOW = datetime.now(UTC)
 HOUR = timedelta(hours=1)
-
-
-@pytest.fixture
-def session(engine: Engine) -> Iterator[Session]:
-    LucentBase.metadata.create_all(engine)
-    with Session(engine) as session:
-        yield session
 
 
 @pytest.fixture

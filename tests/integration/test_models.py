@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -41,16 +40,9 @@ from sqlalchemy_lucent import (
 )
 from sqlalchemy_lucent.models import UTCDateTime
 from tests.databases import create_unguarded
+from tests.secret_tables import KEY
 
 TABLE = LucentBase.metadata.tables["lucent_secrets"]
-KEY = SecretKey("tenant", "t1", "stripe", "apiKey")
-
-
-@pytest.fixture
-def session(engine: Engine) -> Iterator[Session]:
-    LucentBase.metadata.create_all(engine)
-    with Session(engine) as session:
-        yield session
 
 
 def secret(key: SecretKey = KEY, **values: Any) -> LucentSecret:

@@ -37,16 +37,7 @@ from sqlalchemy_lucent import (
     UnknownKeyVersionError,
 )
 from tests.databases import create_unguarded
-
-KEY = SecretKey("tenant", "t1", "stripe", "apiKey")
-OTHER = SecretKey("tenant", "t2", "stripe", "apiKey")
-
-
-@pytest.fixture
-def session(engine: Engine) -> Iterator[Session]:
-    LucentBase.metadata.create_all(engine)
-    with Session(engine) as session:
-        yield session
+from tests.secret_tables import KEY, OTHER
 
 
 @pytest.fixture

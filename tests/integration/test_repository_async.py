@@ -20,12 +20,11 @@ from sqlalchemy_lucent import (
     SecretNotFoundError,
     SerializationError,
 )
+from tests.secret_tables import KEY, OTHER
 
 RunAsync = Callable[[Callable[[AsyncEngine], Awaitable[None]]], None]
 Work = Callable[[AsyncSession, AsyncLucentSecrets], Awaitable[None]]
 
-KEY = SecretKey("tenant", "t1", "stripe", "apiKey")
-OTHER = SecretKey("tenant", "t2", "stripe", "apiKey")
 THIRD = SecretKey("tenant", "t3", "stripe", "apiKey")
 
 

@@ -33,9 +33,8 @@ from tests.databases import (
     own_database,
     with_driver,
 )
+from tests.secret_tables import KEY, OTHER
 
-KEY = SecretKey("tenant", "t1", "stripe", "apiKey")
-OTHER = SecretKey("tenant", "t2", "stripe", "apiKey")
 NEW = SecretKey("tenant", "t3", "stripe", "apiKey")
 
 STORED = {KEY: "current", OTHER: "current"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,7 +19,6 @@ from sqlalchemy_lucent import (
     ConflictError,
     Keyring,
     LucentBase,
-    LucentSecret,
     LucentSecrets,
     SecretAccess,
     SecretKey,
@@ -29,24 +27,11 @@ from sqlalchemy_lucent import (
     rotate,
     verify,
 )
-from sqlalchemy_lucent.models import lifecycle_tables
 from tests.conftest import KEY_1
+from tests.secret_tables import KEY, OTHER, SECRETS, STATES, VERSIONS
 
-KEY = SecretKey("tenant", "t1", "stripe", "apiKey")
-OTHER = SecretKey("tenant", "t2", "stripe", "apiKey")
-SECRETS: sa.Table = LucentSecret.__table__  # type: ignore[assignment]
-TABLES = lifecycle_tables(SECRETS)
-assert TABLES is not None
-VERSIONS, STATES = TABLES
 WEEK = timedelta(days=7)
 MOMENT = timedelta(microseconds=1)
-
-
-@pytest.fixture
-def session(engine: Engine) -> Iterator[Session]:
-    LucentBase.metadata.create_all(engine)
-    with Session(engine) as session:
-        yield session
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from sqlalchemy.orm import DeclarativeBase, Session
 import sqlalchemy_lucent.migrations as lucent_migrations
 from sqlalchemy_lucent import (
     LucentBase,
-    LucentSecret,
     LucentSecretMixin,
     LucentSecrets,
     RotationError,
@@ -29,9 +28,9 @@ from sqlalchemy_lucent import (
 )
 from sqlalchemy_lucent.keyring import Keyring
 from tests.integration.test_migrations_autogenerate import comparators, migration_context, run_code
+from tests.secret_tables import SECRETS
 
 KEY = "tenant:t1:stripe:apiKey"
-SECRETS: sa.Table = LucentSecret.__table__  # type: ignore[assignment]
 NAMES = {"lucent_secrets", "lucent_secret_versions", "lucent_secret_states"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -40,27 +40,14 @@ from sqlalchemy_lucent import (
     verify,
     with_lifecycle,
 )
-from sqlalchemy_lucent.models import lifecycle_tables
 from sqlalchemy_lucent.secret_key import KEY_PART_NAMES
 from tests.frames import texts_in_frames
 from tests.integration.test_repository import counted, overwrite
+from tests.secret_tables import KEY, OTHER, SECRETS, STATES, VERSIONS
 
-KEY = SecretKey("tenant", "t1", "stripe", "apiKey")
-OTHER = SecretKey("tenant", "t2", "stripe", "apiKey")
-SECRETS: sa.Table = LucentSecret.__table__  # type: ignore[assignment]
-TABLES = lifecycle_tables(SECRETS)
-assert TABLES is not None
-VERSIONS, STATES = TABLES
 SERVERS = pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
 """For what SQLite, with one writer at a time, cannot do."""
 TOMORROW = datetime.now(UTC) + timedelta(days=1)
-
-
-@pytest.fixture
-def session(engine: Engine) -> Iterator[Session]:
-    LucentBase.metadata.create_all(engine)
-    with Session(engine) as session:
-        yield session
 
 
 @pytest.fixture
