@@ -37,7 +37,7 @@ def purge(
 
     :param bind: an engine.
     :param model: the mapped class of the secrets.
-    :param on_access: told of each secret, see :mod:`sqlalchemy_lucent.events`. If it raises, the
+    :param on_access: called for each secret, see :mod:`sqlalchemy_lucent.events`. If it raises, the
         batch is undone.
     :raises ConfigurationError: `bind` is no engine, or the database has no tables of versions.
     """

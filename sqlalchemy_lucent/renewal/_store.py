@@ -38,7 +38,8 @@ _T = TypeVar("_T")
 _ATTEMPTS: Final = 5
 
 _FEW_RETRIES: Final = 3
-"""Of what another caller can do as well. An answer in hand is stored with more patience."""
+"""For work that another caller can repeat. A provider's answer cannot be had again, so storing it
+uses :data:`DEFAULT_RETRIES`."""
 
 
 class Options(NamedTuple):
