@@ -193,26 +193,24 @@ def of_a_frame(method: str) -> Printer:
 
 
 PRINTERS: Final[dict[str, list[Printer]]] = {
-    "`repr()`, `%r`, `pprint`, rich": [
+    "`repr()`, `%r`, `pprint`, rich, structlog's `KeyValueRenderer`": [
         repr,
         lambda value: "%r" % (value,),  # noqa: UP031
         lambda value: pprint.pformat({"value": [value]}),
         lambda value: reprlib.repr([value]),
         lambda value: pretty_repr({"value": [value]}, max_string=20),
+        by_structlog(structlog.processors.KeyValueRenderer()),
     ],
-    "local variables in a traceback (Python, rich, structlog, `pytest --showlocals`)": [
+    "local variables in tracebacks (Python, rich, structlog, pytest) and in Sentry": [
         in_a_traceback,
         in_a_traceback_of_rich,
         in_a_traceback_of_structlog,
         by_pytest("test_locals"),
-    ],
-    'SQLAlchemy, `echo="debug"`': [logged_by_sqlalchemy],
-    "Sentry: local variables, breadcrumbs, contexts": [
         by_sentry("locals"),
-        by_sentry("breadcrumbs"),
     ],
-    "structlog, `KeyValueRenderer`": [by_structlog(structlog.processors.KeyValueRenderer())],
-    "`str()`, `%s`, f-strings, `print()`, templates, the message of an exception": [
+    "Sentry's breadcrumbs and contexts": [by_sentry("breadcrumbs")],
+    'SQLAlchemy, `echo="debug"`': [logged_by_sqlalchemy],
+    "`str()`, `%s`, f-strings, `print()`, templates, messages of exceptions": [
         str,
         lambda value: "%s" % (value,),  # noqa: UP031
         lambda value: f"{value}",
@@ -221,24 +219,25 @@ PRINTERS: Final[dict[str, list[Printer]]] = {
         lambda value: jinja2.Template("{{ value }}").render(value=value),
         lambda value: str(ValueError(value)),
     ],
-    "`logging` with `%s`, also as Sentry sends it": [logged, by_sentry("logged by %s")],
-    "structlog, `ConsoleRenderer` and `LogfmtRenderer`": [
+    "`logging` with `%s`, also in Sentry": [logged, by_sentry("logged by %s")],
+    "CSV; structlog's `ConsoleRenderer` and `LogfmtRenderer`": [
+        in_csv,
+        of_a_frame("to_csv"),
         by_structlog(structlog.dev.ConsoleRenderer()),
         by_structlog(structlog.processors.LogfmtRenderer()),
     ],
-    "CSV (`csv`, pandas)": [in_csv, of_a_frame("to_csv")],
-    "JSON of any library, structlog's `JSONRenderer`, pickle": [
+    "JSON, structlog's `JSONRenderer`, pickle": [
         json.dumps,
         lambda value: orjson.dumps(value).decode(),
         by_structlog(structlog.processors.JSONRenderer()),
         lambda value: pickle.dumps(value).decode("latin-1"),
     ],
-    "pandas: a printed frame, HTML, JSON": [
+    "a printed pandas frame, its HTML and JSON; a failed assertion in pytest": [
         of_a_frame("__repr__"),
         of_a_frame("to_html"),
         of_a_frame("to_json"),
+        by_pytest("test_assertion"),
     ],
-    "pytest: both sides of an assertion that fails": [by_pytest("test_assertion")],
     "Flask's debugger": [lambda value: re.sub(r"<[^>]*>", "", debug_repr(value))],
 }
 """By the first cell of the row."""
