@@ -132,9 +132,8 @@ def rotation_table(figures: Sequence[Figure]) -> Iterator[str]:
     for group in dict.fromkeys(each.group for each in figures):
         quickest, *others = (each for each in figures if each.group == group)
         peers = {each.against: number(each.reference) for each in others}
-        form = quickest.against.removeprefix("by hand, ")
         yield (
-            f"| {group} | {number(quickest.ours)} | {number(quickest.reference)} ({form}) "
+            f"| {group} | {number(quickest.ours)} | {number(quickest.reference)} "
             f"| {peers['sqlalchemy-utils']} | {peers['MultiFernet']} |"
         )
     yield from met(figures)
