@@ -13,6 +13,7 @@ data. It is the same for every value that one key seals, so it also serves to lo
 from __future__ import annotations
 
 import re
+import struct
 from typing import Final, NamedTuple
 
 FORMAT_AES_256_GCM: Final = 0x01
@@ -100,9 +101,13 @@ def parse(sealed: bytes) -> Envelope | None:
     )
 
 
+pack_length: Final = struct.Struct(">I").pack
+"""Pack the length of a part of associated data: 4 bytes, big-endian."""
+
+
 def length_prefixed(*parts: bytes) -> bytes:
     """Join `parts`, each preceded by its length (4 bytes, big-endian).
 
     Different tuples never give the same bytes, as associated data requires.
     """
-    return b"".join([len(part).to_bytes(4, "big") + part for part in parts])
+    return b"".join([pack_length(len(part)) + part for part in parts])

@@ -144,10 +144,6 @@ class LucentSecrets:
             )
         self._mapper = mapper
         self._table: sa.Table = mapper.local_table  # type: ignore[assignment]
-        self._to_read: Mapping[str, Any] = {"mapper": mapper}
-        # A session that routes sends an UPDATE to its writer, but perhaps not an upsert, nor the
-        # SELECT that a write depends on. So all of these are routed as an UPDATE of the table.
-        self._to_write = {**self._to_read, "clause": _upsert.any_update(self._table)}
         self._on_access = on_access
         given_keep: object = keep
         if keep is not None:
@@ -194,7 +190,7 @@ class LucentSecrets:
     def _store(
         self, key: SecretKey, value: Any, expected: _Expected, expires_at: datetime | None
     ) -> str:
-        dialect = self._dialect(self._to_write)
+        dialect = self._dialect(to_write=True)
         sealed = self._seal(key, value, self._keyring, dialect)
         del value
         with self._savepoint_if_audited():
@@ -544,7 +540,7 @@ class LucentSecrets:
 
     def _history(self, key: SecretKey, *, to_read: bool = False) -> SecretHistory:
         execute = self._execute if to_read else functools.partial(self._write, [key])
-        dialect = self._dialect(self._to_read if to_read else self._to_write)
+        dialect = self._dialect(to_write=not to_read)
         return SecretHistory(self._table, key, execute, dialect, self._keyring, keep=self._keep)
 
     def _set_next(
@@ -608,7 +604,7 @@ class LucentSecrets:
                 for key, each in sealed.items():
                     self._tell("write", key, each, "ok")
             return
-        dialect = self._dialect(self._to_write)
+        dialect = self._dialect(to_write=True)
         sealed = {
             key: self._seal(key, value, self._keyring, dialect) for key, value in by_key.items()
         }
@@ -687,7 +683,7 @@ class LucentSecrets:
             # By their keys, so that exactly the deleted secrets are reported.
             selected = sa.select(*self._key_columns).where(condition).with_for_update()
             deleted = 0
-            on_mysql = is_mysql(self._dialect(self._to_write))
+            on_mysql = is_mysql(self._dialect(to_write=True))
             with self._savepoint_if_audited():
                 self._forget_many(parts)
                 keys = [_stored_key(row) for row in self._execute(selected, to_write=True)]
@@ -749,7 +745,7 @@ class LucentSecrets:
             statement = statement.order_by(*columns).limit(limit)
             if last is not None:
                 rest = [sa.literal(part) for part in last[len(parts) :]]
-                dialect = self._dialect(self._to_read)
+                dialect = self._dialect(to_write=False)
                 following = row_after(columns[len(parts) :], rest, dialect) if rest else sa.false()
                 statement = statement.where(following)
             return map(_info, self._select(statement))
@@ -880,7 +876,7 @@ class LucentSecrets:
         found: dict[SecretKey, Sealed] = {}
         if not keys:
             return found
-        dialect = self._dialect(self._to_write if to_write else self._to_read)
+        dialect = self._dialect(to_write=to_write)
         # In key order, so that two callers lock the same rows in the same order.
         for statement, parameters in _upsert.select_payloads(self._table, dialect, sorted(keys)):
             if lock:
@@ -899,7 +895,7 @@ class LucentSecrets:
     def _seal(
         self, key: SecretKey, value: Any, keyring: Keyring | None, dialect: sa.Dialect | None = None
     ) -> Sealed:
-        dialect = dialect or self._dialect(self._to_write)
+        dialect = dialect or self._dialect(to_write=True)
         return seal_payload(self._table, dialect, key, value, keyring)
 
     @staticmethod
@@ -993,8 +989,10 @@ class LucentSecrets:
         session = self._session
         if session.autoflush:
             session.flush()
-        bind = self._to_write if to_write else self._to_read
-        result: Any = session.execute(statement, parameters, bind_arguments=dict(bind))
+        bind = self._bind_arguments(statement, to_write=to_write)
+        if _is_plain(session):
+            return session.connection(bind_arguments=bind).execute(statement, parameters)
+        result: Any = session.execute(statement, parameters, bind_arguments=bind)
         return result  # type: ignore[no-any-return]
 
     @property
@@ -1002,8 +1000,19 @@ class LucentSecrets:
         given = self._given_session
         return given() if isinstance(given, scoped_session) else given
 
-    def _dialect(self, bind_arguments: Mapping[str, Any]) -> sa.Dialect:
-        return self._session.get_bind(**bind_arguments).dialect
+    def _bind_arguments(
+        self, statement: Executable | None = None, *, to_write: bool
+    ) -> dict[str, Any]:
+        """Return what a session that routes chooses the database by.
+
+        It sends an UPDATE to its writer, but perhaps not an upsert, nor the SELECT that a write
+        depends on. So all of these are routed as an UPDATE of the table.
+        """
+        clause = _upsert.any_update(self._table) if to_write else statement
+        return {"mapper": self._mapper, "clause": clause}
+
+    def _dialect(self, *, to_write: bool) -> sa.Dialect:
+        return self._session.get_bind(**self._bind_arguments(to_write=to_write)).dialect
 
     # -- reporting -------------------------------------------------------------------------------
 
@@ -1019,7 +1028,7 @@ class LucentSecrets:
 
     @contextmanager
     def _savepoint(self) -> Iterator[None]:
-        connection = self._session.connection(bind_arguments=dict(self._to_write))
+        connection = self._session.connection(bind_arguments=self._bind_arguments(to_write=True))
         if connection.dialect.name == "sqlite":
             # Python's sqlite3 begins a transaction before the first write but not before a
             # savepoint, so releasing the savepoint would commit.
@@ -1124,6 +1133,15 @@ class AsyncLucentSecrets:
     ) -> Any:
         """See :meth:`LucentSecrets.require`."""
         return await self._require(key, as_=as_, version=version, stage=stage)
+
+
+def _is_plain(session: Session) -> bool:
+    """Say whether :meth:`Session.execute` would do no more with a Core statement than execute it.
+
+    Passing it by brings ``require`` near to a SELECT by hand, see ``tests/bench``.
+    """
+    execute = getattr(session.execute, "__func__", None)
+    return execute is Session.execute and not session.dispatch.do_orm_execute
 
 
 def _leading_parts(*given: str | int | uuid.UUID | None) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ from sqlalchemy_lucent import (
 )
 from sqlalchemy_lucent.models import byte_wise_string
 from tests.bench.documents import DOCUMENTS
-from tests.bench.measure import KEYS, Figure, Goal, at_most, in_turns, run_alone
+from tests.bench.measure import KEYS, Contender, Figure, Goal, at_most, in_turns, run_alone
 from tests.bench.servers import bench_database
 from tests.databases import with_driver
 
@@ -56,10 +56,10 @@ ABOUT = """\
 Beside `LucentSecrets` stands what one would write by hand for plain JSON: a table with the same
 primary key and time stamps, and statements that are built once and executed on the same session.
 `require` and `get_many` compare with a `select` by primary key, `set` and `set_many` with the
-database's upsert. Both tables hold 9,000 rows more. Each call makes a repository, as a request
-handler does. With asyncpg it is `AsyncLucentSecrets` and an `AsyncSession`. `fresh` of `Renewals`,
-for a token that is not due, stands beside `require` on a session of its own: either takes a
-connection from the pool for each call."""
+database's upsert, 20 calls a transaction. Both tables hold 9,000 rows more. Each call makes a
+repository, as a request handler does. With asyncpg it is `AsyncLucentSecrets` and an
+`AsyncSession`. `fresh` of `Renewals`, for a token that is not due, stands beside `require` on a
+session of its own: either takes a connection from the pool for each call."""
 
 DATABASES = {
     "SQLite": "sqlite+pysqlite",
@@ -190,8 +190,10 @@ def fill(connection: Connection, value: Any, count: int) -> None:
 
 
 @contextmanager
-def calls_on(kind: str, url: URL, values: Mapping[SecretKey, Any], others: int) -> Iterator[Calls]:
-    """Give the calls over one session, whose work is rolled back in the end."""
+def calls_on(
+    kind: str, url: URL, values: Mapping[SecretKey, Any], others: int
+) -> Iterator[tuple[Calls, Call]]:
+    """Give the calls over one session, and what commits it."""
     value = next(iter(values.values()))
     with ExitStack() as stack:
         if url.get_dialect().is_async:
@@ -206,6 +208,7 @@ def calls_on(kind: str, url: URL, values: Mapping[SecretKey, Any], others: int) 
             runner.run(prepare())
             session = AsyncSession(engine)
             stack.callback(lambda: runner.run(session.close()))
+            commit: Call = lambda: runner.run(session.commit())  # noqa: E731
             renewals: Any = AsyncRenewals(engine)
             required_here: Callable[[SecretKey], Any] = partial(required_async, engine)
 
@@ -225,6 +228,7 @@ def calls_on(kind: str, url: URL, values: Mapping[SecretKey, Any], others: int) 
             with sync_engine.begin() as connection:
                 fill(connection, value, others)
             sync_session = stack.enter_context(Session(sync_engine))
+            commit = sync_session.commit
             renewals = Renewals(sync_engine)
             required_here = partial(required, sync_engine)
 
@@ -241,7 +245,7 @@ def calls_on(kind: str, url: URL, values: Mapping[SecretKey, Any], others: int) 
         hand, own = by_hand(kind, values), ours(secrets, values)
         key = SecretKey("user", OTHERS, "google", "oauth")
         # `fresh` comes first: on SQLite, the open transaction of the others may keep it out.
-        yield {
+        calls: Calls = {
             "fresh": {
                 "require": repeated("fresh", lambda _: required_here(key), plain=False),
                 "ours": repeated("fresh", lambda _: renewals.fresh(key, not_due), plain=False),
@@ -253,6 +257,7 @@ def calls_on(kind: str, url: URL, values: Mapping[SecretKey, Any], others: int) 
             }
             for name in own
         }
+        yield calls, commit
 
 
 def measure(smoke: bool = False) -> Iterator[Figure]:
@@ -267,14 +272,16 @@ def measure(smoke: bool = False) -> Iterator[Figure]:
                     SecretKey("tenant", f"tenant_{n:05}", "stripe", "apiKey"): DOCUMENTS[size](n)
                     for n in range(20 if smoke else MANY)
                 }
-                with calls_on(kind, where, values, 0 if smoke else OTHERS) as calls:
+                with calls_on(kind, where, values, 0 if smoke else OTHERS) as (calls, commit):
                     for name, by_whom in calls.items():
                         against = next(iter(by_whom))
                         if name.startswith(("get", "require", "fresh")):
                             assert by_whom[against]() == by_whom["ours"]()
                         rounds = 1 if smoke else 7 if calls_of(name) == 1 else 40
                         clock = time.thread_time if kind == "sqlite" else time.perf_counter
-                        turns = in_turns(by_whom, rounds, clock=clock, collect=False, warm_up=2)
+                        # In one long transaction, each write would walk past all earlier ones.
+                        each = {who: Contender(call, commit) for who, call in by_whom.items()}
+                        turns = in_turns(each, rounds, clock=clock, collect=False, warm_up=2)
                         yield turns.figure(
                             f"{label}, {size}",
                             name,
