@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypedDict
 
 import msgspec
+import pydantic
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -292,6 +293,26 @@ def test_require_returns_the_type_that_is_asked_for(
     assert secrets.require(KEY, as_=type_) == type_(email="a@b")
     assert secrets.require(KEY, as_=Typed) == {"email": "a@b"}
     assert secrets.require(KEY, as_=dict[str, str]) == {"email": "a@b"}
+
+
+class Kept(pydantic.BaseModel):
+    token: pydantic.SecretStr
+
+    @pydantic.field_serializer("token", when_used="json")
+    def _keep(self, secret: pydantic.SecretStr) -> str:
+        return secret.get_secret_value()
+
+
+class Masked(pydantic.BaseModel):
+    token: pydantic.SecretStr
+
+
+@pytest.mark.parametrize("model, token", [(Kept, "t-1"), (Masked, "**********")])
+def test_a_dumped_model_comes_back_as_its_serializers_wrote_it(
+    secrets: LucentSecrets, model: type[Any], token: str
+) -> None:
+    secrets.set(KEY, model(token="t-1").model_dump(mode="json"))
+    assert secrets.require(KEY, as_=model).token.get_secret_value() == token
 
 
 def test_document_of_another_shape_is_refused_by_its_path_and_without_its_value(
