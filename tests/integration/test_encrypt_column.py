@@ -572,6 +572,25 @@ def test_fernet_tokens_are_taken_over_and_back(engine: Engine) -> None:
     assert {n: from_token(token) for n, token in tokens.items()} == {1: {"a": 1}, 2: {"a": 2}}
 
 
+def test_fernet_tokens_that_hold_text_are_taken_over_and_back(engine: Engine) -> None:
+    fernet = Fernet(Fernet.generate_key())
+    stored = {n: fernet.encrypt(text.encode()).decode() for n, text in {1: "t-1", 2: "12"}.items()}
+    fill(engine, plain_table(Text()), stored)
+
+    def from_token(token: str) -> str:
+        return fernet.decrypt(token).decode()
+
+    def to_token(value: str) -> str:
+        return fernet.encrypt(value.encode()).decode()
+
+    encrypt(engine, Text(), reader=from_token, writer=to_token)
+    assert read(engine, sealed_table()) == {1: "t-1", 2: "12"}
+
+    decrypt(engine, Text(), reader=from_token, writer=to_token)
+    tokens = read(engine, plain_table(Text()))
+    assert {n: from_token(token) for n, token in tokens.items()} == {1: "t-1", 2: "12"}
+
+
 def test_a_token_of_another_key_is_reported_and_nothing_is_swapped(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
