@@ -247,6 +247,7 @@ def test_values_need_a_key(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> N
         encrypt(engine, sa.JSON())
 
     assert read(engine, plain_table(sa.JSON())) == VALUES
+    assert THROUGH not in columns(engine)
 
 
 def test_what_writers_change_between_filling_and_swapping_is_what_is_sealed(
@@ -803,6 +804,7 @@ def test_progress_goes_through_alembics_logging(
         encrypt(engine, sa.JSON())
 
     assert "sealed 6 of 6 values of users.credentials so far" in caplog.text
+    assert "0 of 0" not in caplog.text
 
 
 def test_an_interrupt_is_what_is_raised_and_the_next_run_goes_on(
