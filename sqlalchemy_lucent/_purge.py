@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from ._lifecycle import required_tables, run, same_key, time_of
+from ._lifecycle import required_tables, run, time_of
 from ._pagination import row_after
+from ._upsert import key_columns, same_key
 from ._versions import SecretHistory
 from .events import AccessHandler, SecretAccess
 from .exceptions import ConfigurationError
 from .models import LucentSecret, LucentSecretMixin, utc_now
-from .secret_key import KEY_PART_NAMES, SecretKey
+from .secret_key import SecretKey
 
 if TYPE_CHECKING:  # without greenlet, which only async programs need, it does not import
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -109,7 +110,7 @@ class _Purge:
         self, session: Session, condition: _Condition, after: SecretKey | None
     ) -> Sequence[SecretKey]:
         states, dialect = self._tables.states, self._engine.dialect
-        columns: list[Any] = [states.c[name] for name in KEY_PART_NAMES]
+        columns = key_columns(states)
         statement = sa.select(*columns).where(condition(dialect)).order_by(*columns).limit(_BATCH)
         if after is not None:
             statement = statement.where(

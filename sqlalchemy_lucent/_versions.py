@@ -14,18 +14,11 @@ from typing import Any, Final, Literal
 import sqlalchemy as sa
 
 from . import _upsert
-from ._lifecycle import (
-    NO_NUMBER,
-    Stage,
-    has_key,
-    is_ordinary,
-    required_tables,
-    run,
-    same_key,
-)
+from ._lifecycle import NO_NUMBER, Stage, is_ordinary, required_tables, run
 from ._payloads import open_payload, seal_payload
 from ._sealing import Sealed
 from ._sql import is_mysql
+from ._upsert import has_key, same_key
 from .exceptions import ConflictError, DecryptionError, hide_locals
 from .keyring import Keyring
 from .models import utc_now

@@ -31,6 +31,7 @@ from ._purge import apurge, purge
 from ._schema import Schema
 from ._sealing import Sealed
 from ._sql import is_mysql
+from ._upsert import has_key, key_columns
 from ._versions import SecretHistory
 from .events import AccessHandler, Action, SecretAccess
 from .exceptions import (
@@ -277,7 +278,7 @@ class LucentSecrets:
 
     def info(self, key: _Key) -> SecretInfo | None:
         """Return what is known about the secret under `key` without opening it, or ``None``."""
-        statement = self._select_info().where(self._begins_with(SecretKey.of(key)))
+        statement = self._select_info().where(has_key(self._table, SecretKey.of(key)))
         row = self._select(statement).first()
         return None if row is None else _info(row)
 
@@ -302,7 +303,7 @@ class LucentSecrets:
         if self._keep is not None or purge_after is not None:
             given = None if expected is _UNSET else _token_bytes(expected)
             return self._delete_with_history(key, given, _lifecycle.check_delay(purge_after))
-        statement = sa.delete(self._table).where(self._begins_with(key))
+        statement = sa.delete(self._table).where(has_key(self._table, key))
         if expected is not _UNSET:
             token = sa.literal(_token_bytes(expected), LargeBinary)
             statement = statement.where(self._has_token(token))
@@ -675,13 +676,13 @@ class LucentSecrets:
         parts = _leading_parts(scope, owner_id, provider)
         if len(parts) < len(("scope", "owner_id")):
             raise InvalidKeyError("delete_many() needs the scope and the owner_id of one owner")
-        condition = self._begins_with(parts)
+        condition = has_key(self._table, parts)
         if self._on_access is None:
             self._forget_many(parts)
             deleted = self._write((), sa.delete(self._table).where(condition)).rowcount
         else:
             # By their keys, so that exactly the deleted secrets are reported.
-            selected = sa.select(*self._key_columns).where(condition).with_for_update()
+            selected = sa.select(*key_columns(self._table)).where(condition).with_for_update()
             deleted = 0
             on_mysql = is_mysql(self._dialect(to_write=True))
             with self._savepoint_if_audited():
@@ -706,7 +707,7 @@ class LucentSecrets:
         tables = _lifecycle.required_tables(self._table)
         # The states first: every writer locks them first.
         for table in (tables.states, tables.versions):
-            statement = sa.delete(table).where(_lifecycle.has_key(table, parts))
+            statement = sa.delete(table).where(has_key(table, parts))
             _lifecycle.run(self._execute_write, tables, statement)
 
     # -- listing ----------------------------------------------------------------------------------
@@ -739,9 +740,9 @@ class LucentSecrets:
             raise InvalidKeyError(f"after= is a key of another listing, {last}")
 
         def page(statement: Any, table: sa.Table) -> Iterator[SecretInfo]:
-            columns = [table.c[name] for name in KEY_PART_NAMES]
+            columns = key_columns(table)
             if parts:
-                statement = statement.where(_lifecycle.has_key(table, parts))
+                statement = statement.where(has_key(table, parts))
             statement = statement.order_by(*columns).limit(limit)
             if last is not None:
                 rest = [sa.literal(part) for part in last[len(parts) :]]
@@ -781,9 +782,9 @@ class LucentSecrets:
             self._select_info(_lifecycle.describes(states, self._table))
             .where(
                 states.c.expires_at < _lifecycle.check_moment("before", before),
-                *([_lifecycle.has_key(states, parts)] if parts else []),
+                *([has_key(states, parts)] if parts else []),
             )
-            .order_by(states.c.expires_at, *(states.c[name] for name in KEY_PART_NAMES))
+            .order_by(states.c.expires_at, *key_columns(states))
             .limit(limit)
         )
         return [_info(row) for row in self._select(statement)]
@@ -802,18 +803,11 @@ class LucentSecrets:
         statement = sa.select(sa.func.count()).select_from(self._table)
         parts = _leading_parts(scope, owner_id, provider)
         if parts:
-            statement = statement.where(self._begins_with(parts))
+            statement = statement.where(has_key(self._table, parts))
         count: int = self._execute(statement).scalar_one()
         return count
 
     # -- conditions ------------------------------------------------------------------------------
-
-    @property
-    def _key_columns(self) -> builtins.list[ColumnElement[str]]:
-        return [self._table.c[name] for name in KEY_PART_NAMES]
-
-    def _begins_with(self, parts: Sequence[Any]) -> ColumnElement[bool]:
-        return _lifecycle.has_key(self._table, parts)
 
     def _has_token(self, token: ColumnElement[bytes]) -> ColumnElement[bool]:
         size = sa.func.length(token)
@@ -828,7 +822,7 @@ class LucentSecrets:
         """
         columns = self._table.c
         statement = sa.select(
-            *self._key_columns,
+            *key_columns(self._table),
             columns.key_version,
             columns.created_at,
             columns.updated_at,
@@ -850,7 +844,7 @@ class LucentSecrets:
         return _lifecycle.run(self._execute, tables, statement)
 
     def _exists(self, key: SecretKey, *, to_write: bool = False) -> bool:
-        statement = sa.select(sa.literal(1)).where(self._begins_with(key))
+        statement = sa.select(sa.literal(1)).where(has_key(self._table, key))
         return self._execute(statement, to_write=to_write).first() is not None
 
     def _load(self, key: SecretKey, *, to_write: bool = False, lock: bool = False) -> Sealed | None:
@@ -882,7 +876,7 @@ class LucentSecrets:
             if lock:
                 # On PostgreSQL, the statement also selects from arrays, which take no lock.
                 locked = self._table if dialect.name == "postgresql" else None
-                statement = statement.order_by(*self._key_columns).with_for_update(of=locked)
+                statement = statement.order_by(*key_columns(self._table)).with_for_update(of=locked)
             for row in self._execute(statement, parameters, to_write=to_write):
                 found[_stored_key(row[:-1])] = row[-1]
         return found
@@ -918,7 +912,7 @@ class LucentSecrets:
             values.update(moved_to._asdict())
             keys.append(moved_to)
         statement = sa.update(self._table).where(
-            self._begins_with(key), self._has_token(sa.literal(token, LargeBinary))
+            has_key(self._table, key), self._has_token(sa.literal(token, LargeBinary))
         )
         return self._write(keys, statement.values(values)).rowcount > 0
 
@@ -935,7 +929,7 @@ class LucentSecrets:
         statement = (
             sa.update(self._table)
             .where(
-                self._begins_with([sa.bindparam(name) for name in names]),
+                has_key(self._table, [sa.bindparam(name) for name in names]),
                 self._has_token(sa.bindparam("token", type_=LargeBinary)),
             )
             # `updated_at` is named to switch off its `onupdate`: a rotation is no edit.
