@@ -303,8 +303,8 @@ class SecretHistory:
         value: Any,
         stage: Literal["staged", "pending"] | None = None,
         expires_at: datetime | None = None,
-    ) -> int:
-        """Store a value that is not current, under a new number; return that number.
+    ) -> tuple[int, Sealed]:
+        """Store a value that is not current; return its new number and the sealed value.
 
         The caller stores the state afterwards.
         """
@@ -312,7 +312,7 @@ class SecretHistory:
         sealed = self.seal_version(number, value)
         del value
         self.insert_version(number, sealed, stage, expires_at, utc_now())
-        return number
+        return number, sealed
 
     @hide_locals
     def seal_version(self, number: int, value: Any) -> Sealed:

@@ -192,19 +192,16 @@ class LucentSecrets:
         self, key: SecretKey, value: Any, expected: _Expected, expires_at: datetime | None
     ) -> str:
         dialect = self._dialect(to_write=True)
-        sealed = self._seal(key, value, self._keyring, dialect)
+        sealed = seal_payload(self._table, dialect, key, value, self._keyring)
         del value
         with self._savepoint_if_audited():
             if self._keep is not None or (expires_at is not None and expected is not _UNSET):
                 written = self._set_next(key, sealed, expected, expires_at)
-            elif expires_at is not None:
-                row = self._row(key, sealed)
-                self._history(key).note_expiry(row["updated_at"], expires_at)
-                self._write([key], _upsert.upsert(self._table, dialect.name), row)
-                written = True
             elif expected is _UNSET:
-                statement = _upsert.upsert(self._table, dialect.name)
-                self._write([key], statement, self._row(key, sealed))
+                row = self._row(key, sealed)
+                if expires_at is not None:
+                    self._history(key).note_expiry(row["updated_at"], expires_at)
+                self._write([key], _upsert.upsert(self._table, dialect.name), row)
                 written = True
             elif expected is None:
                 execute = functools.partial(self._write, [key])
@@ -394,11 +391,8 @@ class LucentSecrets:
         key, expires_at = SecretKey.of(key), _lifecycle.check_expiry(expires_at)
         history = self._history(key)
         state = history.lock()
-        number = state.take_number()
-        sealed = history.seal_version(number, value)
-        del value
         with self._savepoint_if_audited():
-            history.insert_version(number, sealed, "staged", expires_at, utc_now())
+            number, sealed = history.add_version(state, value, "staged", expires_at)
             history.supersede("staged", number)
             history.save(state)
             self._tell("stage", key, sealed, "ok")
@@ -420,7 +414,7 @@ class LucentSecrets:
         if staged is None:
             self._tell("promote", key, None, "missing")
             raise _lifecycle.version_not_found(key, "staged value")
-        sealed = self._seal(key, self._read(key, staged.payload, staged.number), self._keyring)
+        sealed = history.seal(self._read(key, staged.payload, staged.number))
         with self._savepoint_if_audited():
             history.delete_version(staged.number)
             history.write_current(state, sealed, expires_at=staged.expires_at)
@@ -450,7 +444,7 @@ class LucentSecrets:
             self._tell("restore", key, None, "missing")
             raise _lifecycle.version_not_found(key, f"version {number}")
         payload, stored_as, expires_at = found
-        sealed = self._seal(key, self._read(key, payload, stored_as), self._keyring)
+        sealed = history.seal(self._read(key, payload, stored_as))
         with self._savepoint_if_audited():
             history.write_current(state, sealed, expires_at=expires_at)
             self._tell("restore", key, sealed, "ok")
@@ -474,14 +468,11 @@ class LucentSecrets:
                 f"no deleted secret is kept under {key}: it was not deleted with purge_after=, or "
                 "it is purged"
             )
-        undeleted, sealed = state.current is None, None
-        if undeleted:
-            sealed = self._seal(
-                key, self._read(key, deleted.payload, deleted.number), self._keyring
-            )
+        sealed = None
+        if state.current is None:
+            sealed = history.seal(self._read(key, deleted.payload, deleted.number))
         with self._savepoint_if_audited():
-            if sealed is not None:
-                undeleted = history.undelete(state, deleted, sealed)
+            undeleted = sealed is not None and history.undelete(state, deleted, sealed)
             self._tell("undelete", key, sealed, "ok" if undeleted else "conflict")
         if not undeleted:
             raise ConflictError(
@@ -516,7 +507,7 @@ class LucentSecrets:
         if state.current is None:
             self._tell("read", source, None, "missing")
             raise _not_found([source])
-        sealed = self._seal(target, self._read(source, state.current), self._keyring)
+        sealed = new.seal(self._read(source, state.current))
         kept = [
             (row, new.seal_version(row.number, old.open(row.number, row.payload)))
             for row in old.all_versions()
@@ -597,22 +588,19 @@ class LucentSecrets:
             by_key[key] = value
         if not by_key:
             return
-        if self._keep is not None:
-            sealed = {key: self._seal(key, by_key[key], self._keyring) for key in sorted(by_key)}
-            with self._savepoint_if_audited():
-                for key, each in sealed.items():
-                    self._set_next(key, each, _UNSET, None)
-                for key, each in sealed.items():
-                    self._tell("write", key, each, "ok")
-            return
         dialect = self._dialect(to_write=True)
         sealed = {
-            key: self._seal(key, value, self._keyring, dialect) for key, value in by_key.items()
+            key: seal_payload(self._table, dialect, key, value, self._keyring)
+            for key, value in by_key.items()
         }
-        # In key order, so that two callers lock the same rows in the same order.
-        rows = [self._row(key, sealed[key]) for key in sorted(sealed)]
         with self._savepoint_if_audited():
-            self._write(sealed, _upsert.upsert(self._table, dialect.name), rows)
+            # In key order, so that two callers lock the same rows in the same order.
+            if self._keep is None:
+                rows = [self._row(key, sealed[key]) for key in sorted(sealed)]
+                self._write(sealed, _upsert.upsert(self._table, dialect.name), rows)
+            else:
+                for key in sorted(sealed):
+                    self._set_next(key, sealed[key], _UNSET, None)
             for key, each in sealed.items():
                 self._tell("write", key, each, "ok")
 
@@ -708,7 +696,7 @@ class LucentSecrets:
         # The states first: every writer locks them first.
         for table in (tables.states, tables.versions):
             statement = sa.delete(table).where(has_key(table, parts))
-            _lifecycle.run(self._execute_write, tables, statement)
+            _lifecycle.run(functools.partial(self._write, ()), tables, statement)
 
     # -- listing ----------------------------------------------------------------------------------
 
@@ -886,11 +874,8 @@ class LucentSecrets:
 
     # -- writing ---------------------------------------------------------------------------------
 
-    def _seal(
-        self, key: SecretKey, value: Any, keyring: Keyring | None, dialect: sa.Dialect | None = None
-    ) -> Sealed:
-        dialect = dialect or self._dialect(to_write=True)
-        return seal_payload(self._table, dialect, key, value, keyring)
+    def _seal(self, key: SecretKey, value: Any, keyring: Keyring | None) -> Sealed:
+        return seal_payload(self._table, self._dialect(to_write=True), key, value, keyring)
 
     @staticmethod
     def _row(key: SecretKey, sealed: Sealed) -> dict[str, Any]:
@@ -968,9 +953,6 @@ class LucentSecrets:
         # Not if it waits to be flushed (autoflush is off): the changes are the caller's.
         if not inspect(loaded).modified:
             self._session.expire(loaded)
-
-    def _execute_write(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
-        return self._execute(statement, parameters, to_write=True)
 
     def _execute(
         self, statement: Executable, parameters: Any = None, *, to_write: bool = False

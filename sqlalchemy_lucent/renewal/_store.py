@@ -321,9 +321,9 @@ class Store:
             else:
                 return _Kept(value, sealed, "ok")
         if is_replaced:
-            claim.added = history.add_version(state, value, None, expires_at)
+            claim.added, _ = history.add_version(state, value, None, expires_at)
         else:
-            claim.added = history.add_version(state, value, "pending", expires_at)
+            claim.added, _ = history.add_version(state, value, "pending", expires_at)
             state.needs_reauthorization_at = None
         history.save(state)
         history.trim(state)
