@@ -8,7 +8,7 @@ nothing about the value that it stored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
@@ -162,46 +162,24 @@ def list_versions(table: sa.Table, key: SecretKey, execute: Execute) -> list[Sec
     """Return what is known about each version of a secret, the newest first."""
     tables = required_tables(table)
     versions, states = tables
-    columns = versions.c
     current = run(
         execute,
         tables,
-        sa.select(
-            table.c.updated_at,
-            table.c.key_version,
-            states.c.number,
-            states.c.written_at,
-            states.c.expires_at,
-        )
-        .select_from(table.outerjoin(states, same_key(states, table)))
+        sa.select(states.c.number, table.c.updated_at, states.c.expires_at, table.c.key_version)
+        .select_from(table.outerjoin(states, describes(states, table)))
         .where(has_key(table, key)),
     ).first()
     archived = run(
         execute,
         tables,
-        sa.select(
-            columns.number,
-            columns.stage,
-            columns.created_at,
-            columns.expires_at,
-            columns.key_version,
-        )
-        .where(has_key(versions, key), sa.func.coalesce(columns.stage, "") != "deleted")
-        .order_by(columns.number.desc()),
+        sa.select(*(versions.c[field.name] for field in fields(SecretVersion)))
+        .where(has_key(versions, key), sa.func.coalesce(versions.c.stage, "") != "deleted")
+        .order_by(versions.c.number.desc()),
     ).all()
     if current is None:
         return [SecretVersion(*tuple(row)) for row in archived if row.stage == "staged"]
-    is_described = current.written_at == current.updated_at
-    number = current.number if is_described else None
-    listed = [
-        SecretVersion(
-            number,
-            "current",
-            current.updated_at,
-            current.expires_at if is_described else None,
-            current.key_version,
-        )
-    ]
+    number, *rest = tuple(current)
+    listed = [SecretVersion(number, "current", *rest)]
     has_previous = False
     for row in archived:
         if row.number == number:
