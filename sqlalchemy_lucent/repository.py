@@ -43,7 +43,7 @@ from .exceptions import (
 )
 from .keyring import Keyring, generate_master_key
 from .models import LucentSecret, LucentSecretMixin, lifecycle_tables, utc_now
-from .secret_key import KEY_PART_NAMES, SecretKey, check_part
+from .secret_key import KEY_PART_NAMES, SecretKey, check_part, stored_key
 
 if TYPE_CHECKING:  # without greenlet, which only async programs need, it does not import
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -675,7 +675,7 @@ class LucentSecrets:
             on_mysql = is_mysql(self._dialect(to_write=True))
             with self._savepoint_if_audited():
                 self._forget_many(parts)
-                keys = [_stored_key(row) for row in self._execute(selected, to_write=True)]
+                keys = [stored_key(row) for row in self._execute(selected, to_write=True)]
                 for size, parameters in _upsert.batches(keys):
                     one_of = _upsert.is_one_of(self._table, on_mysql, size)
                     statement = sa.delete(self._table).where(one_of)
@@ -866,7 +866,7 @@ class LucentSecrets:
                 locked = self._table if dialect.name == "postgresql" else None
                 statement = statement.order_by(*key_columns(self._table)).with_for_update(of=locked)
             for row in self._execute(statement, parameters, to_write=to_write):
-                found[_stored_key(row[:-1])] = row[-1]
+                found[stored_key(row[:-1])] = row[-1]
         return found
 
     def _read(self, key: SecretKey, sealed: Sealed, number: int | None = None) -> Any:
@@ -1150,21 +1150,14 @@ def _two_keys(source: _Key, target: _Key) -> tuple[SecretKey, SecretKey]:
     return source, target
 
 
-def _stored_key(parts: Iterable[str]) -> SecretKey:
-    # Not checked again: a key that breaks a rule was written by others, and is shown as it is.
-    return tuple.__new__(SecretKey, parts)
-
-
 def _info(row: sa.Row[Any]) -> SecretInfo:
-    key = _stored_key((row.scope, row.owner_id, row.provider, row.name))
-    token = _token(row.prefix)
     known: Any = row._mapping
     return SecretInfo(
-        key,
+        stored_key(row[: len(KEY_PART_NAMES)]),
         row.key_version,
         row.created_at,
         row.updated_at,
-        token,
+        _token(row.prefix),
         known.get("number"),
         known.get("expires_at"),
         known.get("needs_reauthorization_at") is not None,
