@@ -767,7 +767,7 @@ class LucentSecrets:
         parts = _leading_parts(scope, owner_id)
         states = _lifecycle.required_tables(self._table).states
         statement = (
-            self._select_info(_lifecycle.describes(states, self._table))
+            self._select_info(described=True)
             .where(
                 states.c.expires_at < _lifecycle.check_moment("before", before),
                 *([has_key(states, parts)] if parts else []),
@@ -803,10 +803,10 @@ class LucentSecrets:
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def _select_info(self, joined: ColumnElement[bool] | None = None) -> Any:
+    def _select_info(self, *, described: bool = False) -> Any:
         """Select what :func:`_info` takes.
 
-        :param joined: how to join the states; a secret without one is selected as well if left out.
+        :param described: select only the secrets that a state describes.
         """
         columns = self._table.c
         statement = sa.select(
@@ -820,10 +820,10 @@ class LucentSecrets:
         if tables is None:
             return statement
         states = tables.states
-        condition = _lifecycle.describes(states, self._table) if joined is None else joined
+        condition = _lifecycle.describes(states, self._table)
         return statement.add_columns(
             states.c.number, states.c.expires_at, states.c.needs_reauthorization_at
-        ).join_from(self._table, states, condition, isouter=joined is None)
+        ).join_from(self._table, states, condition, isouter=not described)
 
     def _select(self, statement: Any) -> CursorResult[Any]:
         tables = lifecycle_tables(self._table)

@@ -368,14 +368,8 @@ class Store:
     # -- the parts ---------------------------------------------------------------------------------
 
     def _history(self, key: SecretKey, connection: sa.Connection) -> SecretHistory:
-        return SecretHistory(
-            self.table,
-            key,
-            connection.execute,
-            connection.dialect,
-            self._keyring,
-            keep=self._kept,
-        )
+        execute, dialect = connection.execute, connection.dialect
+        return SecretHistory(self.table, key, execute, dialect, self._keyring, keep=self._kept)
 
     @staticmethod
     def _take_pending(history: SecretHistory, state: State) -> bool:
