@@ -297,18 +297,19 @@ class LucentSecrets:
         :raises DecryptionError: with `purge_after`, the value does not open, so it cannot be kept.
         """
         key = SecretKey.of(key)
-        if self._keep is not None or purge_after is not None:
-            given = None if expected is _UNSET else _token_bytes(expected)
-            return self._delete_with_history(key, given, _lifecycle.check_delay(purge_after))
-        statement = sa.delete(self._table).where(has_key(self._table, key))
-        if expected is not _UNSET:
-            token = sa.literal(_token_bytes(expected), LargeBinary)
-            statement = statement.where(self._has_token(token))
+        token = None if expected is _UNSET else _token_bytes(expected)
+        purge_after = _lifecycle.check_delay(purge_after)
         with self._savepoint_if_audited():
-            deleted = self._write([key], statement).rowcount > 0
-            refused = "missing" if expected is _UNSET else "conflict"
+            if self._keep is not None or purge_after is not None:
+                deleted = self._delete_with_history(key, token, purge_after)
+            else:
+                statement = sa.delete(self._table).where(has_key(self._table, key))
+                if token is not None:
+                    statement = statement.where(self._has_token(sa.literal(token, LargeBinary)))
+                deleted = self._write([key], statement).rowcount > 0
+            refused = "missing" if token is None else "conflict"
             self._tell("delete", key, None, "ok" if deleted else refused)
-        if not deleted and expected is not _UNSET:
+        if not deleted and token is not None:
             raise _conflict(key)
         return deleted
 
@@ -486,19 +487,14 @@ class LucentSecrets:
         history = self._history(key)
         state = history.lock()
         current = None if state.current is None else _prefix(bytes(state.current))
-        deleted = current is not None and token in (None, current)
-        with self._savepoint_if_audited():
-            if purge_after is None:
-                if deleted or token is None:
-                    history.delete_current()
-                    history.forget()
-            elif deleted:
+        is_expected = current is not None and token in (None, current)
+        if purge_after is not None:
+            if is_expected:
                 history.delete_softly(state, purge_after)
-            refused = "missing" if token is None else "conflict"
-            self._tell("delete", key, None, "ok" if deleted else refused)
-        if not deleted and token is not None:
-            raise _conflict(key)
-        return deleted
+        elif is_expected or token is None:
+            history.delete_current()
+            history.forget()
+        return is_expected
 
     def _move_with_history(self, source: SecretKey, target: SecretKey) -> None:
         histories = {key: self._history(key) for key in (source, target)}
