@@ -791,12 +791,6 @@ class LucentSecrets:
         count: int = self._execute(statement).scalar_one()
         return count
 
-    # -- conditions ------------------------------------------------------------------------------
-
-    def _has_token(self, token: ColumnElement[bytes]) -> ColumnElement[bool]:
-        size = sa.func.length(token)
-        return sa.func.substr(self._table.c.payload, 1, size, type_=LargeBinary) == token
-
     # -- reading ---------------------------------------------------------------------------------
 
     def _select_info(self, *, described: bool = False) -> Any:
@@ -877,6 +871,10 @@ class LucentSecrets:
     def _row(key: SecretKey, sealed: Sealed) -> dict[str, Any]:
         now = utc_now()
         return {**key._asdict(), "payload": sealed, "created_at": now, "updated_at": now}
+
+    def _has_token(self, token: ColumnElement[bytes]) -> ColumnElement[bool]:
+        size = sa.func.length(token)
+        return sa.func.substr(self._table.c.payload, 1, size, type_=LargeBinary) == token
 
     def _replace(
         self,
