@@ -310,7 +310,6 @@ class SecretHistory:
         """
         number = state.take_number()
         sealed = self.seal_version(number, value)
-        del value
         self.insert_version(number, sealed, stage, expires_at, utc_now())
         return number, sealed
 
