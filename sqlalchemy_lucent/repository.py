@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, Literal, ParamSpec, T
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement, CursorResult, Executable, LargeBinary, inspect
 from sqlalchemy.orm import Mapper, Session, scoped_session
+from sqlalchemy.orm import session as orm_session
 
 from . import _lifecycle, _upsert
 from ._envelope import LONGEST_PREFIX, NONCE_SIZE, header_size, parse
@@ -955,9 +956,10 @@ class LucentSecrets:
 
         :param to_write: whether it writes, or reads what a write depends on.
         """
-        # On SQLAlchemy 2.0, a session does not autoflush before Core statements.
+        # On SQLAlchemy 2.0, a session does not autoflush before Core statements. A handler of a
+        # flush may call this too, and a flush within a flush is an error.
         session = self._session
-        if session.autoflush:
+        if session.autoflush and not getattr(session, "_flushing", False):
             session.flush()
         bind = self._bind_arguments(statement, to_write=to_write)
         if _is_plain(session):
@@ -1105,13 +1107,35 @@ class AsyncLucentSecrets:
         return await self._require(key, as_=as_, version=version, stage=stage)
 
 
+def _as_shipped(name: str) -> object:
+    """Return a method of :class:`Session`, or what equals none if a program has replaced it."""
+    method = getattr(Session, name)
+    return method if getattr(method, "__globals__", None) is vars(orm_session) else object()
+
+
+_EXECUTE: Final = _as_shipped("execute")
+_CONNECTION: Final = _as_shipped("connection")
+
+
 def _is_plain(session: Session) -> bool:
     """Say whether :meth:`Session.execute` would do no more with a Core statement than execute it.
 
     Passing it by brings ``require`` near to a SELECT by hand, see ``tests/bench``.
     """
-    execute = getattr(session.execute, "__func__", None)
-    return execute is Session.execute and not session.dispatch.do_orm_execute
+    kind = type(session)
+    if (
+        getattr(kind, "execute", None) is not _EXECUTE
+        or getattr(kind, "connection", None) is not _CONNECTION
+    ):
+        return False
+    own = vars(session)
+    return (
+        "execute" not in own
+        and "connection" not in own
+        and not session.dispatch.do_orm_execute
+        # SQLAlchemy 2.1: `execute` passes these on, over the connection's own.
+        and not getattr(session, "execution_options", None)
+    )
 
 
 def _leading_parts(*given: str | int | uuid.UUID | None) -> tuple[str, ...]:
