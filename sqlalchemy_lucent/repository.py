@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, Literal, ParamSpec, T
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement, CursorResult, Executable, LargeBinary, inspect
 from sqlalchemy.orm import Mapper, Session, scoped_session
-from sqlalchemy.orm import session as orm_session
 
 from . import _lifecycle, _upsert
 from ._envelope import LONGEST_PREFIX, NONCE_SIZE, header_size, parse
@@ -1107,14 +1106,9 @@ class AsyncLucentSecrets:
         return await self._require(key, as_=as_, version=version, stage=stage)
 
 
-def _as_shipped(name: str) -> object:
-    """Return a method of :class:`Session`, or what equals none if a program has replaced it."""
-    method = getattr(Session, name)
-    return method if getattr(method, "__globals__", None) is vars(orm_session) else object()
-
-
-_EXECUTE: Final = _as_shipped("execute")
-_CONNECTION: Final = _as_shipped("connection")
+# As they are when this is imported: a program may replace them in the class, too.
+_EXECUTE: Final = Session.execute
+_CONNECTION: Final = Session.connection
 
 
 def _is_plain(session: Session) -> bool:
@@ -1122,15 +1116,11 @@ def _is_plain(session: Session) -> bool:
 
     Passing it by brings ``require`` near to a SELECT by hand, see ``tests/bench``.
     """
-    kind = type(session)
-    if (
-        getattr(kind, "execute", None) is not _EXECUTE
-        or getattr(kind, "connection", None) is not _CONNECTION
-    ):
-        return False
-    own = vars(session)
+    kind, own = type(session), vars(session)
     return (
-        "execute" not in own
+        kind.execute is _EXECUTE
+        and kind.connection is _CONNECTION
+        and "execute" not in own
         and "connection" not in own
         and not session.dispatch.do_orm_execute
         # SQLAlchemy 2.1: `execute` passes these on, over the connection's own.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -148,31 +146,6 @@ def test_a_function_put_in_place_of_execute_is_called(
     with Session(engine) as session:
         LucentSecrets(session).get(KEY)
     assert len(seen) == 1
-
-
-def test_a_function_put_in_place_of_execute_before_the_import_is_called() -> None:
-    program = """
-from sqlalchemy import create_engine
-from sqlalchemy.orm import Session
-
-given, seen = Session.execute, []
-
-def execute(self, statement, *args, **kwargs):
-    seen.append(statement)
-    return given(self, statement, *args, **kwargs)
-
-Session.execute = execute
-
-from sqlalchemy_lucent import LucentBase, LucentSecrets
-
-engine = create_engine("sqlite://")
-LucentBase.metadata.create_all(engine)
-with Session(engine) as session:
-    LucentSecrets(session).count()
-print(len(seen))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("1\n", "")
 
 
 def test_a_session_that_gives_no_connection_away_serves_the_repository(engine: Engine) -> None:
