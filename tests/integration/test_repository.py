@@ -36,6 +36,7 @@ from sqlalchemy_lucent import (
     SerializationError,
     TamperedError,
     UnknownKeyVersionError,
+    generate_master_key,
 )
 from tests.databases import create_unguarded
 from tests.secret_tables import KEY, OTHER
@@ -490,6 +491,14 @@ def test_rotate_seals_anew_under_the_primary_and_is_no_edit(
     assert LucentSecrets(session, keyring=promoted.without("v1")).require(KEY) == {"n": 1}
     with pytest.raises(UnknownKeyVersionError):
         secrets.require(KEY)
+
+
+def test_rotate_moves_a_secret_to_another_key_of_the_same_version(session: Session) -> None:
+    wrong, right = (Keyring({"v1": generate_master_key()}) for _ in range(2))
+    mistaken = LucentSecrets(session, keyring=wrong)
+    mistaken.set(KEY, {"n": 1})
+    assert mistaken.rotate(KEY, to=right) == "v1"
+    assert LucentSecrets(session, keyring=right).require(KEY) == {"n": 1}
 
 
 def test_rotate_many_with_one_missing_writes_nothing(
