@@ -52,7 +52,13 @@ _SYNC_DRIVERS: Final = {
 }
 _SYNC_DRIVERS["mariadb"] = _SYNC_DRIVERS["mysql"]
 _ASYNC_DRIVERS: Final = frozenset({"aiosqlite", "asyncpg", "psycopg_async", "asyncmy", "aiomysql"})
-_EXTRAS: Final = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql"}
+_PACKAGES: Final = {
+    "psycopg": "'psycopg[binary]'",
+    "psycopg2": "psycopg2-binary",
+    "pymysql": "PyMySQL",
+    "mysqldb": "mysqlclient",
+}
+"""What to install for a driver, quoted for a shell."""
 
 
 # -- the URL ---------------------------------------------------------------------------------------
@@ -150,10 +156,15 @@ def _with_sync_driver(url: sa.URL, source: str) -> sa.URL:
                 query.pop("stmt_cache_size", None)
             return url.set(drivername=f"{backend}+{found}", query=query)
     wanted = f"{driver} is async, and the command needs a" if driver else "there is no"
+    first, _ = _SYNC_DRIVERS[backend][0]
     raise CommandError(
-        f"{wanted} synchronous driver for {backend}: "
-        f"pip install 'sqlalchemy-lucent[{_EXTRAS[backend]}]'"
+        f"{wanted} synchronous driver for {backend}, such as {first}{_how_to_install(first)}"
     )
+
+
+def _how_to_install(driver: str) -> str:
+    package = _PACKAGES.get(driver)
+    return "" if package is None else f": pip install {package}"
 
 
 # -- the database ----------------------------------------------------------------------------------
@@ -188,11 +199,8 @@ def _connect(url: sa.URL) -> sa.Engine:
     except NoSuchModuleError:
         fault = f"SQLAlchemy does not know the driver of {url.drivername}"
     except ImportError as error:
-        extra = _EXTRAS.get(url.get_backend_name(), "all")
-        fault = (
-            f"the driver of {url.drivername} is not installed ({first_line(error)}): "
-            f"pip install 'sqlalchemy-lucent[{extra}]'"
-        )
+        install = _how_to_install(url.get_driver_name())
+        fault = f"the driver of {url.drivername} is not installed ({first_line(error)}){install}"
     except (ArgumentError, TypeError, ValueError):
         fault = f"the URL has an option that {url.drivername} does not take"
     except DBAPIError as error:

@@ -278,8 +278,10 @@ def test_without_a_synchronous_driver_it_says_what_to_install(lucent: Lucent) ->
         check=False,
     )
     assert done.returncode == 2
-    assert "asyncpg is async, and the command needs a synchronous" in done.stderr
-    assert "sqlalchemy-lucent[postgresql]" in done.stderr
+    assert done.stderr == (
+        "lucent: asyncpg is async, and the command needs a synchronous driver for postgresql, such "
+        "as psycopg: pip install 'psycopg[binary]'\n"
+    )
 
 
 def test_a_closed_pipe_is_quiet(lucent: Lucent, tmp_path: Path) -> None:
