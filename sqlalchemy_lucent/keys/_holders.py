@@ -20,7 +20,7 @@ from .._database.clock import database_time
 from ..exceptions import ConfigurationError, KeyStateError, LucentError
 from ..keyring import Keyring
 from ..rotation import is_wait
-from ._state import RegisteredKey, json_ready
+from ._state import RegisteredKey, data_of
 
 DEFAULT_INTERVAL: Final = 30.0
 DEFAULT_QUIET: Final = 120.0
@@ -44,8 +44,7 @@ class KeyHolder:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the holder as data that :func:`json.dumps` takes."""
-        own = {name: json_ready(value) for name, value in vars(self).items()}
-        return {**own, "versions": list(self.versions)}
+        return data_of(self)
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,7 @@ class Readiness:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as data that :func:`json.dumps` takes."""
-        return {
-            "version": self.version,
-            "holders": [holder.as_dict() for holder in self.holders],
-            "lacking": [holder.as_dict() for holder in self.lacking],
-            "missing_kinds": list(self.missing_kinds),
-            "ok": self.ok,
-        }
+        return {**data_of(self), "ok": self.ok}
 
 
 def check_kinds(kinds: Iterable[object]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from ..keyring import Keyring
 from ..rotation.jobs import Reseal, SealedColumn
 from ..rotation.targets import TargetTable
 from ._receipts import KeyReceipt
-from ._state import json_ready
+from ._state import data_of, json_ready
 
 _PURPOSE: Final = "leaks"
 _BATCH: Final = 500
@@ -70,17 +70,7 @@ class LeakReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as data that :func:`json.dumps` takes."""
-        return {
-            "version": self.version,
-            "since": self.since.isoformat(timespec="microseconds"),
-            "values": [
-                {**vars(value), "noted_at": value.noted_at.isoformat(timespec="microseconds")}
-                for value in self.values
-            ],
-            "rotated_away": dict(self.rotated_away),
-            "unopened": self.unopened,
-            "open": len(self.open),
-        }
+        return {**data_of(self), "open": len(self.open)}
 
 
 def note_leaked(
