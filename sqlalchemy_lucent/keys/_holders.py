@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import sqlalchemy as sa
 
@@ -21,6 +21,9 @@ from ..exceptions import ConfigurationError, KeyStateError, LucentError
 from ..keyring import Keyring
 from ..rotation import is_wait
 from ._state import RegisteredKey, data_of
+
+if TYPE_CHECKING:
+    from .registry import KeyRegistry
 
 DEFAULT_INTERVAL: Final = 30.0
 DEFAULT_QUIET: Final = 120.0
@@ -183,16 +186,6 @@ def delete_holder(connection: sa.Connection, id_: str) -> None:
     connection.execute(sa.delete(table).where(table.c.id == id_))
 
 
-class Announcer(Protocol):
-    """The part of a registry that writes holders."""
-
-    def write_holder(self, id_: str, kind: str) -> None:
-        """Write that the process is there."""
-
-    def delete_holder(self, id_: str) -> None:
-        """Write that it has ended."""
-
-
 class Announcement:
     """Tells the registry, from a thread, that this process is there and which keys it holds.
 
@@ -201,7 +194,7 @@ class Announcement:
     is out of reach, it tries again after the interval.
     """
 
-    def __init__(self, registry: Announcer, kind: str, interval: float) -> None:
+    def __init__(self, registry: KeyRegistry, kind: str, interval: float) -> None:
         (self.kind,) = check_kinds([kind])
         self.id = uuid.uuid4().hex
         self._registry = registry

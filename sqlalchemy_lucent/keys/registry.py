@@ -16,7 +16,7 @@ from ..keyring import Keyring, default_keyring
 from ..rotation import keyring_of
 from ..rotation.targets import Target
 from . import _leaks
-from ._following import FollowingKeyring
+from ._following import INTERVAL, FollowingKeyring
 from ._holders import (
     DEFAULT_INTERVAL,
     DEFAULT_QUIET,
@@ -106,9 +106,7 @@ class KeyRegistry:
         :raises WrongKeyError: this process has another key under a registered version's name.
         :raises TamperedError: a line of the registry was changed.
         """
-        keyring = keyring_of(self._keyring)
-        keys = self._keys()
-        require_same_keys(keys, keyring)
+        keyring, keys = self._own_keys()
         if all(version in keys for version in keyring.versions):
             return tuple(keys.values())
         counts = {} if keys else self._tables.counts()
@@ -255,7 +253,7 @@ class KeyRegistry:
         self._store.step(what, make_primary)
         return self._key(version)
 
-    def following(self, *, interval: float = 30.0) -> FollowingKeyring:
+    def following(self, *, interval: float = INTERVAL) -> FollowingKeyring:
         """Return what :meth:`Keyring.following` returns, with another interval."""
         seconds = check_seconds("interval", interval)
         return FollowingKeyring(self._engine, self._keyring or default_keyring(), seconds)
