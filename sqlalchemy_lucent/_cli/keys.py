@@ -17,7 +17,7 @@ from ..keys import KeyRegistry, RegisteredKey
 from .commands import ExcludeOption, JsonOption, MetadataOption, UrlOption, app
 from .database import load_targets, opened, with_stored_secrets
 from .errors import CommandError, Exit
-from .terminal import counted, tell, wrapped, write, write_json, write_rows
+from .terminal import counted, say, tell, write, write_json, write_rows
 
 keys = typer.Typer(help="Keys: those of this environment, and their life in the registry.")
 app.add_typer(keys, name="keys")
@@ -85,10 +85,6 @@ def _since(key: RegisteredKey) -> datetime:
 
 def _moment(moment: datetime | None) -> str:
     return "-" if moment is None else f"{moment:%Y-%m-%d %H:%M}"
-
-
-def _say(sentence: str) -> None:
-    write(wrapped(sentence) + "\n")
 
 
 @keys.callback(invoke_without_command=True)
@@ -162,7 +158,7 @@ def ready(
             for h in found.holders
         ]
         write_rows(("kind", "host", "process", "primary", f"has {version}"), rows)
-        _say(found.reason or f"{version} can be promoted")
+        say(found.reason or f"{version} can be promoted")
     raise typer.Exit(Exit.DONE if found.ok else Exit.LEFT)
 
 
@@ -177,7 +173,7 @@ def promote(
     """Make a key the primary, if every process has it."""
     with _registry(url, metadata) as registry:
         registry.promote(version, kind or (), quiet=quiet)
-    _say(
+    say(
         f"{version} is the primary. Processes that follow the registry seal with it within 30 "
         "seconds; then run lucent rotate"
     )
@@ -202,7 +198,7 @@ def fence(
             lock_timeout=lock_timeout,
             retries=retries,
         )
-    _say(f"the database refuses values under {version}")
+    say(f"the database refuses values under {version}")
 
 
 @keys.command()
@@ -212,7 +208,7 @@ def unfence(
     """Have the database take values under a fenced key again."""
     with _registry(url, metadata) as registry:
         registry.unfence(version)
-    _say(f"the database takes values under {version} again")
+    say(f"the database takes values under {version} again")
 
 
 @keys.command()
@@ -238,7 +234,7 @@ def retire(
             retries=retries,
         )
         head = registry.receipts()[-1].head
-    _say(f"{version} is retired; take its key out of every environment")
+    say(f"{version} is retired; take its key out of every environment")
     write(f"receipt {head}\n")
     if not metadata:
         tell("only scoped secrets were counted: name your models with --metadata as well")
@@ -251,7 +247,7 @@ def unretire(
     """Bring a retired key back, for a backup that was restored. Drops its fence."""
     with _registry(url, metadata) as registry:
         registry.unretire(version)
-    _say(f"values under {version} open again: run lucent rotate, then retire it")
+    say(f"values under {version} open again: run lucent rotate, then retire it")
 
 
 @keys.command()
@@ -279,7 +275,7 @@ def leaked(
             for v in report.values
         ]
         write_rows(("column", "primary key", "owner", "state"), rows)
-        _say(f"{counted(len(report.open), 'value')} left to replace")
+        say(f"{counted(len(report.open), 'value')} left to replace")
         for name, number in report.rotated_away.items():
             tell(
                 f"{name}: {counted(number, 'value')} had left {version} before, and cannot be named"
@@ -324,9 +320,9 @@ def receipts(
         ]
         write_rows(("line", "time", "action", "version", "by"), rows)
         for fault in proof.faults:
-            _say(fault.reason)
+            say(fault.reason)
         if proof.ok:
-            _say(f"{counted(proof.lines, 'line')} proven")
+            say(f"{counted(proof.lines, 'line')} proven")
         write(f"head {proof.head or '-'}\n")
     raise typer.Exit(Exit.DONE if proof.ok else Exit.LEFT)
 

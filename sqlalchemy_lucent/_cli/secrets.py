@@ -26,7 +26,7 @@ from .commands import MetadataOption, UrlOption
 from .commands import app as app  # with all commands
 from .database import opened, secrets_model
 from .errors import CommandError
-from .terminal import confirm, printable, wrapped, write, write_json, write_rows, write_text
+from .terminal import confirm, printable, say, write_json, write_rows, write_text
 
 _UNITS: Final = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
@@ -174,7 +174,7 @@ def set_secret(
         version = lucent.default_keyring().primary
         secrets.set(secret_key, _read_value(file, as_text=text), expires_at=expiry)
         session.commit()
-    write(wrapped(f"stored {printable(secret_key)} under key version {version}") + "\n")
+    say(f"stored {printable(secret_key)} under key version {version}")
 
 
 @app.command("delete")
@@ -203,7 +203,7 @@ def delete_secret(
         session.commit()
     if not deleted:
         raise _not_found(secret_key)
-    write(wrapped(f"deleted {printable(secret_key)}") + "\n")
+    say(f"deleted {printable(secret_key)}")
 
 
 def _read_value(file: Path | None, *, as_text: bool) -> Any:
