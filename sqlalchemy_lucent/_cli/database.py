@@ -37,13 +37,6 @@ METADATA_VARIABLE: Final = "LUCENT_METADATA"
 _CONNECT_TIMEOUT: Final = 10
 """Seconds to wait for PostgreSQL, whose driver would wait for minutes. PyMySQL has this default."""
 
-_BACKENDS: Final = {
-    "sqlite": "sqlite",
-    "postgresql": "postgresql",
-    "postgres": "postgresql",  # what some platforms put into DATABASE_URL
-    "mysql": "mysql",
-    "mariadb": "mariadb",
-}
 # The drivers to look for, in order, each with its module.
 _SYNC_DRIVERS: Final = {
     "sqlite": (("pysqlite", "sqlite3"),),
@@ -137,11 +130,12 @@ def _parse(text: str, source: str) -> sa.URL:
 
 def _with_sync_driver(url: sa.URL, source: str) -> sa.URL:
     name, _, driver = url.drivername.partition("+")
-    backend = _BACKENDS.get(name)
-    if backend is None:
+    # Some platforms put "postgres" into DATABASE_URL.
+    backend = "postgresql" if name == "postgres" else name
+    if backend not in _SYNC_DRIVERS:
         raise CommandError(
             f"{source} names a kind of database that is not supported; "
-            "these are: sqlite, postgresql, mysql, mariadb"
+            f"these are: {', '.join(_SYNC_DRIVERS)}"
         )
     if driver and driver not in _ASYNC_DRIVERS:
         return url.set(drivername=f"{backend}+{driver}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -288,13 +288,10 @@ def leaked(
 def _parse_time(text: str | None) -> datetime | None:
     if text is None:
         return None
-    try:
+    with suppress(ValueError):
         found = datetime.fromisoformat(text)
-    except ValueError:
-        found = None
-    if found is None:
-        raise CommandError("--since takes a time such as 2026-05-04T13:00Z")
-    return found.replace(tzinfo=UTC) if found.tzinfo is None else found
+        return found.replace(tzinfo=UTC) if found.tzinfo is None else found
+    raise CommandError("--since takes a time such as 2026-05-04T13:00Z")
 
 
 @keys.command()

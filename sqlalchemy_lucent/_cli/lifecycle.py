@@ -13,7 +13,7 @@ from ..secret_key import SecretKey
 from .commands import MetadataOption, UrlOption, app
 from .database import opened, secrets_model
 from .errors import Exit
-from .secrets import KeyArgument, duration, moment, open_secrets
+from .secrets import KeyArgument, duration, moment, not_found, open_secrets
 from .terminal import counted, printable, say, write_rows
 
 
@@ -57,7 +57,7 @@ def versions(key: KeyArgument, url: UrlOption = None, metadata: MetadataOption =
     with open_secrets(url, metadata) as (_, secrets):
         found = secrets.versions(secret_key)
     if not found:
-        raise lucent.SecretNotFoundError(f"no secret is stored under {secret_key}")
+        raise not_found(secret_key)
     rows = [
         (
             "-" if each.number is None else str(each.number),

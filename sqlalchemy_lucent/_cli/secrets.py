@@ -134,7 +134,7 @@ def get_secret(
             write_json(value)
         return
     if info is None:  # deleted between the two statements
-        raise _not_found(secret_key)
+        raise not_found(secret_key)
     created, updated = moment(info.created_at), moment(info.updated_at)
     row = (info.key, info.key_version, created, updated, f"<redacted {_kind(value)}>")
     write_rows(("key", "version", "created", "updated", "value"), [row])
@@ -202,7 +202,7 @@ def delete_secret(
         deleted = secrets.delete(secret_key, purge_after=delay)
         session.commit()
     if not deleted:
-        raise _not_found(secret_key)
+        raise not_found(secret_key)
     say(f"deleted {printable(secret_key)}")
 
 
@@ -287,5 +287,6 @@ def _parse_moment(text: str) -> datetime:
     raise CommandError("--expires-at takes a time with its zone, as in 2027-01-31T12:00:00Z")
 
 
-def _not_found(key: SecretKey) -> lucent.SecretNotFoundError:
+def not_found(key: SecretKey) -> lucent.SecretNotFoundError:
+    """Return the error for a secret that is not there."""
     return lucent.SecretNotFoundError(f"no secret is stored under {key}")
