@@ -332,8 +332,7 @@ class Fence:
         return check
 
     def _alter(self, dialect: sa.Dialect, changes: Sequence[str]) -> str:
-        owner = sa.Table(self._name, sa.MetaData(), schema=self._schema)
-        table = dialect.identifier_preparer.format_table(owner)
+        table = dialect.identifier_preparer.format_table(self.target.clause)
         return f"ALTER TABLE {table} {', '.join(changes)}"
 
     def _triggers(self, columns: Sequence[str], dialect: sa.Dialect) -> Iterator[str]:
