@@ -59,10 +59,11 @@ def run_rotation(
     workers: int,
     max_rate: float | None,
     as_json: bool,
+    dry_run: bool,
     **options: Any,
 ) -> Exit:
     """Rotate, show progress and the report, and return the exit code."""
-    if engine.dialect.name == "sqlite" or options["dry_run"]:
+    if engine.dialect.name == "sqlite" or dry_run:
         workers = 1  # one writer at a time; nothing to lock
     if max_rate is not None and max_rate < workers:
         raise CommandError("--max-rate must be at least 1 for each of the --workers")
@@ -79,6 +80,7 @@ def run_rotation(
                 on_progress=lambda progress: shown.update(_plus(progress, by_workers)),
                 stop_when=lambda _: interrupt.asked,
                 max_rate=max_rate,
+                dry_run=dry_run,
                 **options,
             )
         except KeyboardInterrupt:
@@ -87,7 +89,7 @@ def run_rotation(
             if not interrupt.asked:
                 raise CommandError(str(error), Exit.LEFT) from None
     if report is None:
-        raise CommandError(f"interrupted; {shown.standing(**options)}", Exit.INTERRUPTED)
+        raise CommandError(f"interrupted; {shown.standing(dry_run=dry_run)}", Exit.INTERRUPTED)
     report = replace(report, rotated=report.rotated + by_workers)
     if as_json:
         write_json(report.as_dict())
@@ -230,7 +232,7 @@ class ShownProgress:
             refresh=True,
         )
 
-    def standing(self, *, dry_run: bool, **_: object) -> str:
+    def standing(self, *, dry_run: bool) -> str:
         """Say what is committed. Each batch is committed whole or not at all."""
         rotated, total = (self._last.rotated, self._last.total) if self._last else (0, 0)
         of = f" of {total}" if total else ""
