@@ -13,7 +13,7 @@ import sqlalchemy_lucent as lucent
 
 from .._database.connection import DEFAULT_LOCK_TIMEOUT, DEFAULT_RETRIES
 from .._envelope import is_older
-from ..keys import KeyRegistry, RegisteredKey
+from ..keys import DEFAULT_QUIET, KeyRegistry, RegisteredKey
 from .commands import ExcludeOption, JsonOption, MetadataOption, UrlOption, app
 from .database import load_targets, opened, with_stored_secrets
 from .errors import CommandError, Exit
@@ -41,8 +41,6 @@ QuietOption = Annotated[
         help="How long a process may have been silent. Others count as gone.",
     ),
 ]
-
-
 RotateOption = Annotated[
     bool,
     typer.Option(
@@ -141,7 +139,7 @@ def check(
 def ready(
     version: VersionArgument,
     kind: KindOption = None,
-    quiet: QuietOption = 120.0,
+    quiet: QuietOption = DEFAULT_QUIET,
     url: UrlOption = None,
     metadata: MetadataOption = None,
     as_json: JsonOption = False,
@@ -166,7 +164,7 @@ def ready(
 def promote(
     version: VersionArgument,
     kind: KindOption = None,
-    quiet: QuietOption = 120.0,
+    quiet: QuietOption = DEFAULT_QUIET,
     url: UrlOption = None,
     metadata: MetadataOption = None,
 ) -> None:
