@@ -58,21 +58,18 @@ class Store:
             except IntegrityError:
                 return None  # another process took a step meanwhile
 
-        def attempts(database: ManagedConnection) -> tuple[_T] | None:
+        def attempts(database: ManagedConnection) -> _T:
             for _ in range(_ATTEMPTS):
                 done = database.retry(lambda _: once(database))
                 if done is not None:
-                    return done
+                    return done[0]
                 database.sleep(_PAUSE)
-            return None
-
-        done = self.work(what, attempts)
-        if done is None:
             raise ConflictError(
                 f"{what} was not done: other processes kept changing the key registry. Call it "
                 "again"
             )
-        return done[0]
+
+        return self.work(what, attempts)
 
     def work(
         self, what: str, work: Callable[[ManagedConnection], _T], *, read_only: bool = False
