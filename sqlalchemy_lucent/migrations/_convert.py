@@ -57,8 +57,7 @@ def convert_column(operations: Operations, plan: ConvertColumnOp) -> None:
     :raises RotationError: something is missing or in the way, or some values cannot be converted;
         the column is unchanged.
     """
-    # A batch would defer its operations to its end.
-    _Conversion(Operations(operations.migration_context), plan).run()
+    _Conversion(operations, plan).run()
 
 
 class _Conversion:

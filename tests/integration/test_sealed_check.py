@@ -436,6 +436,27 @@ def test_it_is_added_to_a_filled_table_and_dropped(engine: Engine, operate: Oper
         assert connection.scalar(sa.select(table.c.creds).where(table.c.id == 1)) == VALUE
 
 
+@pytest.mark.parametrize("recreate", ["auto", "always"])
+def test_a_batch_adds_and_drops_it(engine: Engine, operate: Operate, recreate: Any) -> None:
+    users(EncryptedJSON(create_constraint=False)).create(engine)
+
+    def add(op: Operations) -> None:
+        with op.batch_alter_table("users", recreate=recreate) as batch:
+            method: Any = batch
+            method.create_sealed_check("creds")
+
+    def drop(op: Operations) -> None:
+        with op.batch_alter_table("users", recreate=recreate) as batch:
+            method: Any = batch
+            method.drop_sealed_check("creds")
+
+    operate(add)
+    assert checks(engine) == ["ck_users_creds_sealed"]
+    assert_refuses_plaintext(engine)
+    operate(drop)
+    assert checks(engine) == []
+
+
 @pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
 def test_plaintext_written_while_it_is_added_keeps_it_from_being_added(
     engine: Engine, operate: Operate
