@@ -61,7 +61,7 @@ from .operations import (
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
 )
-from .secret_tables import UpgradeLucentSecretsOp
+from .tables import UpgradeLucentSecretsOp
 
 logger = logging.getLogger("alembic.runtime.migration.lucent")
 

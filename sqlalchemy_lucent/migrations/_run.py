@@ -42,13 +42,10 @@ from ..types import EncryptedJSON
 from ._checks import SealedCheck, has_row, not_encrypted
 from ._convert import convert_column, log_failures, log_progress
 from .fence import Fence, fence_triggers
-from .key_tables import CreateLucentKeysOp, DropLucentKeysOp
 from .operations import (
     ColumnOp,
     ConvertColumnOp,
-    CreateLucentSecretsOp,
     CreateSealedCheckOp,
-    DropLucentSecretsOp,
     DropSealedCheckOp,
     FenceKeyVersionOp,
     FenceOp,
@@ -58,7 +55,14 @@ from .operations import (
     UnfenceKeyVersionOp,
     ValuesOp,
 )
-from .secret_tables import DowngradeLucentSecretsOp, UpgradeLucentSecretsOp
+from .tables import (
+    CreateLucentKeysOp,
+    CreateLucentSecretsOp,
+    DowngradeLucentSecretsOp,
+    DropLucentKeysOp,
+    DropLucentSecretsOp,
+    UpgradeLucentSecretsOp,
+)
 
 logger = logging.getLogger("alembic.runtime.migration.lucent")
 
