@@ -96,9 +96,9 @@ class SealedColumn:
         value = self.value(row)
         return None if value is None else self._open(value, self.row_context(row))
 
-    def opens(self, row: Sequence[Any]) -> bool:
-        """Say whether there is a value, which opens; raise a `DecryptionError` if it does not."""
-        return self.open(row) is not None
+    def seal(self, document: bytes, row: Sequence[Any]) -> bytes:
+        """Return what to store of a new document."""
+        return self._seal(document, self.row_context(row))
 
     def is_stale(self, row: Sequence[Any]) -> bool:
         """Say whether there is a value, which is not under the primary key."""

@@ -6,7 +6,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
@@ -15,7 +15,6 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import TypeEngine
 
 from .._envelope import LONGEST_PREFIX, as_bytes, parse
-from .._row import encode_row
 from ..exceptions import (
     DecryptionError,
     LucentError,
@@ -347,10 +346,10 @@ class Backfill(Job):
         compare: bool = False,
         written_since: sa.ColumnElement[bool] | None = None,
     ) -> None:
-        (self._sealed,) = target.columns
+        (self._target,) = target.columns
         if plain.name not in target.clause.c:
             target.clause.append_column(sa.column(plain.name))
-        sealed_value, plain_value = target.clause.c[self._sealed.name], target.clause.c[plain.name]
+        sealed_value, plain_value = target.clause.c[self._target.name], target.clause.c[plain.name]
         source, filled = (plain_value, sealed_value) if to_sealed else (sealed_value, plain_value)
         self.unfilled = sa.and_(source.is_not(None), filled.is_(None))
         pending: sa.ColumnElement[bool] = self.unfilled
@@ -367,7 +366,6 @@ class Backfill(Job):
             # A row that is not filled yet is found again; one that was passed over is not.
             skips_locked=not compare,
         )
-        self._positions = [self._names.index(name) for name in self._sealed.bound_to]
         self._plain = plain
         self._keyring = keyring
         self._to_sealed = to_sealed
@@ -412,8 +410,7 @@ class Backfill(Job):
     def _convert(self, row: Sequence[Any]) -> Any:
         plain, sealed = row[-2:]
         if self._to_sealed and plain is not None:
-            keys = self._keyring().for_context(self._sealed.type.contexts[0])
-            return keys.seal(self._plain.read(plain), self._row_context(row))
+            return self._sealed.seal(self._plain.read(plain), row)
         if not self._to_sealed and sealed is not None:
             return self._plain.write(self._open(row))
         return None
@@ -428,12 +425,14 @@ class Backfill(Job):
             return False  # converting it again tells whether its source is at fault
 
     def _open(self, row: Sequence[Any]) -> bytes:
-        keys = self._keyring().for_context(*self._sealed.type.contexts)
-        return keys.open(row[-1], self._row_context(row))
+        document = self._sealed.open(row)
+        assert document is not None
+        return document
 
-    def _row_context(self, row: Sequence[Any]) -> bytes:
-        parts = [row[position] for position in self._positions]
-        return encode_row(parts, self._sealed.type.bound_to)
+    @cached_property
+    def _sealed(self) -> SealedColumn:
+        names = [*self._names, self._plain.name, self._target.name]
+        return SealedColumn(self._target, self._keyring(), names)
 
 
 def _sealed_value(value: sa.ColumnElement[Any], dialect: sa.Dialect) -> sa.ColumnElement[Any]:
