@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import Column, Connection, MetaData, Table, inspect
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    FromClause,
+    MetaData,
+    Table,
+    inspect,
+    literal,
+    select,
+)
 from sqlalchemy.types import NullType, TypeEngine
 
 from .._row import type_as_bound
@@ -83,6 +93,12 @@ def reflect_table(
         for name in dict.fromkeys([*key, *bound_types])
     ]
     return columns, Table(table_name, MetaData(), *identity, schema=schema)
+
+
+def has_row(connection: Connection, owner: FromClause, *conditions: ColumnElement[bool]) -> bool:
+    """Say whether a table has a row that meets `conditions`."""
+    statement = select(literal(1)).select_from(owner).where(*conditions).limit(1)
+    return connection.execute(statement).first() is not None
 
 
 def no_primary_key(table: str) -> RotationError:

@@ -39,6 +39,7 @@ from sqlalchemy.exc import NoSuchTableError, UnreflectableTableError
 from sqlalchemy.types import _Binary
 
 from .. import _sql
+from .._database.reflection import has_row
 from .._database.relations import relation_of
 from .._row import tells_its_values
 from ..keyring import default_keyring
@@ -48,7 +49,7 @@ from ..rotation.jobs import Rebind
 from ..rotation.rows import read_on
 from ..rotation.targets import resolve_targets
 from ..types import EncryptedJSON, has_check
-from ._checks import find_check, has_row
+from ._checks import find_check
 from ._run import is_empty
 from .operations import (
     BoundTo,

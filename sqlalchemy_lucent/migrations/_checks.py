@@ -165,14 +165,6 @@ def find_check(
     return None
 
 
-def has_row(
-    connection: sa.Connection, owner: sa.FromClause, *conditions: sa.ColumnElement[bool]
-) -> bool:
-    """Say whether a table has a row that meets `conditions`."""
-    statement = sa.select(sa.literal(1)).select_from(owner).where(*conditions).limit(1)
-    return connection.execute(statement).first() is not None
-
-
 def condition_of(column_name: str, dialect: sa.Dialect) -> sa.TextClause:
     """Return the condition of the constraint, for a column that is in no table."""
     return sa.text(str(_sql.is_sealed(sa.column(column_name)).compile(dialect=dialect)))

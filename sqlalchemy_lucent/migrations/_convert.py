@@ -27,7 +27,7 @@ from sqlalchemy.types import TypeEngine, _Binary
 from .. import _sql
 from .._database.connection import ManagedConnection
 from .._database.faults import describe, refuses_a_row
-from .._database.reflection import reflect_table
+from .._database.reflection import has_row, reflect_table
 from ..exceptions import RotationError
 from ..keyring import default_keyring
 from ..rotation import RotationProgress, run_in_transaction, run_jobs
@@ -36,7 +36,7 @@ from ..rotation.plain import PlainColumn
 from ..rotation.report import FailedRow, Failures
 from ..rotation.rows import Rows
 from ..rotation.targets import resolve_targets
-from ._checks import SealedCheck, condition_of, has_row
+from ._checks import SealedCheck, condition_of
 from ._dependents import dependents
 from ._swap import Swap
 from .operations import ConvertColumnOp

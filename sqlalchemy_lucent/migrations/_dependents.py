@@ -9,6 +9,8 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, TextClause, inspect, text
 
+from .._database.relations import regclass
+
 
 def dependents(
     connection: Connection,
@@ -50,8 +52,7 @@ def _constraints(
 # 18's NOT NULL. Dropping a parent's column drops it in the tables that inherit it.
 _DEPENDS_ON_COLUMN: Final = text("""
 WITH RECURSIVE family (relation) AS (
-    SELECT CAST(to_regclass(coalesce(quote_ident(CAST(:schema AS text)) || '.', '')
-        || quote_ident(CAST(:table AS text))) AS oid)
+    SELECT CAST(to_regclass(:relation) AS oid)
     UNION SELECT inhrelid FROM pg_inherits JOIN family ON inhparent = relation
 )
 SELECT DISTINCT pg_describe_object(d.classid, d.objid, d.objsubid) FROM family
@@ -68,12 +69,12 @@ ORDER BY 1
 _TRIGGER_FUNCTIONS: Final = text("""
 SELECT t.tgname, p.prosrc, encode(t.tgargs, 'escape') FROM pg_trigger AS t
 JOIN pg_proc AS p ON p.oid = t.tgfoid
-WHERE NOT t.tgisinternal AND t.tgrelid = to_regclass(
-    coalesce(quote_ident(CAST(:schema AS text)) || '.', '') || quote_ident(CAST(:table AS text)))
+WHERE NOT t.tgisinternal AND t.tgrelid = to_regclass(:relation)
 """)
 
 
 def _on_postgresql(connection: Connection, names: Mapping[str, Any]) -> Iterator[str]:
+    names = {**names, "relation": regclass(connection, names["table"], names["schema"])}
     yield from connection.scalars(_DEPENDS_ON_COLUMN, names)
     for trigger, body, arguments in connection.execute(_TRIGGER_FUNCTIONS, names):
         # Its arguments may name columns. A NUL ends each argument.

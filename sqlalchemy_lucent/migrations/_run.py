@@ -27,7 +27,7 @@ from sqlalchemy.types import TypeEngine, to_instance
 
 from .. import _sql
 from .._database.faults import Fault, errors_of, fault_of
-from .._database.reflection import dotted, reflect_table, translated
+from .._database.reflection import dotted, has_row, reflect_table, translated
 from .._database.relations import is_binary
 from .._database.visibility import require_full_visibility
 from .._key_tables import key_tables
@@ -39,7 +39,7 @@ from ..rotation import RotationReport, needs_rotation, rotate, run_jobs
 from ..rotation.jobs import Rebind
 from ..rotation.targets import TargetColumn, TargetTable, resolve_targets
 from ..types import EncryptedJSON
-from ._checks import SealedCheck, has_row, not_encrypted
+from ._checks import SealedCheck, not_encrypted
 from ._convert import convert_column, log_failures, log_progress
 from .fence import Fence, fence_triggers
 from .operations import (

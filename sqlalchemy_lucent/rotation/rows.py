@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.sql.expression import ColumnClause, TableClause
 
+from .._database.reflection import has_row
 from .._database.visibility import require_full_visibility
 from .._pagination import as_sort_value, row_after, sort_columns
 from .._sql import is_mysql
@@ -22,8 +23,6 @@ from ._keys import check_character_sets, without_limits
 from .throttle import BATCH_BYTES
 
 PrimaryKey = tuple[Any, ...]
-
-ROW_LOCKING: Final = frozenset({"postgresql", "mysql", "mariadb"})
 
 MAX_LOOKAHEAD: Final = 50
 """Times its own number of rows that a batch may search where few rows are pending: the rows that it
@@ -140,10 +139,7 @@ class Rows:
         """
         self.find_order(connection)
         check_character_sets(connection, self.name, self.clause)
-        statement = (
-            sa.select(sa.literal(1)).select_from(self.clause).where(self._has_null_key).limit(1)
-        )
-        if connection.execute(statement).first() is not None:
+        if has_row(connection, self.clause, self._has_null_key):
             dates = " (the date 0000-00-00 counts as NULL)" if is_mysql(self.dialect) else ""
             raise RotationError(
                 f"table {self.name} has a row with NULL in its primary key{dates}; give such rows "
@@ -172,7 +168,6 @@ class Rows:
         max_bytes: int | None = BATCH_BYTES,
     ) -> BatchBounds | None:
         """Return the bounds of a batch of at most `limit` rows after `after`; ``None`` at the end.
-
 
         Its values have at most `max_bytes` bytes, unless one row has more. This locks nothing and
         reads no value but its length. Without bounds, a batch would search the whole table for
@@ -357,9 +352,9 @@ class Rows:
             statement = statement.where(self.pending, *self._within(bounds)).order_by(*self._order)
             if bounds.limit is not None:
                 statement = statement.limit(sa.bindparam("lucent_limit"))
-            if lock and self.dialect.name in ROW_LOCKING:
-                # `key_share` is PostgreSQL's lock that lets others insert rows with a foreign key
-                # to this one.
+            if lock:
+                # SQLite has none, and SQLAlchemy leaves it out there. `key_share` is PostgreSQL's
+                # lock that lets others insert rows with a foreign key to this one.
                 statement = statement.with_for_update(
                     skip_locked=self._skips_locked, key_share=True
                 )
