@@ -35,6 +35,16 @@ def is_mysql(dialect: Dialect) -> bool:
     return dialect.name in ("mysql", "mariadb")
 
 
+def is_mariadb(dialect: Dialect) -> bool:
+    """Say whether the server of `dialect` is MariaDB, which is known once it was connected to."""
+    return bool(getattr(dialect, "is_mariadb", False))
+
+
+def is_psycopg(dialect: Dialect) -> bool:
+    """Say whether `dialect` is PostgreSQL over psycopg 3, with or without asyncio."""
+    return dialect.name == "postgresql" and dialect.driver in ("psycopg", "psycopg_async")
+
+
 class key_version(FunctionElement[str]):  # noqa: N801  (named as it is used: a SQL function)
     """The key version that a sealed value begins with; NULL if the value is not sealed."""
 

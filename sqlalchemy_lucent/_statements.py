@@ -54,7 +54,7 @@ def watch(dialect: Dialect) -> None:
 
     for execution in ("do_execute", "do_executemany", "do_execute_no_params"):
         event.listen(dialect, execution, refuse_statement)
-    if dialect.name == "postgresql" and dialect.driver in ("psycopg", "psycopg_async"):
+    if _sql.is_psycopg(dialect):
         from ._binary_results import read_in_binary  # with that driver only
 
         read_in_binary(dialect)

@@ -288,7 +288,7 @@ def _take_drops(
     """
     assert autogen_context.dialect is not None
     dialect = autogen_context.dialect
-    index_if_exists = dialect.name != "mysql" or getattr(dialect, "is_mariadb", False)
+    index_if_exists = not _sql.is_mysql(dialect) or _sql.is_mariadb(dialect)
     constraint_if_exists = dialect.name == "postgresql" and not autogen_context.opts.get(
         "render_as_batch"
     )

@@ -10,6 +10,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, TextClause, inspect, text
 
 from .._database.relations import regclass
+from .._sql import is_mariadb
 
 
 def dependents(
@@ -118,11 +119,11 @@ _MYSQL_TRIGGERS: Final = text(
 
 
 def _on_mysql(connection: Connection, names: Mapping[str, Any]) -> Iterator[str]:
-    is_mariadb = bool(getattr(connection.dialect, "is_mariadb", False))
+    on_mariadb = is_mariadb(connection.dialect)
     table, column = names["table"].lower(), names["column"].lower()
 
     def rows(statement: TextClause) -> Sequence[Any]:
-        return connection.execute(statement, {"is_mariadb": is_mariadb, **names}).all()
+        return connection.execute(statement, {"is_mariadb": on_mariadb, **names}).all()
 
     for name, generation, default in rows(_MYSQL_COLUMNS):
         if name.lower() == column:
@@ -131,13 +132,13 @@ def _on_mysql(connection: Connection, names: Mapping[str, Any]) -> Iterator[str]
             yield f"generated column {name}"
         if column in _tokens(default, escapes=True):
             yield f"default of column {name}"
-    for name, clause, of_column in rows(_MARIADB_CHECKS if is_mariadb else _MYSQL_CHECKS):
+    for name, clause, of_column in rows(_MARIADB_CHECKS if on_mariadb else _MYSQL_CHECKS):
         found = _tokens(f"CHECK ({clause})", escapes=True)
         # MariaDB's JSON type is text with such a check, dropped with the column.
         is_dropped_with_it = name == names["ours"] or (of_column and _says_json(found, column))
         if column in found and not is_dropped_with_it:
             yield f"check constraint {name}"
-    for name, clause in () if is_mariadb else rows(_MYSQL_INDEXES):
+    for name, clause in () if on_mariadb else rows(_MYSQL_INDEXES):
         if column in _tokens(clause, escapes=True):
             yield f"index {name}"
     for name, clause in rows(_MYSQL_VIEWS):

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import AddConstraint, CreateTable
 
 from .._database.connection import ManagedConnection
-from .._sql import is_mysql
+from .._sql import is_mariadb, is_mysql
 from ._checks import SealedCheck
 from ._sqlite import copied_table, without_foreign_keys
 from .operations import ConvertColumnOp
@@ -126,7 +126,7 @@ class Swap:
             compiled: Any = AddConstraint(check).compile(dialect=self._dialect)
             changes.append(f"ADD {compiled.process(check)}")
         change = f"ALTER TABLE {self._table} {', '.join(changes)}"
-        if getattr(self._dialect, "is_mariadb", False):
+        if is_mariadb(self._dialect):
             # Otherwise it copies the table for a constraint that every row was just seen to meet.
             change = f"SET STATEMENT check_constraint_checks = 0 FOR {change}"
         self._connection.exec_driver_sql(change)

@@ -27,7 +27,7 @@ from sqlalchemy import (
 from .._database.async_bridge import awaited, sleep
 from .._database.connection import ManagedConnection
 from .._envelope import VERSION_PATTERN
-from .._sql import key_id, key_version
+from .._sql import is_mariadb, key_id, key_version
 from ..exceptions import (
     ConfigurationError,
     DecryptionError,
@@ -292,7 +292,7 @@ def require_unused(
 
 def _count_history(database: ManagedConnection, table: TargetTable, version: str) -> int:
     """Count the rows that MariaDB keeps as the history of a table, with a value under `version`."""
-    if not getattr(database.dialect, "is_mariadb", False):
+    if not is_mariadb(database.dialect):
         return 0
     names = {"name": str(table.clause.name), "schema": table.clause.schema}
     if not database.read(lambda connection: connection.scalar(_IS_VERSIONED, names)):

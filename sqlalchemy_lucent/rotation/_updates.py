@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.sql.expression import ColumnClause
 from sqlalchemy.types import TypeEngine, _Binary
 
-from .._sql import is_mysql
+from .._sql import is_mariadb, is_mysql, is_psycopg
 from .rows import Rows
 
 
@@ -69,16 +69,15 @@ def writer_for(
         if can_join and not types:
             packet = connection.scalar(sa.text("SELECT @@max_allowed_packet"))
             primary = {name.lower() for name in connection.scalars(_PRIMARY_KEY, names)}
-            rows_first = bool(getattr(dialect, "is_mariadb", False)) and primary == {
-                part.name.lower() for part in rows.primary_key
-            }
-            return JoinWriter(rows, pinned, packet, rows_first=rows_first)
+            by_primary_key = primary == {part.name.lower() for part in rows.primary_key}
+            return JoinWriter(
+                rows, pinned, packet, rows_first=by_primary_key and is_mariadb(dialect)
+            )
         return RowWriter(rows, pinned, types)
     # PostgreSQL has no arrays of arrays of different lengths.
     has_array = any(isinstance(type_, sa.ARRAY) for type_ in rows.key_types)
     if dialect.name == "postgresql" and not types and not has_array:
-        in_psycopg = dialect.driver in ("psycopg", "psycopg_async")
-        return BinaryArrayWriter(rows) if in_psycopg else ArrayWriter(rows)
+        return BinaryArrayWriter(rows) if is_psycopg(dialect) else ArrayWriter(rows)
     return RowWriter(rows, types=types)
 
 
