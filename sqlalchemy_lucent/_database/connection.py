@@ -24,7 +24,7 @@ DEFAULT_RETRIES: Final = 12
 DEFAULT_LOCK_TIMEOUT: Final = 1.0
 """Seconds that a change of a table waits for its lock. Others queue behind it meanwhile."""
 
-_FIRST_PAUSE: Final = 0.05  # seconds; doubled at each attempt, with jitter
+_FIRST_PAUSE: Final = 0.05  # seconds; doubled at each attempt
 _LONGEST_PAUSE: Final = 4.0
 
 _T = TypeVar("_T")
@@ -56,6 +56,11 @@ def check_retries(retries: object) -> int:
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
         raise RotationError("retries is a whole number, 0 or more")
     return retries
+
+
+def back_off(attempt: int) -> float:
+    """Return the seconds to wait after an attempt; the first has number 0."""
+    return min(_FIRST_PAUSE * 2.0 ** min(attempt, 10), _LONGEST_PAUSE)
 
 
 class ManagedConnection:
@@ -180,7 +185,7 @@ class ManagedConnection:
             limit = max(1, limit // 2)
             # Without any connection so far, the address may be wrong: say so soon.
             longest = _LONGEST_PAUSE if self._was_connected else _LONGEST_PAUSE / 8
-            pause = min(_FIRST_PAUSE * 2**attempt, longest)
+            pause = min(back_off(attempt), longest)
             self.sleep(pause * random.uniform(0.5, 1))  # noqa: S311  (jitter)
             attempt += 1
 

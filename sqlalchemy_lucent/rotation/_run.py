@@ -15,7 +15,7 @@ from typing import Final
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
-from .._database.connection import ManagedConnection
+from .._database.connection import ManagedConnection, back_off
 from .._database.faults import Fault, describe, refuses_a_row
 from ..exceptions import RotationError
 from ..keyring import Keyring
@@ -35,10 +35,6 @@ stale rows before the cursor."""
 _MAX_REFUSED: Final = 1000
 """Rows in a row that the database may refuse to change. If it refuses more, it refuses the rotation
 itself, and each row costs ten transactions."""
-
-_FIRST_PAUSE: Final = 0.05  # seconds between passes over a table; doubled at each
-_LONGEST_PAUSE: Final = 4.0
-
 
 _END: Final = Batch(0, 0, 0, (), None)
 
@@ -176,7 +172,7 @@ class Run:
         for number in range(self._passes):
             if number:
                 # What is left changes at the pace of those who write it, or hold it locked.
-                self._database.sleep(min(_FIRST_PAUSE * 2**number, _LONGEST_PAUSE))
+                self._database.sleep(back_off(number))
                 self._report_progress(job, failures)  # perhaps no batch had a row to report
                 remaining = job.count_left(self._database.read)  # others may have done it
                 if self._stopped or remaining <= failures.count:
