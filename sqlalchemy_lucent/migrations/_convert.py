@@ -30,7 +30,7 @@ from .._database.faults import describe, refuses_a_row
 from .._database.reflection import has_row, reflect_table
 from ..exceptions import RotationError
 from ..keyring import default_keyring
-from ..rotation import RotationProgress, run_in_transaction, run_jobs
+from ..rotation import RotationProgress, check_rows, run_in_transaction, run_jobs
 from ..rotation.jobs import Backfill
 from ..rotation.plain import PlainColumn
 from ..rotation.report import FailedRow, Failures
@@ -116,8 +116,7 @@ class _Conversion:
                 "pass reader= with writer=: each written value is read again and compared before "
                 "the sealed values are dropped"
             )
-        if plan.batch_size < 1:
-            raise RotationError("batch_size is a whole number of rows, 1 or more")
+        check_rows("batch_size", plan.batch_size)
         key = tuple(self._owner.primary_key.columns)
         Rows(self._owner.fullname, self._owner, key, self._dialect).check_keys(self._connection)
 

@@ -5,7 +5,7 @@
 repeats that in batches, at the pace of ``throttle``. ``plain`` reads and writes plaintext columns.
 """
 
-from ._options import DEFAULT_BATCH_SIZE, is_wait, keyring_of, names_of
+from ._options import DEFAULT_BATCH_SIZE, check_rows, is_wait, keyring_of, names_of
 from ._rotate import arotate, rotate
 from ._run import run_in_transaction, run_jobs
 from ._status import (
@@ -40,6 +40,7 @@ __all__ = [
     "arotate",
     "astatus",
     "averify",
+    "check_rows",
     "count_version",
     "is_wait",
     "keyring_of",

@@ -36,7 +36,7 @@ from ..exceptions import (
     hide_locals,
 )
 from ..keyring import Keyring, default_keyring
-from ._options import is_wait, keyring_of, names_of
+from ._options import check_rows, is_wait, keyring_of, names_of
 from .jobs import Reseal
 from .report import Failures, StatusReport, StatusRow, VerifyReport
 from .rows import BatchBounds, Rows
@@ -397,10 +397,8 @@ def verify(
     :param sample: look at the first so many rows of each table only, in primary-key order.
     :raises RotationError: `targets` has no encrypted column, or `sample` is below 1.
     """
-    if sample is not None and (
-        isinstance(sample, bool) or not isinstance(sample, int) or sample < 1
-    ):
-        raise RotationError("sample is a whole number of rows, 1 or more")
+    if sample is not None:
+        check_rows("sample", sample)
     own = keyring_of(keyring)
 
     def work(database: ManagedConnection, known: Survey) -> VerifyReport:
