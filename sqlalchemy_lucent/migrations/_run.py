@@ -418,10 +418,8 @@ def _reflect(
 
 # -- operations of Alembic -------------------------------------------------------------------------
 
-_AlembicImplementation = Callable[[Operations, Any], None]
 
-
-def _keeping_fences(implementation: _AlembicImplementation) -> _AlembicImplementation:
+def _keeping_fences(implementation: _Implementation[Any]) -> _Implementation[Any]:
     """Have `implementation` refuse batch mode's copy of a SQLite table that has a fence.
 
     The copy would lack it, because Alembic copies no triggers. In batch mode, an operation is only
