@@ -211,26 +211,21 @@ def _name_upgrades(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> 
 
     They are dropped by one that refuses to drop versions.
     """
-    secrets = {
-        (table.schema, table.name): tables
-        for table in autogen_context.sorted_tables
-        if (tables := lifecycle_tables(table)) is not None
-    }
     created = {
-        (op.schema, op.table_name): op for op in upgrade_ops.ops if isinstance(op, CreateTableOp)
+        (op.schema, op.table_name) for op in upgrade_ops.ops if isinstance(op, CreateTableOp)
     }
-    for (schema, name), tables in secrets.items():
-        found = [created.get((table.schema, table.name)) for table in tables]
-        if all(found):
-            place = min(upgrade_ops.ops.index(op) for op in found if op is not None)
-            upgrade_ops.ops[place] = UpgradeLucentSecretsOp(name, schema=schema)
-            indexes = {(op.schema, op.table_name) for op in found if op is not None}
-            upgrade_ops.ops[:] = [
+    for table in autogen_context.sorted_tables:
+        names = {(each.schema, each.name) for each in lifecycle_tables(table) or ()}
+        if names and names <= created:
+            replaced = [
                 op
                 for op in upgrade_ops.ops
-                if op not in found
-                and not (isinstance(op, ModifyTableOps) and (op.schema, op.table_name) in indexes)
+                if isinstance(op, (CreateTableOp, ModifyTableOps))  # their indexes
+                and (op.schema, op.table_name) in names
             ]
+            upgrade = UpgradeLucentSecretsOp(table.name, schema=table.schema)
+            upgrade_ops.ops.insert(upgrade_ops.ops.index(replaced[0]), upgrade)
+            upgrade_ops.ops[:] = [op for op in upgrade_ops.ops if op not in replaced]
 
 
 def _warn_of_renames(upgrade_ops: UpgradeOps) -> None:

@@ -172,7 +172,7 @@ def _with_versions(tables: list[Table]) -> list[Table]:
     for owner in tables:
         every[owner] = None
         beside = lifecycle_tables(owner)
-        if beside is not None and is_versions_table(beside.versions):
+        if beside is not None:
             every[beside.versions] = None
     return list(every)
 
