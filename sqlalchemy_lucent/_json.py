@@ -5,8 +5,8 @@ into something else. ormsgpack, which shares orjson's design, can be told to ref
 a document is packed by ormsgpack too, to learn that it has only JSON's own types, and the packed
 bytes are dropped. That costs about as much as writing the document, a quarter of reading it back
 and comparing. What ormsgpack refuses is tried again with a function that returns the plain value of
-a subclass, such as MutableDict. What is refused again is walked through in Python, which finds
-the fault or writes integers past 64 bits; parts that the libraries take are passed over.
+a subclass, such as MutableDict. If that is refused too, Python walks through the document, to find
+the fault or to write integers past 64 bits. It passes over parts that the libraries take.
 
 msgspec reads, because orjson reads an integer past 64 bits as a float.
 """

@@ -76,8 +76,8 @@ class is_sealed(FunctionElement[bool]):  # noqa: N801
 class lacks_version(FunctionElement[bool]):  # noqa: N801
     """Whether a value does not begin with a key version and a colon; NULL for NULL.
 
-    For constraints: whatever the format after the colon is, a later one too. SQLite compares the
-    bytes of a text as well, because reading a value takes it for its bytes.
+    For constraints, which hold for later formats too: what follows the colon does not matter. On
+    SQLite, a text counts as its bytes, as it does when a value is read.
     """
 
     name = "lucent_lacks_version"
@@ -93,8 +93,8 @@ class RefusedComparison(BinaryExpression[bool]):
     """A sealed column compared with a column: an expression that has a truth value, and no SQL.
 
     SQLAlchemy itself looks for columns in lists and dicts, where Python compares them with ``==``
-    and asks the result for its truth. So this one case is refused when it is compiled, while every
-    other is refused when it is built.
+    and asks the result for its truth. So this one case is refused when it is compiled. Every other
+    is refused when it is built.
     """
 
     inherit_cache = True

@@ -48,8 +48,8 @@ _REFUSING_MYSQL_CODES: Final = frozenset(
     | {1264, 1265, 1292, 1300, 1366, 1367, 1406, 3140}
 )
 
-# Errors whose messages quote names of the schema or a trigger's own words. All others may quote a
-# value.
+# Errors whose messages quote only names of the schema or a trigger's own words. The others may
+# quote a value.
 _MYSQL_CODES_WITH_NAMES: Final = frozenset(
     {1044, 1045, 1048, 1049, 1054, 1130, 1142, 1143, 1146, 1227, 1264, 1290, 1364, 1370, 1406}
     | {1451, 1452, 1644, 1665, 1698, 1792, 1836, 1927, 3819, 4025, _TOO_LARGE}

@@ -89,8 +89,8 @@ def _fault_on_mysql(connection: Connection) -> str | None:
 def _fault_on_sqlite(connection: Connection) -> str | None:
     if connection.exec_driver_sql("PRAGMA query_only").scalar():
         return _read_only("PRAGMA query_only", "ON")
-    # EXPLAIN begins nothing. The program has no transaction that writes if the file was opened
-    # read-only.
+    # EXPLAIN only shows the program of the statement, and begins nothing. If the file was opened
+    # read-only, the program's transaction does not write.
     program = connection.exec_driver_sql("EXPLAIN BEGIN IMMEDIATE").all()
     if any(opcode == "Transaction" and not writes for _, opcode, _, writes, *_ in program):
         return _read_only("the file", "opened to be read only")

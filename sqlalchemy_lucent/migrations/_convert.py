@@ -236,7 +236,7 @@ class _Conversion:
     ) -> Failures:
         """Fill the second column in committed batches. A column without values needs no key.
 
-        Unless this is `final`, a row that is not filled is no failure: it may be new.
+        :param final: whether a row that is not filled is a failure. Otherwise, it may be new.
         """
         plan = self._plan
         failures = Failures()
@@ -272,8 +272,8 @@ class _Conversion:
 
         Only PostgreSQL can tell: ``xmin`` is the transaction that wrote a row. If every transaction
         up to that one had ended before the first row was read, the comparison saw the row as it is
-        now. For the rows just filled, that takes the end of every older transaction. Wait for it,
-        but no longer than `patience` seconds. On other databases, :meth:`_reconcile` compares all.
+        now. For the rows just filled, every older transaction has to end: wait for that, but no
+        longer than `patience` seconds. On other databases, :meth:`_reconcile` compares all rows.
         """
         if self._dialect.name != "postgresql":
             return None
@@ -333,8 +333,8 @@ class _Conversion:
         job = self._job(compare=True, written_since=written_since)
         pending = job.rows.count(self._connection, job.rows.pending)
         rows_read, failures = run_in_transaction(self._connection, job, self._plan.batch_size)
-        # Nobody writes now, so a row that was skipped or read twice means that the primary key
-        # has no reliable order; and the swap would lose the value of a skipped row.
+        # Nobody writes now. So if a row was skipped or read twice, the primary key has no reliable
+        # order, and the swap would lose the value of a skipped row.
         if rows_read != pending:
             raise RotationError(
                 f"table {self._owner.fullname} cannot be paged by its primary key, as with an "

@@ -370,7 +370,7 @@ def is_empty(connection: Connection, column: Column[Any]) -> bool:
 
 
 def _is_plain(connection: Connection, operation: ColumnOp, type_: TypeEngine[Any]) -> bool:
-    """Say whether the column never held a sealed value, as far as its type tells."""
+    """Say whether a column holds no sealed value, by its type or, on SQLite, by its values."""
     if is_binary(type_):
         return False
     if connection.dialect.name != "sqlite":
@@ -422,8 +422,8 @@ def _reflect(
 def _keeping_fences(implementation: _Implementation[Any]) -> _Implementation[Any]:
     """Have `implementation` refuse batch mode's copy of a SQLite table that has a fence.
 
-    The copy would lack it, because Alembic copies no triggers. In batch mode, an operation is only
-    noted until the block ends, so nothing was done yet.
+    The copy would lack the fence, because Alembic copies no triggers. Batch mode only notes an
+    operation until the block ends, so nothing has been done when this refuses.
     """
 
     def carry_out(operations: Operations, operation: Any) -> None:

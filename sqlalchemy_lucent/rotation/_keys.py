@@ -1,4 +1,4 @@
-"""What a primary key needs to be found again: types that leave it as it is, and its characters."""
+"""What lets a primary key find its row: a type that leaves it as it is, and its characters."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_character_sets(connection: sa.Connection, name: str, clause: TableClau
     """Refuse keys that the connection cannot read without loss.
 
     MySQL and MariaDB send a question mark for each character that the connection's character set
-    lacks. No row would be found by such a key, and no value that is bound to it would open.
+    lacks. Such a key would find no row, and a value that is bound to it would not open.
 
     :raises RotationError: the connection's character set lacks characters of a column's.
     """

@@ -14,8 +14,8 @@ from ..keyring import Keyring, default_keyring
 from .report import RotationProgress
 
 DEFAULT_BATCH_SIZE: Final = 1000
-"""Rows per transaction: small enough to hold locks for milliseconds, large enough that the
-commits do not dominate."""
+"""Rows per transaction: few enough to hold locks for milliseconds only, and many enough that
+commits take little of the time."""
 
 _LONGEST_WAIT: Final = 604_800
 """Seconds. Python's own waits overflow somewhere beyond it."""
@@ -87,9 +87,9 @@ def is_wait(value: object) -> TypeGuard[float]:
 
 
 def names_of(name: str, given: object) -> tuple[str, ...]:
-    """Return the names that an argument called `name` was given; one may stand by itself.
+    """Return the names in `given`, an argument called `name`: one name, or several.
 
-    :raises RotationError: it is none, or has none.
+    :raises RotationError: it is something else.
     """
     if isinstance(given, str):
         return (given,)
@@ -101,7 +101,7 @@ def names_of(name: str, given: object) -> tuple[str, ...]:
 
 
 def keyring_of(keyring: Keyring | Callable[[], Keyring] | None) -> Keyring:
-    """Return the keyring that is meant.
+    """Return `keyring`, or what it returns; the default keyring for ``None``.
 
     :raises RotationError: it is neither a keyring nor a function that returns one.
     """

@@ -1,7 +1,7 @@
 """Run jobs: batch after batch, pass after pass, until nothing is left to do.
 
-A batch is the whole idea, and :func:`do_batch` has it: in one short transaction lock and read rows,
-compute their changes, and write these by compare-and-swap.
+The core is one batch, :func:`do_batch`: in one short transaction, lock and read rows, compute their
+changes, and write these by compare-and-swap.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ was lost, a row that somebody holds locked, or a process whose primary is still 
 stale rows before the cursor."""
 
 _MAX_REFUSED: Final = 1000
-"""Rows in a row that the database may refuse to change. If it refuses more, it refuses the rotation
-itself, and each row costs ten transactions."""
+"""Consecutive rows that the database may refuse to change. If it refuses more, it refuses the
+rotation itself, and each row costs ten transactions."""
 
 _END: Final = Batch(0, 0, 0, (), None)
 
@@ -173,7 +173,7 @@ class Run:
             if number:
                 # What is left changes at the pace of those who write it, or hold it locked.
                 self._database.sleep(back_off(number))
-                self._report_progress(job, failures)  # perhaps no batch had a row to report
+                self._report_progress(job, failures)  # a pass without a row has reported nothing
                 remaining = job.count_left(self._database.read)  # others may have done it
                 if self._stopped or remaining <= failures.count:
                     break
@@ -214,7 +214,7 @@ class Run:
     def _read_ahead(self, job: Job, failures: Failures, after: PrimaryKey) -> PrimaryKey | None:
         """Go on with a second connection, if the engine has one; return the key to go on after.
 
-        At a fault, that is the key before it: the run meets the fault again, and deals with it.
+        After a fault, that is the key before it: the run meets the fault again and deals with it.
         """
         if not self._may_read_ahead:
             return after
@@ -242,7 +242,7 @@ class Run:
         return database.retry(once, self._throttle.limit, retries=0)
 
     def _batch(self, job: Job, after: PrimaryKey | None, limit: int) -> Batch:
-        """Do the next `limit` rows; a row that the database refuses to change, by itself."""
+        """Do the next `limit` rows. If the database refuses to change a row, single it out."""
         with self._database.reading() as connection:
             bounds = job.rows.find_bounds(connection, after, limit)
         if bounds is None:

@@ -64,7 +64,7 @@ class Job(ABC):
     """What is to be done with one table. A run reads its rows, applies it to them, and writes.
 
     :param target: the table and its sealed columns.
-    :param values: what to read of a row beside its primary key and the binding columns.
+    :param values: what to read of a row besides its primary key and the binding columns.
     :param pending: which rows to read.
     :param sizes: how many bytes the values have, as SQL.
     """
@@ -131,7 +131,7 @@ class Job(ABC):
     def write(
         self, connection: sa.Connection, bounds: BatchBounds, outcome: Outcome
     ) -> tuple[int, list[FailedRow]]:
-        """Write the changes; return how many values were written, and what failed by it."""
+        """Write the changes; return how many values were written, and what failed."""
         assert self._writer is not None
         try:
             written = sum(self._writer.write(connection, each) for each in outcome.changes)
@@ -163,7 +163,7 @@ class Job(ABC):
     def refused(
         self, connection: sa.Connection, bounds: BatchBounds, error: DBAPIError, reason: str
     ) -> tuple[Sequence[sa.Row[Any]], list[FailedRow]]:
-        """Return the rows within `bounds`, which the database does not let change, as failures."""
+        """Return the rows within `bounds`, which the database refuses to change, as failures."""
         # Without its values: the driver may have failed to read them.
         rows = self.rows.read(connection, bounds, lock=True, keys_only=True)
         names = list(self.changers)
@@ -239,7 +239,8 @@ class Reseal(Job):
             dialect,
             [_sealed_value(value, dialect) for value in values],
             sa.or_(*self.stale) if stale_only else has_value,
-            # The length of bytes is known without reading them, also where they are out of the row.
+            # The database knows the length without reading the bytes, even if it stores them
+            # outside of the row.
             [sa.func.length(value) for value in values],
         )
         names = [*self._names, *headers]
@@ -284,7 +285,7 @@ class Reseal(Job):
 class Rebind(Reseal):
     """Seal values of an earlier context in the column's own, and under the primary key.
 
-    Only opening a value tells its context: each pass opens all of them.
+    Only opening a value tells its context, so each pass opens all of them.
     """
 
     def __init__(self, target: TargetTable, keyring: Keyring, dialect: sa.Dialect) -> None:
@@ -330,8 +331,8 @@ class Backfill(Job):
     :param plain: the plaintext one.
     :param keyring: gives the keyring when the first value needs it.
     :param to_sealed: whether the plaintext is the source.
-    :param compare: look at every row rather than at those that are not filled yet, and fill again
-        what no longer agrees with its source: a writer may know of the source only.
+    :param compare: look at every row, not only at those that are not filled yet. Fill again what no
+        longer agrees with its source: a writer may know of the source only.
     :param written_since: with `compare`, the condition that a row is to be looked at.
     """
 
@@ -363,7 +364,7 @@ class Backfill(Job):
             [plain.expression(), _sealed_value(sealed_value, dialect)],
             pending,
             [plain.size() if to_sealed else sa.func.length(sealed_value)],
-            # A row that is not filled yet is found again; one that was passed over is not.
+            # The next pass fills a row that this one skipped. A comparison would miss the row.
             skips_locked=not compare,
         )
         self._plain = plain

@@ -1,5 +1,6 @@
-"""Read the rows of one table in primary-key order: everything that pages through a table does so
-here, whatever its primary key is.
+"""Read the rows of one table in primary-key order, whatever its primary key is.
+
+Everything that pages through a table does so here.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from .throttle import BATCH_BYTES
 PrimaryKey = tuple[Any, ...]
 
 MAX_LOOKAHEAD: Final = 50
-"""Times its own number of rows that a batch may search where few rows are pending: the rows that it
-locks stay locked until the search ends."""
+"""Where few rows are pending, a batch searches up to this many times its own number of rows. There
+is a limit because the rows that it locks stay locked until the search ends."""
 
 BATCH_ROWS: Final = 1000
 """Rows that are read at once where nothing is written."""
@@ -60,7 +61,7 @@ class BatchBounds(NamedTuple):
 EVERYTHING: Final = BatchBounds()
 
 NULL_KEYS: Final = BatchBounds((), ())
-"""The rows with NULL in their primary key, which is neither before nor after another."""
+"""The rows with NULL in their primary key. NULL is neither before nor after another key."""
 
 
 class Read(Protocol):
@@ -234,8 +235,8 @@ class Rows:
     ) -> Iterator[Sequence[sa.Row[Any]]]:
         """Give all pending rows, or the first `sample` of them, in constant memory.
 
-        A batch is everything between two keys, however many rows that is. So every row is in one,
-        even if the key is not unique, or the database does not find a row by it.
+        A batch is everything between two keys, however many rows that is. So every row is in a
+        batch, even if the key is not unique, or the database does not find the row by its key.
         """
         after: PrimaryKey | None = None
         left = sample
@@ -412,7 +413,7 @@ class Rows:
         raise fault
 
     def unreadable(self, fault: type[BaseException]) -> RotationError:
-        """Return the error for a row whose key or binding column holds what its type does not."""
+        """Return the error for a row with a key or bound value that its column's type refuses."""
         return RotationError(
             f"a row of table {self.name} cannot be read ({fault.__name__}): a value of its primary "
             "key, or of a column that values are bound to, does not fit the column's type, or is "
