@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, text
@@ -145,22 +145,12 @@ class ManagedConnection:
 
         It takes none beyond the pool's size: the overflow is for the application.
         """
-        bind, own = self._bind, None
-        if isinstance(bind, Engine) and not self.dialect.is_async and bind.dialect.name != "sqlite":
-            pool = bind.pool
-            is_within = isinstance(pool, QueuePool) and pool.checkedout() < pool.size()
-            if is_within or isinstance(pool, NullPool):
-                own = ManagedConnection(bind, retries=0)
-        try:
-            if own is not None:
-                own.__enter__()
-        except (Fault, RotationError):
-            own = None
-        try:
+        own = None
+        with ExitStack() as stack:
+            if _has_to_spare(self._bind):
+                with suppress(Fault, RotationError):
+                    own = stack.enter_context(ManagedConnection(self._bind, retries=0))
             yield own
-        finally:
-            if own is not None:
-                own.__exit__()
 
     def sleep(self, seconds: float) -> None:
         """Wait; with an async driver, while the event loop goes on."""
@@ -362,6 +352,14 @@ class ManagedConnection:
                 wait_for(driver.execute(statement))
             else:
                 connection.exec_driver_sql(statement)
+
+
+def _has_to_spare(bind: Engine | Connection) -> bool:
+    if not isinstance(bind, Engine) or bind.dialect.is_async or bind.dialect.name == "sqlite":
+        return False
+    pool = bind.pool
+    is_within = isinstance(pool, QueuePool) and pool.checkedout() < pool.size()
+    return is_within or isinstance(pool, NullPool)
 
 
 def _roll_back(connection: Connection) -> None:
