@@ -11,9 +11,6 @@ from sqlalchemy.types import NullType, TypeEngine
 from .._row import type_as_bound
 from ..exceptions import RotationError
 
-BoundTypes = Mapping[str, TypeEngine[Any] | None]
-"""The type of each binding column by its name; ``None`` has the database tell it."""
-
 
 def dotted(*names: str | None) -> str:
     """Join a schema, table and column into one name, without those that are ``None``."""
@@ -60,10 +57,11 @@ def reflect_table(
     table_name: str,
     schema: str | None,
     column_name: str,
-    bound_types: BoundTypes,
+    bound_types: Mapping[str, TypeEngine[Any] | None],
 ) -> tuple[Mapping[str, Any], sa.Table]:
     """Return all columns of a table by name, and the table with those that identify a row.
 
+    :param bound_types: the type of each binding column by name; ``None`` has the database tell it.
     :raises RotationError: the table, its primary key or one of the named columns is missing.
     """
     columns = reflect_columns(connection, table_name, schema, [column_name, *bound_types])

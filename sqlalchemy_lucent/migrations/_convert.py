@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 import sqlalchemy as sa
 from alembic.operations import Operations
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.types import TypeEngine, _Binary
+from sqlalchemy.types import _Binary
 
 from .. import _sql
 from .._database.connection import ManagedConnection
@@ -129,7 +129,9 @@ class _Conversion:
         value: sa.ColumnElement[Any] = sa.column(name)
         has = self._any(value.is_not(None))
         has_unsealed = self._any(value.is_not(None), _sql.key_version(value).is_(None))
-        plain_is_binary = isinstance(_implemented(plan.plain_type, self._dialect), _Binary)
+        implementation = plan.plain_type.dialect_impl(self._dialect)
+        implementation = getattr(implementation, "impl_instance", implementation)  # of a decorator
+        plain_is_binary = isinstance(implementation, _Binary)
         if has_unsealed and not plain_is_binary:
             raise RotationError(
                 f"{self._owner.fullname}.{name} is a binary column and holds values that are not "
@@ -375,9 +377,3 @@ def log_failures(name: str, what: str, failed: Sequence[FailedRow], count: int) 
 def _contents(plan: ConvertColumnOp) -> tuple[Content, Content]:
     """Return what the column will hold, and what the other one will."""
     return ("sealed", "plain") if plan.to_sealed else ("plain", "sealed")
-
-
-def _implemented(type_: TypeEngine[Any], dialect: sa.Dialect) -> object:
-    """Return the database's type of a decorator."""
-    impl = type_.dialect_impl(dialect)
-    return getattr(impl, "impl_instance", impl)
