@@ -35,7 +35,6 @@ from ..keyring import default_keyring
 from ..models import lifecycle_tables
 from ..rotation import needs_rotation
 from ..rotation.jobs import Rebind
-from ..rotation.rows import read_on
 from ..rotation.targets import resolve_targets
 from ..types import EncryptedJSON, has_check
 from ._checks import find_check
@@ -339,7 +338,10 @@ def _work_on_values(connection: sa.Connection, column: sa.Column[Any]) -> Iterat
         )
         return
     job = Rebind(target, default_keyring(), connection.dialect)
-    read = read_on(connection)
+
+    def read(work: Any) -> Any:
+        return work(connection)
+
     # While a column accepts earlier contexts, open all values, not only the first: when none of
     # them needs an earlier context, the user removes `accept_contexts`.
     earlier = job.earlier_context(read) if type_.accept_contexts else None

@@ -71,15 +71,6 @@ class Read(Protocol):
         """Return what `work` returns."""
 
 
-def read_on(connection: sa.Connection) -> Read:
-    """Return a :class:`Read` that reads on `connection`, whatever transaction it is in."""
-
-    def read(work: Callable[[sa.Connection], _T], /) -> _T:
-        return work(connection)
-
-    return read
-
-
 class Rows:
     """The rows of one table, in primary-key order. The caller has the transaction.
 
@@ -230,9 +221,7 @@ class Rows:
         elif 2 * found < limit:
             self._lookahead = min(2 * self._lookahead, MAX_LOOKAHEAD)
 
-    def batches(
-        self, read: Read, sample: int | None = None, limit: int = BATCH_ROWS
-    ) -> Iterator[Sequence[sa.Row[Any]]]:
+    def batches(self, read: Read, sample: int | None = None) -> Iterator[Sequence[sa.Row[Any]]]:
         """Give all pending rows, or the first `sample` of them, in constant memory.
 
         A batch is everything between two keys, however many rows that is. So every row is in a
@@ -241,7 +230,7 @@ class Rows:
         after: PrimaryKey | None = None
         left = sample
         while left is None or left > 0:
-            size = limit if left is None else min(left, limit)
+            size = BATCH_ROWS if left is None else min(left, BATCH_ROWS)
             found = read(partial(self._read_next, after=after, limit=size))
             if found is None:
                 return
