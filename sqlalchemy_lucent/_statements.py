@@ -144,8 +144,8 @@ def _fault_of_source(source: Any, type_: SealedType) -> str | None:
 
 
 def _fault_of_statement(context: Any, compiled: Any) -> str | None:
-    """Say which value a statement gives to a sealed column whose type does not bind it, or that its
-    UNION mixes values of several columns.
+    """Say what is wrong with a statement: it gives a sealed column a value that the column's type
+    does not bind, or its UNION mixes values of several columns.
     """
     statement = compiled.statement
     statement = getattr(statement, "element", statement)  # what from_statement() was given

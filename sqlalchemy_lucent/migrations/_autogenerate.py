@@ -113,7 +113,7 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
 def _included_columns(autogen_context: AutogenContext) -> Iterator[sa.Column[Any]]:
     """Give the columns that the environment's filters include.
 
-    As in Alembic, a filter gets the object of the database with the one of the models.
+    As in Alembic, a filter gets the models' object and the database's.
     """
     assert autogen_context.connection is not None
     inspector = autogen_context.inspector

@@ -116,7 +116,7 @@ class SealedCheck(NamedTuple):
             )
 
     def _copied(self, loses: str | None = None) -> AbstractContextManager[BatchOperations]:
-        """Give a batch that changes SQLite's table by a copy, which has to lack `loses` only."""
+        """Give a batch that changes a SQLite table by a copy, which may lack only `loses`."""
         return copied_table(
             self.operations,
             self.table_name,

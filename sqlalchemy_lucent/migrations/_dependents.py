@@ -204,7 +204,7 @@ def _parts(created: list[str]) -> Iterator[list[str]]:
 
 
 def _has_star(tokens: list[str]) -> bool:
-    """Say whether a star selects every column, and is no product and no ``count(*)``."""
+    """Say whether a star selects every column; those of products and ``count(*)`` do not."""
     ahead = {one for one, other in pairwise(tokens) if other == "*"}
     return not ahead.isdisjoint({"select", "distinct", "all", ",", "."})
 

@@ -116,7 +116,7 @@ def registered(operation: type[_Op]) -> type[_Op]:
 
 
 def typed(operation: Callable[_P, LucentOp]) -> Callable[_P, None]:
-    """Return a function with the operation's signature and documentation that runs it."""
+    """Return a function that runs the operation, with its signature and documentation."""
 
     def function(*args: _P.args, **kw: _P.kwargs) -> None:
         # Without `operations`, run it in the current migration, as `alembic.op` does.

@@ -51,7 +51,7 @@ def rotate(
         out. One keyring serves the whole run. May be a function that returns it.
     :param batch_size: rows per transaction at most, 1 or more. A table begins with 100, and a
         batch has 16 MiB of values at most, or one row.
-    :param batch_time: seconds that a transaction should take; the number of rows then follows,
+    :param batch_time: seconds that a transaction should take. The number of rows adapts to it,
         from `batch_size` on.
     :param max_rate: rows per second at most, 1 or more.
     :param pause: seconds to wait after each batch.
