@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -37,7 +36,7 @@ from ..rotation import needs_rotation
 from ..rotation.jobs import Rebind
 from ..rotation.targets import resolve_targets
 from ..types import EncryptedJSON, has_check
-from ._checks import find_check
+from ._checks import find_check, logger
 from ._run import is_empty
 from .operations import (
     BoundTo,
@@ -51,8 +50,6 @@ from .operations import (
     RotateEncryptedColumnOp,
 )
 from .tables import UpgradeLucentSecretsOp
-
-logger = logging.getLogger("alembic.runtime.migration.lucent")
 
 PLUGIN_NAME = "sqlalchemy_lucent.autogenerate"
 """The name to select in ``autogenerate_plugins``, or to exclude there with ``~``."""

@@ -13,7 +13,6 @@ No progress is recorded between the steps: the columns themselves tell which of 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from functools import cache, partial
@@ -36,12 +35,10 @@ from ..rotation.plain import PlainColumn
 from ..rotation.report import FailedRow, Failures
 from ..rotation.rows import Rows
 from ..rotation.targets import resolve_targets
-from ._checks import SealedCheck, condition_of
+from ._checks import SealedCheck, condition_of, logger
 from ._dependents import dependents
 from ._swap import Swap
 from .operations import ConvertColumnOp
-
-logger = logging.getLogger("alembic.runtime.migration.lucent")
 
 Content = Literal["plain", "sealed"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -29,7 +28,7 @@ from ..rotation import RotationReport, needs_rotation, rotate, run_jobs
 from ..rotation.jobs import Rebind
 from ..rotation.targets import TargetColumn, TargetTable, resolve_targets
 from ..types import EncryptedJSON
-from ._checks import SealedCheck, not_encrypted
+from ._checks import SealedCheck, logger, not_encrypted
 from ._convert import convert_column, log_failures, log_progress
 from .fence import Fence, fence_triggers
 from .operations import (
@@ -53,8 +52,6 @@ from .tables import (
     DropLucentSecretsOp,
     UpgradeLucentSecretsOp,
 )
-
-logger = logging.getLogger("alembic.runtime.migration.lucent")
 
 
 @Operations.implementation_for(CreateLucentSecretsOp)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -406,9 +405,7 @@ def verify(
         opened = 0
         for table in known.tables:
             job = Reseal(table, own, database.dialect, stale_only=False)
-            database.read(job.rows.check_keys)
-            rows = job.rows.batches(database.read, sample)
-            for row in itertools.chain.from_iterable(rows):
+            for row in job.rows.every(database.read, sample):
                 for each in job.sealed:
                     try:
                         opened += each.open(row) is not None

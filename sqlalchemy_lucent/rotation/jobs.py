@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -309,9 +308,7 @@ class Rebind(Reseal):
 
     def contexts(self, read: Read, sample: int | None = None) -> Iterator[str | None]:
         """Give the context that each value opens in, or each of the first `sample` values."""
-        read(self.rows.check_keys)
-        rows = itertools.chain.from_iterable(self.rows.batches(read, sample))
-        return (self._context_of(row) for row in rows)
+        return map(self._context_of, self.rows.every(read, sample))
 
     def _context_of(self, row: Sequence[Any]) -> str | None:
         data, row_context = self._sealed.value(row), self._sealed.row_context(row)

@@ -221,12 +221,16 @@ class Rows:
         elif 2 * found < limit:
             self._lookahead = min(2 * self._lookahead, MAX_LOOKAHEAD)
 
-    def batches(self, read: Read, sample: int | None = None) -> Iterator[Sequence[sa.Row[Any]]]:
-        """Give all pending rows, or the first `sample` of them, in constant memory.
+    def every(self, read: Read, sample: int | None = None) -> Iterator[sa.Row[Any]]:
+        """Check the keys, and give all pending rows, or the first `sample` of them.
 
-        A batch is everything between two keys, however many rows that is. So every row is in a
-        batch, even if the key is not unique, or the database does not find the row by its key.
+        They are read in batches, so memory stays constant. A batch is everything between two keys,
+        however many rows that is. So every row is in a batch, even if the key is not unique, or the
+        database does not find the row by its key.
+
+        :raises RotationError: see :meth:`check_keys`.
         """
+        read(self.check_keys)
         after: PrimaryKey | None = None
         left = sample
         while left is None or left > 0:
@@ -235,7 +239,7 @@ class Rows:
             if found is None:
                 return
             bounds, rows = found
-            yield rows[:left]
+            yield from rows[:left]
             after = self.next_after(bounds, rows)
             self._look_ahead(len(rows), size)
             if after is None:
