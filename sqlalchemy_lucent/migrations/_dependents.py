@@ -19,7 +19,7 @@ def dependents(
     schema: str | None,
     column_name: str,
     *,
-    ours: str | None = None,
+    ours: str | None,
 ) -> list[str]:
     """Return what depends on a column, each by kind and name.
 

@@ -341,8 +341,8 @@ class Backfill(Job):
         dialect: sa.Dialect,
         *,
         to_sealed: bool,
-        compare: bool = False,
-        written_since: sa.ColumnElement[bool] | None = None,
+        compare: bool,
+        written_since: sa.ColumnElement[bool] | None,
     ) -> None:
         (self._target,) = target.columns
         if plain.name not in target.clause.c:

@@ -105,8 +105,8 @@ class PlainColumn:
         type_: TypeEngine[Any],
         codec: Codec,
         dialect: sa.Dialect,
-        reader: Reader | None = None,
-        writer: Writer | None = None,
+        reader: Reader | None,
+        writer: Writer | None,
     ) -> None:
         self.name = name
         self.type = type_ = type_._variant_mapping.get(dialect.name, type_)
