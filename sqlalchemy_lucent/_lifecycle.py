@@ -8,8 +8,7 @@ nothing about the value that it stored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
@@ -18,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from ._driver_errors import sqlstate
 from ._sql import is_mysql
-from ._upsert import Execute
+from ._upsert import Execute, has_key, key_columns, same_key
 from .exceptions import (
     ConfigurationError,
     InvalidKeyError,
@@ -26,7 +25,7 @@ from .exceptions import (
     SerializationError,
 )
 from .models import LifecycleTables, UTCDateTime, lifecycle_tables, utc_now
-from .secret_key import KEY_PART_NAMES, SecretKey
+from .secret_key import SecretKey
 
 Stage = Literal["current", "previous", "staged", "pending", "deleted"]
 
@@ -70,18 +69,6 @@ def required_tables(table: sa.Table) -> LifecycleTables:
     return found
 
 
-def has_key(table: sa.Table, parts: Sequence[Any]) -> sa.ColumnElement[bool]:
-    """Return the condition that the key of `table` begins with `parts`."""
-    return sa.and_(
-        *(table.c[name] == part for name, part in zip(KEY_PART_NAMES, parts, strict=False))
-    )
-
-
-def same_key(one: sa.Table, other: sa.Table) -> sa.ColumnElement[bool]:
-    """Return the condition that joins two tables on the key."""
-    return sa.and_(*(one.c[name] == other.c[name] for name in KEY_PART_NAMES))
-
-
 def describes(states: sa.Table, table: sa.Table) -> sa.ColumnElement[bool]:
     """Return the condition that a state is that of the secret's current value."""
     return sa.and_(same_key(states, table), states.c.written_at == table.c.updated_at)
@@ -102,7 +89,7 @@ def select_deleted(table: sa.Table, tables: LifecycleTables) -> Any:
     versions, states = tables
     return (
         sa.select(
-            *(versions.c[name] for name in KEY_PART_NAMES),
+            *key_columns(versions),
             versions.c.key_version,
             sa.func.coalesce(states.c.created_at, versions.c.created_at, type_=UTCDateTime).label(
                 "created_at"
@@ -175,46 +162,24 @@ def list_versions(table: sa.Table, key: SecretKey, execute: Execute) -> list[Sec
     """Return what is known about each version of a secret, the newest first."""
     tables = required_tables(table)
     versions, states = tables
-    columns = versions.c
     current = run(
         execute,
         tables,
-        sa.select(
-            table.c.updated_at,
-            table.c.key_version,
-            states.c.number,
-            states.c.written_at,
-            states.c.expires_at,
-        )
-        .select_from(table.outerjoin(states, same_key(states, table)))
+        sa.select(states.c.number, table.c.updated_at, states.c.expires_at, table.c.key_version)
+        .select_from(table.outerjoin(states, describes(states, table)))
         .where(has_key(table, key)),
     ).first()
     archived = run(
         execute,
         tables,
-        sa.select(
-            columns.number,
-            columns.stage,
-            columns.created_at,
-            columns.expires_at,
-            columns.key_version,
-        )
-        .where(has_key(versions, key), sa.func.coalesce(columns.stage, "") != "deleted")
-        .order_by(columns.number.desc()),
+        sa.select(*(versions.c[field.name] for field in fields(SecretVersion)))
+        .where(has_key(versions, key), sa.func.coalesce(versions.c.stage, "") != "deleted")
+        .order_by(versions.c.number.desc()),
     ).all()
     if current is None:
         return [SecretVersion(*tuple(row)) for row in archived if row.stage == "staged"]
-    is_described = current.written_at == current.updated_at
-    number = current.number if is_described else None
-    listed = [
-        SecretVersion(
-            number,
-            "current",
-            current.updated_at,
-            current.expires_at if is_described else None,
-            current.key_version,
-        )
-    ]
+    number, *rest = tuple(current)
+    listed = [SecretVersion(number, "current", *rest)]
     has_previous = False
     for row in archived:
         if row.number == number:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from ._lifecycle import required_tables, run, same_key, time_of
+from ._lifecycle import required_tables, run, time_of
 from ._pagination import row_after
+from ._upsert import key_columns, same_key
 from ._versions import SecretHistory
 from .events import AccessHandler, SecretAccess
 from .exceptions import ConfigurationError
 from .models import LucentSecret, LucentSecretMixin, utc_now
-from .secret_key import KEY_PART_NAMES, SecretKey
+from .secret_key import SecretKey, stored_key
 
 if TYPE_CHECKING:  # without greenlet, which only async programs need, it does not import
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 _BATCH: Final = 100
-
-_Condition = Callable[[sa.Dialect], sa.ColumnElement[bool]]
 
 
 def purge(
@@ -91,10 +90,10 @@ class _Purge:
             ~has_secret,
             sa.or_(states.c.written_at.is_not(None), ~has_staged),
         )
-        past = self._sweep(lambda dialect: states.c.purge_at <= time_of(dialect))
-        return past + self._sweep(lambda _: is_left)
+        is_past = states.c.purge_at <= time_of(self._engine.dialect)
+        return self._sweep(is_past) + self._sweep(is_left)
 
-    def _sweep(self, condition: _Condition) -> int:
+    def _sweep(self, condition: sa.ColumnElement[bool]) -> int:
         """Purge what fits, in key order, each batch in a transaction."""
         purged, after = 0, None
         while True:
@@ -106,18 +105,15 @@ class _Purge:
             after = keys[-1]
 
     def _find(
-        self, session: Session, condition: _Condition, after: SecretKey | None
+        self, session: Session, condition: sa.ColumnElement[bool], after: SecretKey | None
     ) -> Sequence[SecretKey]:
-        states, dialect = self._tables.states, self._engine.dialect
-        columns: list[Any] = [states.c[name] for name in KEY_PART_NAMES]
-        statement = sa.select(*columns).where(condition(dialect)).order_by(*columns).limit(_BATCH)
+        columns = key_columns(self._tables.states)
+        statement = sa.select(*columns).where(condition).order_by(*columns).limit(_BATCH)
         if after is not None:
-            statement = statement.where(
-                row_after(columns, [sa.literal(part) for part in after], dialect)
-            )
+            last = [sa.literal(part) for part in after]
+            statement = statement.where(row_after(columns, last, self._engine.dialect))
         found = run(session.connection().execute, self._tables, statement)
-        # Not checked again: a key that breaks a rule was written by others.
-        return [tuple.__new__(SecretKey, row) for row in found]
+        return [stored_key(row) for row in found]
 
     def _purge(self, session: Session, key: SecretKey) -> bool:
         """Purge one secret if it is still to be purged; return whether it was."""

@@ -114,11 +114,13 @@ class Schema(Generic[T]):
             try:
                 if self.load(document) == value:
                     return document
-                fault = f"it is of type {_name(type(value))}, and would not come back equal"
+                fault = f"JSON would not return an equal {_name(type(value))}"
+                if _is_pydantic(self.type):
+                    fault += "; a SecretStr needs a field_serializer"
             except SchemaMismatchError as error:
                 fault = str(error)
         del value, document  # an error reporter would send them
-        raise SerializationError(f"$: a value is not one of {_name(self.type)}: {fault}")
+        raise SerializationError(f"$: a value cannot be stored as {_name(self.type)}: {fault}")
 
     def untracked_part(self) -> str | None:
         """Return the name of a type in this one whose values can be edited without being tracked;

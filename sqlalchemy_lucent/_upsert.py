@@ -1,4 +1,7 @@
-"""The repository's statements, built once: building one takes as long as running it."""
+"""The repository's statements, built once: building one takes as long as running it.
+
+The conditions on a secret's key are here too: all statements share them.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,29 @@ _KEYS_PER_STATEMENT: Final = 128
 Execute = Callable[..., sa.CursorResult[Any]]
 """Executes a statement with parameters, as ``Connection.execute`` does."""
 
+KEY_PARAMETERS: Final[list[sa.BindParameter[Any]]] = [sa.bindparam(name) for name in KEY_PART_NAMES]
+
+
+def key_columns(table: sa.FromClause) -> list[sa.ColumnElement[str]]:
+    """Return the columns of `table` that have the parts of the key."""
+    return [table.c[name] for name in KEY_PART_NAMES]
+
+
+def has_key(table: sa.FromClause, parts: Sequence[Any]) -> sa.ColumnElement[bool]:
+    """Return the condition that the key of `table` begins with `parts`."""
+    columns = key_columns(table)
+    return sa.and_(*(column == part for column, part in zip(columns, parts, strict=False)))
+
+
+def same_key(one: sa.FromClause, other: sa.FromClause) -> sa.ColumnElement[bool]:
+    """Return the condition that joins two tables on the key."""
+    return has_key(one, key_columns(other))
+
 
 @lru_cache(maxsize=32)
 def select_payload(table: sa.Table) -> sa.Select[Any]:
-    """Return the SELECT of one payload, with a parameter for each part of the key."""
-    return sa.select(table.c.payload).where(
-        *(table.c[name] == sa.bindparam(name) for name in KEY_PART_NAMES)
-    )
+    """Return the SELECT of one payload, by `KEY_PARAMETERS`."""
+    return sa.select(table.c.payload).where(has_key(table, KEY_PARAMETERS))
 
 
 def select_payloads(
@@ -54,13 +73,12 @@ def _select_by_arrays(table: sa.Table) -> sa.Select[Any]:
         .table_valued(*(sa.column(name, sa.String) for name in KEY_PART_NAMES), name="wanted")
         .render_derived()
     )
-    return _select_keys_and_payloads(table).where(
-        *(table.c[name] == wanted.c[name] for name in KEY_PART_NAMES)
-    )
+    return _select_keys_and_payloads(table).where(same_key(table, wanted))
 
 
 def _select_keys_and_payloads(table: sa.Table) -> sa.Select[Any]:
-    return sa.select(*(table.c[name] for name in (*KEY_PART_NAMES, "payload")))
+    columns = *key_columns(table), table.c.payload
+    return sa.select(*columns)
 
 
 @lru_cache(maxsize=256)
@@ -70,16 +88,14 @@ def is_one_of(table: sa.Table, on_mysql: bool, size: int) -> sa.ColumnElement[bo
     MySQL and MariaDB are faster with ``(a, b, …) IN (…)``. SQLite would scan the table for it, and
     PostgreSQL plans it for twice as long.
     """
-    columns = [table.c[name] for name in KEY_PART_NAMES]
+    columns = key_columns(table)
     keys = [
         [sa.bindparam(f"{column.name}_{position}", type_=column.type) for column in columns]
         for position in range(size)
     ]
     if on_mysql:
         return sa.tuple_(*columns).in_([sa.tuple_(*key) for key in keys])
-    return sa.or_(
-        *(sa.and_(*(c == part for c, part in zip(columns, key, strict=True))) for key in keys)
-    )
+    return sa.or_(*(has_key(table, key) for key in keys))
 
 
 def batches(keys: Sequence[SecretKey]) -> Iterator[tuple[int, dict[str, str]]]:

@@ -14,18 +14,11 @@ from typing import Any, Final, Literal
 import sqlalchemy as sa
 
 from . import _upsert
-from ._lifecycle import (
-    NO_NUMBER,
-    Stage,
-    has_key,
-    is_ordinary,
-    required_tables,
-    run,
-    same_key,
-)
+from ._lifecycle import NO_NUMBER, Stage, describes, is_ordinary, required_tables, run
 from ._payloads import open_payload, seal_payload
 from ._sealing import Sealed
 from ._sql import is_mysql
+from ._upsert import has_key, same_key
 from .exceptions import ConflictError, DecryptionError, hide_locals
 from .keyring import Keyring
 from .models import utc_now
@@ -310,16 +303,15 @@ class SecretHistory:
         value: Any,
         stage: Literal["staged", "pending"] | None = None,
         expires_at: datetime | None = None,
-    ) -> int:
-        """Store a value that is not current, under a new number; return that number.
+    ) -> tuple[int, Sealed]:
+        """Store a value that is not current; return its new number and the sealed value.
 
         The caller stores the state afterwards.
         """
         number = state.take_number()
         sealed = self.seal_version(number, value)
-        del value
         self.insert_version(number, sealed, stage, expires_at, utc_now())
-        return number
+        return number, sealed
 
     @hide_locals
     def seal_version(self, number: int, value: Any) -> Sealed:
@@ -360,23 +352,23 @@ class SecretHistory:
         staged value.
         """
         table, states, versions = self.table, self._states, self._versions
-        current = sa.case((states.c.written_at == table.c.updated_at, states.c.number))
-        columns = [current.label("current"), table.c.payload]
-        secret = table.outerjoin(states, same_key(states, table))
         if stage == "current":
             row = self._run(sa.select(table.c.payload).where(has_key(table, self.key))).first()
             return None if row is None else (None, row.payload)
         if stage == "staged":
             found = self.find_stage("staged", lock=False)
             return None if found is None else (found.number, found.payload)
+        current = states.c.number  # NULL if the state describes another value
         if stage == "previous":
             wanted = is_ordinary(versions, sa.func.coalesce(current, NO_NUMBER))
         elif stage == "pending":
             wanted = sa.and_(versions.c.stage == "pending", versions.c.number > current)
         else:
             wanted = sa.and_(versions.c.number == number, ~self._has_stage("deleted"))
+        secret = table.outerjoin(states, describes(states, table))
+        archived = versions.c.payload.label("archived")
         statement = (
-            sa.select(*columns, versions.c.number, versions.c.payload.label("archived"))
+            sa.select(current.label("current"), table.c.payload, versions.c.number, archived)
             .select_from(secret.outerjoin(versions, sa.and_(same_key(versions, table), wanted)))
             .where(has_key(table, self.key))
             .order_by(versions.c.number.desc())
@@ -390,17 +382,12 @@ class SecretHistory:
         return None if row.number is None else (row.number, row.archived)
 
     def find(self, condition: sa.ColumnElement[bool], *, lock: bool = True) -> sa.Row[Any] | None:
-        """Return number, payload, expires_at and created_at of the newest version that fits.
+        """Return the newest version that fits, as :meth:`all_versions` does.
 
         :param lock: read what is committed now, for a step that depends on it.
         """
-        columns = self._versions.c
-        statement = (
-            sa.select(columns.number, columns.payload, columns.expires_at, columns.created_at)
-            .where(has_key(self._versions, self.key), condition)
-            .order_by(columns.number.desc())
-            .limit(1)
-        )
+        number = self._versions.c.number
+        statement = self._select_versions().where(condition).order_by(number.desc()).limit(1)
         return self._run(statement.with_for_update() if lock else statement).first()
 
     def find_number(self, number: int) -> sa.Row[Any] | None:
@@ -437,16 +424,12 @@ class SecretHistory:
 
     def all_versions(self) -> Sequence[sa.Row[Any]]:
         """Return number, payload, stage, expires_at and created_at of each version; lock them."""
-        columns = self._versions.c
-        statement = sa.select(
-            columns.number,
-            columns.payload,
-            columns.stage,
-            columns.expires_at,
-            columns.created_at,
-        )
-        statement = statement.where(has_key(self._versions, self.key)).with_for_update()
-        return self._run(statement).all()
+        return self._run(self._select_versions().with_for_update()).all()
+
+    def _select_versions(self) -> sa.Select[Any]:
+        names = "number", "payload", "stage", "expires_at", "created_at"
+        columns = (self._versions.c[name] for name in names)
+        return sa.select(*columns).where(has_key(self._versions, self.key))
 
     def trim(self, state: State) -> None:
         """Delete ordinary versions beyond those that are kept."""

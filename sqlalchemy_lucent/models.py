@@ -223,11 +223,7 @@ def is_versions_table(table: Table) -> bool:
 
 def upgrade_tables(metadata: MetaData, name: str, *, schema: str | None = None) -> LifecycleTables:
     """Return the tables beside the table of secrets `name`, for migrations."""
-    table = secrets_table(metadata, name, schema=schema)
-    _add_lifecycle_tables(table)
-    found = lifecycle_tables(table)
-    assert found is not None
-    return found
+    return _add_lifecycle_tables(secrets_table(metadata, name, schema=schema))
 
 
 def _lifecycle_names(name: str) -> tuple[str, str]:
@@ -241,12 +237,12 @@ def _version_context(context: str) -> str:
     return f"{_lifecycle_names(name)[0]}.{column}" if dot else f"{context}.versions"
 
 
-def _add_lifecycle_tables(table: Table) -> None:
-    versions, states = _lifecycle_names(table.name)
+def _add_lifecycle_tables(table: Table) -> LifecycleTables:
+    versions_name, states_name = _lifecycle_names(table.name)
     payload: Any = table.c.payload.type
     context = payload.explicit_context
-    Table(
-        versions,
+    versions = Table(
+        versions_name,
         table.metadata,
         *_key_part_columns(),
         # Bound to the number as well, so that an old value put in the place of a newer one does not
@@ -272,8 +268,8 @@ def _add_lifecycle_tables(table: Table) -> None:
         schema=table.schema,
         info={_VERSIONS_OF: table.name},
     )
-    Table(
-        states,
+    states = Table(
+        states_name,
         table.metadata,
         *_key_part_columns(),
         Column("number", Integer, nullable=False),  # of the current value
@@ -290,6 +286,7 @@ def _add_lifecycle_tables(table: Table) -> None:
         Column("purge_at", UTCDateTime, index=True),
         schema=table.schema,
     )
+    return LifecycleTables(versions, states)
 
 
 def _key_part_columns() -> list[Column[str]]:

@@ -31,6 +31,7 @@ from ._purge import apurge, purge
 from ._schema import Schema
 from ._sealing import Sealed
 from ._sql import is_mysql
+from ._upsert import has_key, key_columns
 from ._versions import SecretHistory
 from .events import AccessHandler, Action, SecretAccess
 from .exceptions import (
@@ -42,7 +43,7 @@ from .exceptions import (
 )
 from .keyring import Keyring, generate_master_key
 from .models import LucentSecret, LucentSecretMixin, lifecycle_tables, utc_now
-from .secret_key import KEY_PART_NAMES, SecretKey, check_part
+from .secret_key import KEY_PART_NAMES, SecretKey, check_part, stored_key
 
 if TYPE_CHECKING:  # without greenlet, which only async programs need, it does not import
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -191,19 +192,16 @@ class LucentSecrets:
         self, key: SecretKey, value: Any, expected: _Expected, expires_at: datetime | None
     ) -> str:
         dialect = self._dialect(to_write=True)
-        sealed = self._seal(key, value, self._keyring, dialect)
+        sealed = seal_payload(self._table, dialect, key, value, self._keyring)
         del value
         with self._savepoint_if_audited():
             if self._keep is not None or (expires_at is not None and expected is not _UNSET):
                 written = self._set_next(key, sealed, expected, expires_at)
-            elif expires_at is not None:
-                row = self._row(key, sealed)
-                self._history(key).note_expiry(row["updated_at"], expires_at)
-                self._write([key], _upsert.upsert(self._table, dialect.name), row)
-                written = True
             elif expected is _UNSET:
-                statement = _upsert.upsert(self._table, dialect.name)
-                self._write([key], statement, self._row(key, sealed))
+                row = self._row(key, sealed)
+                if expires_at is not None:
+                    self._history(key).note_expiry(row["updated_at"], expires_at)
+                self._write([key], _upsert.upsert(self._table, dialect.name), row)
                 written = True
             elif expected is None:
                 execute = functools.partial(self._write, [key])
@@ -277,7 +275,7 @@ class LucentSecrets:
 
     def info(self, key: _Key) -> SecretInfo | None:
         """Return what is known about the secret under `key` without opening it, or ``None``."""
-        statement = self._select_info().where(self._begins_with(SecretKey.of(key)))
+        statement = self._select_info().where(has_key(self._table, SecretKey.of(key)))
         row = self._select(statement).first()
         return None if row is None else _info(row)
 
@@ -299,18 +297,19 @@ class LucentSecrets:
         :raises DecryptionError: with `purge_after`, the value does not open, so it cannot be kept.
         """
         key = SecretKey.of(key)
-        if self._keep is not None or purge_after is not None:
-            given = None if expected is _UNSET else _token_bytes(expected)
-            return self._delete_with_history(key, given, _lifecycle.check_delay(purge_after))
-        statement = sa.delete(self._table).where(self._begins_with(key))
-        if expected is not _UNSET:
-            token = sa.literal(_token_bytes(expected), LargeBinary)
-            statement = statement.where(self._has_token(token))
+        token = None if expected is _UNSET else _token_bytes(expected)
+        purge_after = _lifecycle.check_delay(purge_after)
         with self._savepoint_if_audited():
-            deleted = self._write([key], statement).rowcount > 0
-            refused = "missing" if expected is _UNSET else "conflict"
+            if self._keep is not None or purge_after is not None:
+                deleted = self._delete_with_history(key, token, purge_after)
+            else:
+                statement = sa.delete(self._table).where(has_key(self._table, key))
+                if token is not None:
+                    statement = statement.where(self._has_token(sa.literal(token, LargeBinary)))
+                deleted = self._write([key], statement).rowcount > 0
+            refused = "missing" if token is None else "conflict"
             self._tell("delete", key, None, "ok" if deleted else refused)
-        if not deleted and expected is not _UNSET:
+        if not deleted and token is not None:
             raise _conflict(key)
         return deleted
 
@@ -393,11 +392,8 @@ class LucentSecrets:
         key, expires_at = SecretKey.of(key), _lifecycle.check_expiry(expires_at)
         history = self._history(key)
         state = history.lock()
-        number = state.take_number()
-        sealed = history.seal_version(number, value)
-        del value
         with self._savepoint_if_audited():
-            history.insert_version(number, sealed, "staged", expires_at, utc_now())
+            number, sealed = history.add_version(state, value, "staged", expires_at)
             history.supersede("staged", number)
             history.save(state)
             self._tell("stage", key, sealed, "ok")
@@ -419,7 +415,7 @@ class LucentSecrets:
         if staged is None:
             self._tell("promote", key, None, "missing")
             raise _lifecycle.version_not_found(key, "staged value")
-        sealed = self._seal(key, self._read(key, staged.payload, staged.number), self._keyring)
+        sealed = history.seal(self._read(key, staged.payload, staged.number))
         with self._savepoint_if_audited():
             history.delete_version(staged.number)
             history.write_current(state, sealed, expires_at=staged.expires_at)
@@ -449,7 +445,7 @@ class LucentSecrets:
             self._tell("restore", key, None, "missing")
             raise _lifecycle.version_not_found(key, f"version {number}")
         payload, stored_as, expires_at = found
-        sealed = self._seal(key, self._read(key, payload, stored_as), self._keyring)
+        sealed = history.seal(self._read(key, payload, stored_as))
         with self._savepoint_if_audited():
             history.write_current(state, sealed, expires_at=expires_at)
             self._tell("restore", key, sealed, "ok")
@@ -473,14 +469,11 @@ class LucentSecrets:
                 f"no deleted secret is kept under {key}: it was not deleted with purge_after=, or "
                 "it is purged"
             )
-        undeleted, sealed = state.current is None, None
-        if undeleted:
-            sealed = self._seal(
-                key, self._read(key, deleted.payload, deleted.number), self._keyring
-            )
+        sealed = None
+        if state.current is None:
+            sealed = history.seal(self._read(key, deleted.payload, deleted.number))
         with self._savepoint_if_audited():
-            if sealed is not None:
-                undeleted = history.undelete(state, deleted, sealed)
+            undeleted = sealed is not None and history.undelete(state, deleted, sealed)
             self._tell("undelete", key, sealed, "ok" if undeleted else "conflict")
         if not undeleted:
             raise ConflictError(
@@ -494,19 +487,14 @@ class LucentSecrets:
         history = self._history(key)
         state = history.lock()
         current = None if state.current is None else _prefix(bytes(state.current))
-        deleted = current is not None and token in (None, current)
-        with self._savepoint_if_audited():
-            if purge_after is None:
-                if deleted or token is None:
-                    history.delete_current()
-                    history.forget()
-            elif deleted:
+        is_expected = current is not None and token in (None, current)
+        if purge_after is not None:
+            if is_expected:
                 history.delete_softly(state, purge_after)
-            refused = "missing" if token is None else "conflict"
-            self._tell("delete", key, None, "ok" if deleted else refused)
-        if not deleted and token is not None:
-            raise _conflict(key)
-        return deleted
+        elif is_expected or token is None:
+            history.delete_current()
+            history.forget()
+        return is_expected
 
     def _move_with_history(self, source: SecretKey, target: SecretKey) -> None:
         histories = {key: self._history(key) for key in (source, target)}
@@ -515,7 +503,7 @@ class LucentSecrets:
         if state.current is None:
             self._tell("read", source, None, "missing")
             raise _not_found([source])
-        sealed = self._seal(target, self._read(source, state.current), self._keyring)
+        sealed = new.seal(self._read(source, state.current))
         kept = [
             (row, new.seal_version(row.number, old.open(row.number, row.payload)))
             for row in old.all_versions()
@@ -596,22 +584,19 @@ class LucentSecrets:
             by_key[key] = value
         if not by_key:
             return
-        if self._keep is not None:
-            sealed = {key: self._seal(key, by_key[key], self._keyring) for key in sorted(by_key)}
-            with self._savepoint_if_audited():
-                for key, each in sealed.items():
-                    self._set_next(key, each, _UNSET, None)
-                for key, each in sealed.items():
-                    self._tell("write", key, each, "ok")
-            return
         dialect = self._dialect(to_write=True)
         sealed = {
-            key: self._seal(key, value, self._keyring, dialect) for key, value in by_key.items()
+            key: seal_payload(self._table, dialect, key, value, self._keyring)
+            for key, value in by_key.items()
         }
-        # In key order, so that two callers lock the same rows in the same order.
-        rows = [self._row(key, sealed[key]) for key in sorted(sealed)]
         with self._savepoint_if_audited():
-            self._write(sealed, _upsert.upsert(self._table, dialect.name), rows)
+            # In key order, so that two callers lock the same rows in the same order.
+            if self._keep is None:
+                rows = [self._row(key, sealed[key]) for key in sorted(sealed)]
+                self._write(sealed, _upsert.upsert(self._table, dialect.name), rows)
+            else:
+                for key in sorted(sealed):
+                    self._set_next(key, sealed[key], _UNSET, None)
             for key, each in sealed.items():
                 self._tell("write", key, each, "ok")
 
@@ -675,18 +660,18 @@ class LucentSecrets:
         parts = _leading_parts(scope, owner_id, provider)
         if len(parts) < len(("scope", "owner_id")):
             raise InvalidKeyError("delete_many() needs the scope and the owner_id of one owner")
-        condition = self._begins_with(parts)
+        condition = has_key(self._table, parts)
         if self._on_access is None:
             self._forget_many(parts)
             deleted = self._write((), sa.delete(self._table).where(condition)).rowcount
         else:
             # By their keys, so that exactly the deleted secrets are reported.
-            selected = sa.select(*self._key_columns).where(condition).with_for_update()
+            selected = sa.select(*key_columns(self._table)).where(condition).with_for_update()
             deleted = 0
             on_mysql = is_mysql(self._dialect(to_write=True))
             with self._savepoint_if_audited():
                 self._forget_many(parts)
-                keys = [_stored_key(row) for row in self._execute(selected, to_write=True)]
+                keys = [stored_key(row) for row in self._execute(selected, to_write=True)]
                 for size, parameters in _upsert.batches(keys):
                     one_of = _upsert.is_one_of(self._table, on_mysql, size)
                     statement = sa.delete(self._table).where(one_of)
@@ -706,8 +691,8 @@ class LucentSecrets:
         tables = _lifecycle.required_tables(self._table)
         # The states first: every writer locks them first.
         for table in (tables.states, tables.versions):
-            statement = sa.delete(table).where(_lifecycle.has_key(table, parts))
-            _lifecycle.run(self._execute_write, tables, statement)
+            statement = sa.delete(table).where(has_key(table, parts))
+            _lifecycle.run(functools.partial(self._write, ()), tables, statement)
 
     # -- listing ----------------------------------------------------------------------------------
 
@@ -739,9 +724,9 @@ class LucentSecrets:
             raise InvalidKeyError(f"after= is a key of another listing, {last}")
 
         def page(statement: Any, table: sa.Table) -> Iterator[SecretInfo]:
-            columns = [table.c[name] for name in KEY_PART_NAMES]
+            columns = key_columns(table)
             if parts:
-                statement = statement.where(_lifecycle.has_key(table, parts))
+                statement = statement.where(has_key(table, parts))
             statement = statement.order_by(*columns).limit(limit)
             if last is not None:
                 rest = [sa.literal(part) for part in last[len(parts) :]]
@@ -778,12 +763,12 @@ class LucentSecrets:
         parts = _leading_parts(scope, owner_id)
         states = _lifecycle.required_tables(self._table).states
         statement = (
-            self._select_info(_lifecycle.describes(states, self._table))
+            self._select_info(described=True)
             .where(
                 states.c.expires_at < _lifecycle.check_moment("before", before),
-                *([_lifecycle.has_key(states, parts)] if parts else []),
+                *([has_key(states, parts)] if parts else []),
             )
-            .order_by(states.c.expires_at, *(states.c[name] for name in KEY_PART_NAMES))
+            .order_by(states.c.expires_at, *key_columns(states))
             .limit(limit)
         )
         return [_info(row) for row in self._select(statement)]
@@ -802,33 +787,20 @@ class LucentSecrets:
         statement = sa.select(sa.func.count()).select_from(self._table)
         parts = _leading_parts(scope, owner_id, provider)
         if parts:
-            statement = statement.where(self._begins_with(parts))
+            statement = statement.where(has_key(self._table, parts))
         count: int = self._execute(statement).scalar_one()
         return count
 
-    # -- conditions ------------------------------------------------------------------------------
-
-    @property
-    def _key_columns(self) -> builtins.list[ColumnElement[str]]:
-        return [self._table.c[name] for name in KEY_PART_NAMES]
-
-    def _begins_with(self, parts: Sequence[Any]) -> ColumnElement[bool]:
-        return _lifecycle.has_key(self._table, parts)
-
-    def _has_token(self, token: ColumnElement[bytes]) -> ColumnElement[bool]:
-        size = sa.func.length(token)
-        return sa.func.substr(self._table.c.payload, 1, size, type_=LargeBinary) == token
-
     # -- reading ---------------------------------------------------------------------------------
 
-    def _select_info(self, joined: ColumnElement[bool] | None = None) -> Any:
+    def _select_info(self, *, described: bool = False) -> Any:
         """Select what :func:`_info` takes.
 
-        :param joined: how to join the states; a secret without one is selected as well if left out.
+        :param described: select only the secrets that a state describes.
         """
         columns = self._table.c
         statement = sa.select(
-            *self._key_columns,
+            *key_columns(self._table),
             columns.key_version,
             columns.created_at,
             columns.updated_at,
@@ -838,10 +810,10 @@ class LucentSecrets:
         if tables is None:
             return statement
         states = tables.states
-        condition = _lifecycle.describes(states, self._table) if joined is None else joined
+        condition = _lifecycle.describes(states, self._table)
         return statement.add_columns(
             states.c.number, states.c.expires_at, states.c.needs_reauthorization_at
-        ).join_from(self._table, states, condition, isouter=joined is None)
+        ).join_from(self._table, states, condition, isouter=not described)
 
     def _select(self, statement: Any) -> CursorResult[Any]:
         tables = lifecycle_tables(self._table)
@@ -850,7 +822,7 @@ class LucentSecrets:
         return _lifecycle.run(self._execute, tables, statement)
 
     def _exists(self, key: SecretKey, *, to_write: bool = False) -> bool:
-        statement = sa.select(sa.literal(1)).where(self._begins_with(key))
+        statement = sa.select(sa.literal(1)).where(has_key(self._table, key))
         return self._execute(statement, to_write=to_write).first() is not None
 
     def _load(self, key: SecretKey, *, to_write: bool = False, lock: bool = False) -> Sealed | None:
@@ -882,9 +854,9 @@ class LucentSecrets:
             if lock:
                 # On PostgreSQL, the statement also selects from arrays, which take no lock.
                 locked = self._table if dialect.name == "postgresql" else None
-                statement = statement.order_by(*self._key_columns).with_for_update(of=locked)
+                statement = statement.order_by(*key_columns(self._table)).with_for_update(of=locked)
             for row in self._execute(statement, parameters, to_write=to_write):
-                found[_stored_key(row[:-1])] = row[-1]
+                found[stored_key(row[:-1])] = row[-1]
         return found
 
     def _read(self, key: SecretKey, sealed: Sealed, number: int | None = None) -> Any:
@@ -892,16 +864,17 @@ class LucentSecrets:
 
     # -- writing ---------------------------------------------------------------------------------
 
-    def _seal(
-        self, key: SecretKey, value: Any, keyring: Keyring | None, dialect: sa.Dialect | None = None
-    ) -> Sealed:
-        dialect = dialect or self._dialect(to_write=True)
-        return seal_payload(self._table, dialect, key, value, keyring)
+    def _seal(self, key: SecretKey, value: Any, keyring: Keyring | None) -> Sealed:
+        return seal_payload(self._table, self._dialect(to_write=True), key, value, keyring)
 
     @staticmethod
     def _row(key: SecretKey, sealed: Sealed) -> dict[str, Any]:
         now = utc_now()
         return {**key._asdict(), "payload": sealed, "created_at": now, "updated_at": now}
+
+    def _has_token(self, token: ColumnElement[bytes]) -> ColumnElement[bool]:
+        size = sa.func.length(token)
+        return sa.func.substr(self._table.c.payload, 1, size, type_=LargeBinary) == token
 
     def _replace(
         self,
@@ -918,7 +891,7 @@ class LucentSecrets:
             values.update(moved_to._asdict())
             keys.append(moved_to)
         statement = sa.update(self._table).where(
-            self._begins_with(key), self._has_token(sa.literal(token, LargeBinary))
+            has_key(self._table, key), self._has_token(sa.literal(token, LargeBinary))
         )
         return self._write(keys, statement.values(values)).rowcount > 0
 
@@ -935,7 +908,7 @@ class LucentSecrets:
         statement = (
             sa.update(self._table)
             .where(
-                self._begins_with([sa.bindparam(name) for name in names]),
+                has_key(self._table, [sa.bindparam(name) for name in names]),
                 self._has_token(sa.bindparam("token", type_=LargeBinary)),
             )
             # `updated_at` is named to switch off its `onupdate`: a rotation is no edit.
@@ -975,9 +948,6 @@ class LucentSecrets:
         if not inspect(loaded).modified:
             self._session.expire(loaded)
 
-    def _execute_write(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
-        return self._execute(statement, parameters, to_write=True)
-
     def _execute(
         self, statement: Executable, parameters: Any = None, *, to_write: bool = False
     ) -> CursorResult[Any]:
@@ -985,9 +955,10 @@ class LucentSecrets:
 
         :param to_write: whether it writes, or reads what a write depends on.
         """
-        # On SQLAlchemy 2.0, a session does not autoflush before Core statements.
+        # On SQLAlchemy 2.0, a session does not autoflush before Core statements. A handler of a
+        # flush may call this too, and a flush within a flush is an error.
         session = self._session
-        if session.autoflush:
+        if session.autoflush and not getattr(session, "_flushing", False):
             session.flush()
         bind = self._bind_arguments(statement, to_write=to_write)
         if _is_plain(session):
@@ -1135,13 +1106,26 @@ class AsyncLucentSecrets:
         return await self._require(key, as_=as_, version=version, stage=stage)
 
 
+# As they are when this is imported: a program may replace them in the class, too.
+_EXECUTE: Final = Session.execute
+_CONNECTION: Final = Session.connection
+
+
 def _is_plain(session: Session) -> bool:
     """Say whether :meth:`Session.execute` would do no more with a Core statement than execute it.
 
     Passing it by brings ``require`` near to a SELECT by hand, see ``tests/bench``.
     """
-    execute = getattr(session.execute, "__func__", None)
-    return execute is Session.execute and not session.dispatch.do_orm_execute
+    kind, own = type(session), vars(session)
+    return (
+        kind.execute is _EXECUTE
+        and kind.connection is _CONNECTION
+        and "execute" not in own
+        and "connection" not in own
+        and not session.dispatch.do_orm_execute
+        # SQLAlchemy 2.1: `execute` passes these on, over the connection's own.
+        and not getattr(session, "execution_options", None)
+    )
 
 
 def _leading_parts(*given: str | int | uuid.UUID | None) -> tuple[str, ...]:
@@ -1174,21 +1158,14 @@ def _two_keys(source: _Key, target: _Key) -> tuple[SecretKey, SecretKey]:
     return source, target
 
 
-def _stored_key(parts: Iterable[str]) -> SecretKey:
-    # Not checked again: a key that breaks a rule was written by others, and is shown as it is.
-    return tuple.__new__(SecretKey, parts)
-
-
 def _info(row: sa.Row[Any]) -> SecretInfo:
-    key = _stored_key((row.scope, row.owner_id, row.provider, row.name))
-    token = _token(row.prefix)
     known: Any = row._mapping
     return SecretInfo(
-        key,
+        stored_key(row[: len(KEY_PART_NAMES)]),
         row.key_version,
         row.created_at,
         row.updated_at,
-        token,
+        _token(row.prefix),
         known.get("number"),
         known.get("expires_at"),
         known.get("needs_reauthorization_at") is not None,

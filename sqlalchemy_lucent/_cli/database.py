@@ -371,10 +371,10 @@ def _require_migrated(table: Found, engine: sa.Engine) -> None:
     if table.relation is None:
         if table.target.may_be_missing:
             return
-        raise CommandError(
-            f"table {name} is not in the database ({place}): run your migrations, or name another "
-            "database"
-        )
+        remedy = "run your migrations, or name another database"
+        if name == LucentSecret.__tablename__:  # the default: perhaps no models were named
+            remedy += f"; or name your models with --metadata or {METADATA_VARIABLE}"
+        raise CommandError(f"table {name} is not in the database ({place}): {remedy}")
     if not table.relation.is_table:
         return
     missing = table.missing(table.target.clause.columns)

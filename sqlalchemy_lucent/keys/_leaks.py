@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal
@@ -104,10 +104,10 @@ def note_leaked(
             if change is not None:
                 changes.append(change)
             if len(changes) == _BATCH:
-                _write_notes(database, version, changes)
+                _write_notes(database, version, changes, notes.keys())
                 changes = []
     changes += [{"line": line, "outcome": "deleted"} for line in sorted(gone)]
-    _write_notes(database, version, changes)
+    _write_notes(database, version, changes, notes.keys())
     return unopened
 
 
@@ -187,15 +187,15 @@ def _read_notes(connection: sa.Connection, version: str) -> dict[str, sa.Row[Any
 
 
 def _write_notes(
-    database: ManagedConnection, version: str, changes: Sequence[dict[str, Any]]
+    database: ManagedConnection,
+    version: str,
+    changes: Sequence[dict[str, Any]],
+    noted: Collection[str],
 ) -> None:
     table = _key_tables.leaks
 
-    def write(connection: sa.Connection) -> None:
+    def write(connection: sa.Connection, known: Collection[str]) -> None:
         now = database_time(connection)
-        lines = [change["line"] for change in changes]
-        is_line = sa.and_(table.c.version == version, table.c.line.in_(lines))
-        known = set(connection.scalars(sa.select(table.c.line).where(is_line)))
         new = [change for change in changes if change["line"] not in known]
         if new:
             facts = {"version": version, "noted_at": now}
@@ -210,10 +210,12 @@ def _write_notes(
     def attempt(_: int) -> None:
         try:
             with database.transaction() as connection:
-                write(connection)
+                write(connection, noted)
         except IntegrityError:  # somebody else has just noted the same
+            lines = [change["line"] for change in changes]
+            is_line = sa.and_(table.c.version == version, table.c.line.in_(lines))
             with database.transaction() as connection:
-                write(connection)
+                write(connection, set(connection.scalars(sa.select(table.c.line).where(is_line))))
 
     if changes:
         database.retry(attempt)

@@ -83,6 +83,7 @@ class _Conversion:
             return
         self._refuse_values_that_are_not_json()
         self._refuse_what_would_be_lost(plan.column_name)
+        self._require_a_key_for_values()
         if not has_second:
             self._add()
         if plan.swap:
@@ -140,6 +141,11 @@ class _Conversion:
 
     def _any(self, *conditions: Any) -> bool:
         return has_row(self._connection, self._owner, *conditions)
+
+    def _require_a_key_for_values(self) -> None:
+        """Raise a missing keyring once, not for every row. A column without values needs none."""
+        if self._any(sa.column(self._plan.column_name).is_not(None)):
+            self._keyring()
 
     def _refuse_what_would_be_lost(self, name: str) -> None:
         """Refuse a column that something depends on: a drop would lose it."""
@@ -302,8 +308,7 @@ class _Conversion:
     def _swap(self, written_since: sa.ColumnElement[bool] | None) -> None:
         plan = self._plan
         swap = Swap(self._operations, plan, self._columns)
-        if self._any(sa.column(plan.column_name).is_not(None)):
-            self._keyring()  # raise a missing keyring once, not for every row
+        self._require_a_key_for_values()
         try:
             with ManagedConnection(self._connection) as database, swap.locked(database):
                 self._stop_if_failed(self._reconcile(written_since))
@@ -359,7 +364,8 @@ class _Conversion:
 def log_progress(verb: str, name: str, progress: RotationProgress) -> None:
     """Log how many values are done."""
     total = max(progress.total, progress.rotated)  # writers may have added values since the count
-    logger.info("%s %d of %d values of %s so far", verb, progress.rotated, total, name)
+    if total:
+        logger.info("%s %d of %d values of %s so far", verb, progress.rotated, total, name)
 
 
 def log_failures(name: str, what: str, failed: Sequence[FailedRow], count: int) -> None:

@@ -15,9 +15,10 @@ from sqlalchemy.orm import Session
 from .._database.clock import database_time
 from .._database.connection import DEFAULT_RETRIES, ManagedConnection
 from .._database.faults import Fault
-from .._lifecycle import check_moment, describes, has_key, required_tables, run, time_of
+from .._lifecycle import check_moment, describes, required_tables, run, time_of
 from .._payloads import open_payload, read_payload
 from .._sealing import Sealed
+from .._upsert import KEY_PARAMETERS, has_key
 from .._versions import SecretHistory, State
 from ..events import AccessHandler, Action, SecretAccess
 from ..exceptions import (
@@ -31,7 +32,7 @@ from ..exceptions import (
 from ..keyring import Keyring
 from ..models import LucentSecretMixin, utc_now
 from ..repository import LucentSecrets
-from ..secret_key import KEY_PART_NAMES, SecretKey
+from ..secret_key import SecretKey
 
 _T = TypeVar("_T")
 
@@ -80,27 +81,24 @@ def _is_due(expires_at: datetime | None, by: datetime) -> bool:
     return expires_at is not None and expires_at <= by
 
 
-_KEY: Final[list[sa.BindParameter[Any]]] = [sa.bindparam(name) for name in KEY_PART_NAMES]
-
-
 @lru_cache(maxsize=32)
 def _select_current(table: sa.Table, states: sa.Table, dialect: sa.Dialect) -> sa.Select[Any]:
-    """Return the SELECT of the payload, its expiry and the time, with the parameters `_KEY`.
+    """Return the SELECT of the payload, its expiry and the time, by `KEY_PARAMETERS`.
 
     Most calls need no more. It costs least with few columns, and without a join to plan.
     """
     is_of_value = states.c.written_at == table.c.updated_at
-    expires_at = sa.select(states.c.expires_at).where(has_key(states, _KEY), is_of_value)
+    expires_at = sa.select(states.c.expires_at).where(has_key(states, KEY_PARAMETERS), is_of_value)
     expiry = expires_at.correlate(table).scalar_subquery()
     columns = table.c.payload, expiry.label("expires_at"), time_of(dialect).label("now")
-    return sa.select(*columns).where(has_key(table, _KEY))
+    return sa.select(*columns).where(has_key(table, KEY_PARAMETERS))
 
 
 @lru_cache(maxsize=32)
 def _select_seen(
     table: sa.Table, states: sa.Table, dialect: sa.Dialect, *, lock: bool = False
 ) -> sa.Select[Any]:
-    """Return the SELECT of a :class:`Seen`, with the parameters `_KEY`.
+    """Return the SELECT of a :class:`Seen`, by `KEY_PARAMETERS`.
 
     :param lock: lock both rows. Those that a writer has locked are skipped.
     """
@@ -108,7 +106,7 @@ def _select_seen(
     statement = (
         sa.select(table.c.payload, *of_state, time_of(dialect).label("now"))
         .select_from(table.join(states, describes(states, table), isouter=not lock))
-        .where(has_key(table, _KEY))
+        .where(has_key(table, KEY_PARAMETERS))
     )
     return statement.with_for_update(skip_locked=True) if lock else statement
 
@@ -323,9 +321,9 @@ class Store:
             else:
                 return _Kept(value, sealed, "ok")
         if is_replaced:
-            claim.added = history.add_version(state, value, None, expires_at)
+            claim.added, _ = history.add_version(state, value, None, expires_at)
         else:
-            claim.added = history.add_version(state, value, "pending", expires_at)
+            claim.added, _ = history.add_version(state, value, "pending", expires_at)
             state.needs_reauthorization_at = None
         history.save(state)
         history.trim(state)
@@ -370,14 +368,8 @@ class Store:
     # -- the parts ---------------------------------------------------------------------------------
 
     def _history(self, key: SecretKey, connection: sa.Connection) -> SecretHistory:
-        return SecretHistory(
-            self.table,
-            key,
-            connection.execute,
-            connection.dialect,
-            self._keyring,
-            keep=self._kept,
-        )
+        execute, dialect = connection.execute, connection.dialect
+        return SecretHistory(self.table, key, execute, dialect, self._keyring, keep=self._kept)
 
     @staticmethod
     def _take_pending(history: SecretHistory, state: State) -> bool:

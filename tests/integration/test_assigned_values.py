@@ -110,6 +110,18 @@ def test_a_document_that_is_no_container_is_written(session: Session, old: Any, 
         assert repr(stored(session, name)) == repr(new)
 
 
+def test_an_attribute_that_was_set_is_plain_until_it_is_loaded(session: Session) -> None:
+    row = Row(id="x", unredacted=0, plain={"on": 1}, mutable={"on": 1}, lazy={"on": 1})
+    session.add(row)
+    session.flush()
+    assert row.lazy == {"on": 1}
+    assert repr(row.plain) == "{'on': 1}"
+    assert "on" not in repr(row.mutable)
+    session.refresh(row)
+    assert row.lazy.open() == {"on": 1}
+    assert "on" not in repr(row.plain)
+
+
 def test_an_equal_document_is_not_written_again(session: Session) -> None:
     document = {"a": [1, {"b": -0.0, "c": 2**70}], "d": "text"}
     names = ("plain", "unredacted", "mutable", "dictionary")

@@ -36,6 +36,7 @@ def lucent(tmp_path_factory: pytest.TempPathFactory) -> Lucent:
         secrets = LucentSecrets(session, keyring=Keyring({"v1": KEY_1}))
         secrets.set(SECRET_KEY, PLAINTEXT)
     engine.dispose()
+    (directory / "empty.db").touch()
     (directory / "not_a_database.db").write_text("no")
     (directory / "broken.py").write_text(f"token = {PLAINTEXT!r}\nraise ValueError(token)\n")
     (directory / "exits.py").write_text("raise SystemExit(0)\n")
@@ -83,6 +84,12 @@ TABLE: dict[str, tuple[list[str], dict[str, str | None], int, str]] = {
     ),
     "values that do not open": (
         ["verify"], {"LUCENT_SECRETS_KEYS": f"v2:{KEY_2.hex()}"}, 1, ""
+    ),
+    "no models": (
+        ["status"],
+        {"DATABASE_URL": "sqlite:///empty.db"},
+        2,
+        "or name your models with --metadata or LUCENT_METADATA",
     ),
     "no database": (["status"], {"DATABASE_URL": None}, 2, "no database is named"),
     "no URL": (["status"], {"DATABASE_URL": f"postgres:{PASSWORD}"}, 2, "is not a database URL"),

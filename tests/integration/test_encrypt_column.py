@@ -247,6 +247,7 @@ def test_values_need_a_key(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> N
         encrypt(engine, sa.JSON())
 
     assert read(engine, plain_table(sa.JSON())) == VALUES
+    assert THROUGH not in columns(engine)
 
 
 def test_what_writers_change_between_filling_and_swapping_is_what_is_sealed(
@@ -572,6 +573,25 @@ def test_fernet_tokens_are_taken_over_and_back(engine: Engine) -> None:
     assert {n: from_token(token) for n, token in tokens.items()} == {1: {"a": 1}, 2: {"a": 2}}
 
 
+def test_fernet_tokens_that_hold_text_are_taken_over_and_back(engine: Engine) -> None:
+    fernet = Fernet(Fernet.generate_key())
+    stored = {n: fernet.encrypt(text.encode()).decode() for n, text in {1: "t-1", 2: "12"}.items()}
+    fill(engine, plain_table(Text()), stored)
+
+    def from_token(token: str) -> str:
+        return fernet.decrypt(token).decode()
+
+    def to_token(value: str) -> str:
+        return fernet.encrypt(value.encode()).decode()
+
+    encrypt(engine, Text(), reader=from_token, writer=to_token)
+    assert read(engine, sealed_table()) == {1: "t-1", 2: "12"}
+
+    decrypt(engine, Text(), reader=from_token, writer=to_token)
+    tokens = read(engine, plain_table(Text()))
+    assert {n: from_token(token) for n, token in tokens.items()} == {1: "t-1", 2: "12"}
+
+
 def test_a_token_of_another_key_is_reported_and_nothing_is_swapped(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -784,6 +804,7 @@ def test_progress_goes_through_alembics_logging(
         encrypt(engine, sa.JSON())
 
     assert "sealed 6 of 6 values of users.credentials so far" in caplog.text
+    assert "0 of 0" not in caplog.text
 
 
 def test_an_interrupt_is_what_is_raised_and_the_next_run_goes_on(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -21,6 +22,7 @@ from sqlalchemy_lucent import (
     LucentSecrets,
     rotate,
 )
+from sqlalchemy_lucent.keys import _leaks
 from tests.conftest import KEY_1, KEY_2, KEY_3
 from tests.registries import (
     BOTH,
@@ -216,6 +218,22 @@ def test_many_values_are_noted_in_batches(engine: Engine) -> None:
     own = promoted(engine)
     assert len(own.leaked("v1").open) == 1203
     assert len(own.leaked("v1").open) == 1203
+
+
+def test_two_lists_at_once_note_each_value_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(engine)
+    own = promoted(engine)
+    read = _leaks._values
+
+    def read_while_another_notes(*arguments: Any) -> Iterator[Any]:
+        monkeypatch.setattr(_leaks, "_values", read)
+        own.leaked("v1")
+        return read(*arguments)
+
+    monkeypatch.setattr(_leaks, "_values", read_while_another_notes)
+    assert len(own.leaked("v1").open) == 3
 
 
 def test_the_tables_and_reports_hold_no_value_and_no_key(engine: Engine) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from alembic import op
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine
@@ -17,7 +16,7 @@ from tests.docs.pages import ROOT, blocks
 
 
 def names_of_the_page() -> dict[str, Any]:
-    names: dict[str, Any] = {"sa": sa, "op": op, "EncryptedJSON": EncryptedJSON}
+    names: dict[str, Any] = {}
     (block,) = (
         block
         for block in blocks(ROOT / "docs" / "encrypt-existing.md")

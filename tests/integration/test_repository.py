@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypedDict
 
 import msgspec
+import pydantic
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -35,6 +36,7 @@ from sqlalchemy_lucent import (
     SerializationError,
     TamperedError,
     UnknownKeyVersionError,
+    generate_master_key,
 )
 from tests.databases import create_unguarded
 from tests.secret_tables import KEY, OTHER
@@ -294,6 +296,26 @@ def test_require_returns_the_type_that_is_asked_for(
     assert secrets.require(KEY, as_=dict[str, str]) == {"email": "a@b"}
 
 
+class Kept(pydantic.BaseModel):
+    token: pydantic.SecretStr
+
+    @pydantic.field_serializer("token", when_used="json")
+    def _keep(self, secret: pydantic.SecretStr) -> str:
+        return secret.get_secret_value()
+
+
+class Masked(pydantic.BaseModel):
+    token: pydantic.SecretStr
+
+
+@pytest.mark.parametrize("model, token", [(Kept, "t-1"), (Masked, "**********")])
+def test_a_dumped_model_comes_back_as_its_serializers_wrote_it(
+    secrets: LucentSecrets, model: type[Any], token: str
+) -> None:
+    secrets.set(KEY, model(token="t-1").model_dump(mode="json"))
+    assert secrets.require(KEY, as_=model).token.get_secret_value() == token
+
+
 def test_document_of_another_shape_is_refused_by_its_path_and_without_its_value(
     secrets: LucentSecrets,
 ) -> None:
@@ -469,6 +491,14 @@ def test_rotate_seals_anew_under_the_primary_and_is_no_edit(
     assert LucentSecrets(session, keyring=promoted.without("v1")).require(KEY) == {"n": 1}
     with pytest.raises(UnknownKeyVersionError):
         secrets.require(KEY)
+
+
+def test_rotate_moves_a_secret_to_another_key_of_the_same_version(session: Session) -> None:
+    wrong, right = (Keyring({"v1": generate_master_key()}) for _ in range(2))
+    mistaken = LucentSecrets(session, keyring=wrong)
+    mistaken.set(KEY, {"n": 1})
+    assert mistaken.rotate(KEY, to=right) == "v1"
+    assert LucentSecrets(session, keyring=right).require(KEY) == {"n": 1}
 
 
 def test_rotate_many_with_one_missing_writes_nothing(

@@ -12,6 +12,7 @@ import json
 import struct
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -30,6 +31,7 @@ from sqlalchemy_lucent._envelope import (
     pack_header,
     parse,
 )
+from sqlalchemy_lucent._row import encode_row
 from tests.strategies import KEY_VERSIONS
 
 Vector = dict[str, Any]
@@ -176,6 +178,14 @@ def test_different_tuples_of_parts_give_different_bytes(
     left: list[bytes], right: list[bytes]
 ) -> None:
     assert (length_prefixed(*left) == length_prefixed(*right)) == (left == right)
+
+
+@given(st.lists(st.text() | st.integers() | st.uuids(), max_size=4))
+def test_a_row_context_is_the_texts_of_its_parts_length_prefixed(
+    parts: list[str | int | UUID],
+) -> None:
+    texts = [str(part).encode("utf-8", "surrogatepass") for part in parts]
+    assert encode_row(parts) == length_prefixed(*texts)
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,24 @@ def test_a_value_that_is_not_of_the_type_or_would_change_is_refused(type_: Any, 
     assert_clean(caught.value)
 
 
+def test_the_refusal_of_a_secret_str_says_what_it_needs() -> None:
+    value = Credentials(userName="u", password=pydantic.SecretStr(MARKER))
+    for type_, given in ((Credentials, value), (list[Credentials], [value])):
+        with pytest.raises(SerializationError, match="SecretStr needs a field_") as caught:
+            Schema[Any](type_).dump(given)
+        assert_clean(caught.value)
+
+
+@dataclasses.dataclass
+class OtherToken:
+    value: str
+
+
+def test_the_refusal_of_another_class_with_the_same_fields_names_it() -> None:
+    with pytest.raises(SerializationError, match=r"as Token: .* an equal OtherToken$"):
+        Schema[Any](Token).dump(OtherToken("x"))
+
+
 @pytest.mark.parametrize(
     "type_, document, path",
     [
