@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from ._arguments import require_engine
 from ._lifecycle import required_tables, run, time_of
 from ._pagination import row_after
 from ._upsert import key_columns, same_key
@@ -40,11 +41,7 @@ def purge(
         batch is undone.
     :raises ConfigurationError: `bind` is no engine, or the database has no tables of versions.
     """
-    given: object = bind
-    if not isinstance(given, sa.Engine):
-        name = type(given).__name__
-        hint = "; apurge() takes it" if name.startswith("Async") else ""
-        raise ConfigurationError(f"purge() takes an Engine, not {name}{hint}")
+    require_engine(bind, "purge()", "apurge()")
     return _Purge(bind, model, on_access).run()
 
 

@@ -21,12 +21,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from ._cli.run import run
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _NEEDED:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _NEEDED:
             raise
     except KeyboardInterrupt:  # the import takes long enough for somebody to see a mistake
         sys.stderr.write("lucent: interrupted\n")
         return 130
     else:
         return run(sys.argv[1:] if arguments is None else arguments)
-    sys.stderr.write("lucent: the command needs an extra: pip install 'sqlalchemy-lucent[cli]'\n")
+    sys.stderr.write(
+        f"lucent: {missing} is not installed; the extra cli has what the command needs: "
+        "pip install typer rich\n"
+    )
     return 2

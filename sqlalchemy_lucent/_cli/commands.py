@@ -21,7 +21,7 @@ from .database import METADATA_VARIABLE, Selection, load_targets, opened, with_s
 from .doctor import examine
 from .errors import CommandError, Exit
 from .rotate import run_rotation, tell_left_out, write_failures
-from .terminal import counted, tell, wrapped, write, write_finding, write_json, write_rows
+from .terminal import counted, say, tell, write, write_finding, write_json, write_rows
 
 app = typer.Typer(
     help="Encrypted JSON for SQLAlchemy: keys, rotation, secrets.",
@@ -205,7 +205,7 @@ def verify(
     if as_json:
         write_json(report.as_dict())
     else:
-        write(wrapped(f"{counted(report.opened, 'value')} opened in {_names(tables)}") + "\n")
+        say(f"{counted(report.opened, 'value')} opened in {_names(tables)}")
         write_failures(report.failed, report.failed_count)
         tell_left_out(report)
     raise typer.Exit(Exit.DONE if report.ok else Exit.LEFT)
@@ -295,7 +295,7 @@ def retire_check(
         tables = resolve_targets(targets, engine)
         lucent.retire_check(engine, version, targets, settle=settle, exclude=exclude or ())
         report = lucent.status(engine, targets)
-    write(wrapped(f"no value in these tables needs key version {version}") + "\n")
+    say(f"no value in these tables needs key version {version}")
     rows = []
     for table in tables:
         for column in table.columns:

@@ -37,13 +37,6 @@ METADATA_VARIABLE: Final = "LUCENT_METADATA"
 _CONNECT_TIMEOUT: Final = 10
 """Seconds to wait for PostgreSQL, whose driver would wait for minutes. PyMySQL has this default."""
 
-_BACKENDS: Final = {
-    "sqlite": "sqlite",
-    "postgresql": "postgresql",
-    "postgres": "postgresql",  # what some platforms put into DATABASE_URL
-    "mysql": "mysql",
-    "mariadb": "mariadb",
-}
 # The drivers to look for, in order, each with its module.
 _SYNC_DRIVERS: Final = {
     "sqlite": (("pysqlite", "sqlite3"),),
@@ -52,7 +45,13 @@ _SYNC_DRIVERS: Final = {
 }
 _SYNC_DRIVERS["mariadb"] = _SYNC_DRIVERS["mysql"]
 _ASYNC_DRIVERS: Final = frozenset({"aiosqlite", "asyncpg", "psycopg_async", "asyncmy", "aiomysql"})
-_EXTRAS: Final = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql"}
+_PACKAGES: Final = {
+    "psycopg": "'psycopg[binary]'",
+    "psycopg2": "psycopg2-binary",
+    "pymysql": "PyMySQL",
+    "mysqldb": "mysqlclient",
+}
+"""What to install for a driver, quoted for a shell."""
 
 
 # -- the URL ---------------------------------------------------------------------------------------
@@ -131,11 +130,12 @@ def _parse(text: str, source: str) -> sa.URL:
 
 def _with_sync_driver(url: sa.URL, source: str) -> sa.URL:
     name, _, driver = url.drivername.partition("+")
-    backend = _BACKENDS.get(name)
-    if backend is None:
+    # Some platforms put "postgres" into DATABASE_URL.
+    backend = "postgresql" if name == "postgres" else name
+    if backend not in _SYNC_DRIVERS:
         raise CommandError(
             f"{source} names a kind of database that is not supported; "
-            "these are: sqlite, postgresql, mysql, mariadb"
+            f"these are: {', '.join(_SYNC_DRIVERS)}"
         )
     if driver and driver not in _ASYNC_DRIVERS:
         return url.set(drivername=f"{backend}+{driver}")
@@ -150,10 +150,15 @@ def _with_sync_driver(url: sa.URL, source: str) -> sa.URL:
                 query.pop("stmt_cache_size", None)
             return url.set(drivername=f"{backend}+{found}", query=query)
     wanted = f"{driver} is async, and the command needs a" if driver else "there is no"
+    first, _ = _SYNC_DRIVERS[backend][0]
     raise CommandError(
-        f"{wanted} synchronous driver for {backend}: "
-        f"pip install 'sqlalchemy-lucent[{_EXTRAS[backend]}]'"
+        f"{wanted} synchronous driver for {backend}, such as {first}{_how_to_install(first)}"
     )
+
+
+def _how_to_install(driver: str) -> str:
+    package = _PACKAGES.get(driver)
+    return "" if package is None else f": pip install {package}"
 
 
 # -- the database ----------------------------------------------------------------------------------
@@ -188,11 +193,8 @@ def _connect(url: sa.URL) -> sa.Engine:
     except NoSuchModuleError:
         fault = f"SQLAlchemy does not know the driver of {url.drivername}"
     except ImportError as error:
-        extra = _EXTRAS.get(url.get_backend_name(), "all")
-        fault = (
-            f"the driver of {url.drivername} is not installed ({first_line(error)}): "
-            f"pip install 'sqlalchemy-lucent[{extra}]'"
-        )
+        install = _how_to_install(url.get_driver_name())
+        fault = f"the driver of {url.drivername} is not installed ({first_line(error)}){install}"
     except (ArgumentError, TypeError, ValueError):
         fault = f"the URL has an option that {url.drivername} does not take"
     except DBAPIError as error:

@@ -65,7 +65,7 @@ def examine(targets: Sequence[Target], url: str | None) -> Iterator[Finding]:
         limit = f"; none older than {keyring.oldest}, though" if keyring.oldest else ""
         yield Finding("ok", f"keyring: {primary} seals{opens}{limit}")
         yield from _constant_keys(keyring)
-    yield from _alembic()
+    yield _alembic()
     with connected(url) as engine:
         yield Finding("ok", f"database: {where(engine.url)}, by {engine.dialect.driver}")
         yield from _driver(named_url(url)[0])
@@ -120,45 +120,38 @@ def _constant_keys(keyring: Keyring) -> Iterator[Finding]:
 # -- Alembic ---------------------------------------------------------------------------------------
 
 
-def _alembic() -> Iterator[Finding]:
+def _alembic() -> Finding:
     try:
         config = alembic_config()
         location = config.get_alembic_option("script_location") if config else None
     except (configparser.Error, ValueError) as error:
         # Its message may quote a URL.
-        yield Finding(
+        return Finding(
             "fix", f"Alembic: its configuration raised {type(error).__name__}", "correct it"
         )
-        return
     if config is None:
-        yield Finding("note", "Alembic: no alembic.ini and no [tool.alembic] in this directory")
-        return
+        return Finding("note", "Alembic: no alembic.ini and no [tool.alembic] in this directory")
     if not location:
-        yield Finding("fix", "Alembic: script_location is not set", "set it in alembic.ini")
-        return
+        return Finding("fix", "Alembic: script_location is not set", "set it in alembic.ini")
     if ":" in location and not Path(location).exists():
-        yield Finding("note", f"Alembic: {location} is inside a package and was not checked")
-        return
+        return Finding("note", f"Alembic: {location} is inside a package and was not checked")
     env = Path(location) / "env.py"
     if not env.is_file():
-        yield Finding("fix", f"Alembic: there is no {env}", "set script_location to where it is")
-        return
+        return Finding("fix", f"Alembic: there is no {env}", "set script_location to where it is")
     try:
         names = _names_in(ast.parse(env.read_text("utf-8")))
     except (SyntaxError, ValueError):
-        yield Finding("fix", f"Alembic: {env} is not valid Python", "correct it")
-        return
+        return Finding("fix", f"Alembic: {env} is not valid Python", "correct it")
     missing = [option for option, shown_by in _WIRING.items() if shown_by not in names]
     if missing:
-        yield Finding(
+        return Finding(
             "fix",
             f"Alembic: {env} lacks {', '.join(missing)}",
             "import sqlalchemy_lucent.migrations as lucent_migrations, and pass to "
             "context.configure() render_item=lucent_migrations.render_item, autogenerate_plugins="
             '["alembic.autogenerate.*", "sqlalchemy_lucent.*"], transaction_per_migration=True',
         )
-    else:
-        yield Finding("ok", f"Alembic: {env} has the import and the options")
+    return Finding("ok", f"Alembic: {env} has the import and the options")
 
 
 def _names_in(tree: ast.AST) -> set[str]:
@@ -304,25 +297,23 @@ def _values(
 
 def _unnamed(engine: Engine, tables: list[TargetTable]) -> Iterator[Finding]:
     """Name the columns with sealed values that no model names."""
-    level: Level = "ok"
+    found = None
     for found in unnamed_values(engine, tables):
         if found.unread is not None:
-            level = "note"
             yield Finding(
                 "note",
                 f"{found.name}: was not searched for sealed values ({found.unread})",
                 "run doctor as a user who may read the whole table",
             )
-            continue
-        level = "fix"
-        under = ", ".join(f"{number} under {v}" for v, number in found.versions.items())
-        yield Finding(
-            "fix",
-            f"{found.name}: sealed values that no model names: {under}",
-            "name its model with --metadata, so that they are rotated and counted; or delete them "
-            "before you retire the key",
-        )
-    if level == "ok":
+        else:
+            under = ", ".join(f"{number} under {v}" for v, number in found.versions.items())
+            yield Finding(
+                "fix",
+                f"{found.name}: sealed values that no model names: {under}",
+                "name its model with --metadata, so that they are rotated and counted; or delete "
+                "them before you retire the key",
+            )
+    if found is None:
         yield Finding("ok", "other columns of the database: no sealed values")
     yield Finding(
         "note", "values: counted by the keys they name; none was opened", "lucent verify opens them"

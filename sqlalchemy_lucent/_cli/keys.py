@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -13,11 +13,11 @@ import sqlalchemy_lucent as lucent
 
 from .._database.connection import DEFAULT_LOCK_TIMEOUT, DEFAULT_RETRIES
 from .._envelope import is_older
-from ..keys import KeyRegistry, RegisteredKey
+from ..keys import DEFAULT_QUIET, KeyRegistry, RegisteredKey
 from .commands import ExcludeOption, JsonOption, MetadataOption, UrlOption, app
 from .database import load_targets, opened, with_stored_secrets
 from .errors import CommandError, Exit
-from .terminal import counted, tell, wrapped, write, write_json, write_rows
+from .terminal import counted, say, tell, write, write_json, write_rows
 
 keys = typer.Typer(help="Keys: those of this environment, and their life in the registry.")
 app.add_typer(keys, name="keys")
@@ -41,8 +41,6 @@ QuietOption = Annotated[
         help="How long a process may have been silent. Others count as gone.",
     ),
 ]
-
-
 RotateOption = Annotated[
     bool,
     typer.Option(
@@ -85,10 +83,6 @@ def _since(key: RegisteredKey) -> datetime:
 
 def _moment(moment: datetime | None) -> str:
     return "-" if moment is None else f"{moment:%Y-%m-%d %H:%M}"
-
-
-def _say(sentence: str) -> None:
-    write(wrapped(sentence) + "\n")
 
 
 @keys.callback(invoke_without_command=True)
@@ -145,7 +139,7 @@ def check(
 def ready(
     version: VersionArgument,
     kind: KindOption = None,
-    quiet: QuietOption = 120.0,
+    quiet: QuietOption = DEFAULT_QUIET,
     url: UrlOption = None,
     metadata: MetadataOption = None,
     as_json: JsonOption = False,
@@ -162,7 +156,7 @@ def ready(
             for h in found.holders
         ]
         write_rows(("kind", "host", "process", "primary", f"has {version}"), rows)
-        _say(found.reason or f"{version} can be promoted")
+        say(found.reason or f"{version} can be promoted")
     raise typer.Exit(Exit.DONE if found.ok else Exit.LEFT)
 
 
@@ -170,14 +164,14 @@ def ready(
 def promote(
     version: VersionArgument,
     kind: KindOption = None,
-    quiet: QuietOption = 120.0,
+    quiet: QuietOption = DEFAULT_QUIET,
     url: UrlOption = None,
     metadata: MetadataOption = None,
 ) -> None:
     """Make a key the primary, if every process has it."""
     with _registry(url, metadata) as registry:
         registry.promote(version, kind or (), quiet=quiet)
-    _say(
+    say(
         f"{version} is the primary. Processes that follow the registry seal with it within 30 "
         "seconds; then run lucent rotate"
     )
@@ -202,7 +196,7 @@ def fence(
             lock_timeout=lock_timeout,
             retries=retries,
         )
-    _say(f"the database refuses values under {version}")
+    say(f"the database refuses values under {version}")
 
 
 @keys.command()
@@ -212,7 +206,7 @@ def unfence(
     """Have the database take values under a fenced key again."""
     with _registry(url, metadata) as registry:
         registry.unfence(version)
-    _say(f"the database takes values under {version} again")
+    say(f"the database takes values under {version} again")
 
 
 @keys.command()
@@ -238,7 +232,7 @@ def retire(
             retries=retries,
         )
         head = registry.receipts()[-1].head
-    _say(f"{version} is retired; take its key out of every environment")
+    say(f"{version} is retired; take its key out of every environment")
     write(f"receipt {head}\n")
     if not metadata:
         tell("only scoped secrets were counted: name your models with --metadata as well")
@@ -251,7 +245,7 @@ def unretire(
     """Bring a retired key back, for a backup that was restored. Drops its fence."""
     with _registry(url, metadata) as registry:
         registry.unretire(version)
-    _say(f"values under {version} open again: run lucent rotate, then retire it")
+    say(f"values under {version} open again: run lucent rotate, then retire it")
 
 
 @keys.command()
@@ -279,7 +273,7 @@ def leaked(
             for v in report.values
         ]
         write_rows(("column", "primary key", "owner", "state"), rows)
-        _say(f"{counted(len(report.open), 'value')} left to replace")
+        say(f"{counted(len(report.open), 'value')} left to replace")
         for name, number in report.rotated_away.items():
             tell(
                 f"{name}: {counted(number, 'value')} had left {version} before, and cannot be named"
@@ -292,13 +286,10 @@ def leaked(
 def _parse_time(text: str | None) -> datetime | None:
     if text is None:
         return None
-    try:
+    with suppress(ValueError):
         found = datetime.fromisoformat(text)
-    except ValueError:
-        found = None
-    if found is None:
-        raise CommandError("--since takes a time such as 2026-05-04T13:00Z")
-    return found.replace(tzinfo=UTC) if found.tzinfo is None else found
+        return found.replace(tzinfo=UTC) if found.tzinfo is None else found
+    raise CommandError("--since takes a time such as 2026-05-04T13:00Z")
 
 
 @keys.command()
@@ -324,9 +315,9 @@ def receipts(
         ]
         write_rows(("line", "time", "action", "version", "by"), rows)
         for fault in proof.faults:
-            _say(fault.reason)
+            say(fault.reason)
         if proof.ok:
-            _say(f"{counted(proof.lines, 'line')} proven")
+            say(f"{counted(proof.lines, 'line')} proven")
         write(f"head {proof.head or '-'}\n")
     raise typer.Exit(Exit.DONE if proof.ok else Exit.LEFT)
 

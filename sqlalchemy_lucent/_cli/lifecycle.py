@@ -13,8 +13,8 @@ from ..secret_key import SecretKey
 from .commands import MetadataOption, UrlOption, app
 from .database import opened, secrets_model
 from .errors import Exit
-from .secrets import KeyArgument, duration, moment, open_secrets
-from .terminal import counted, printable, wrapped, write, write_rows
+from .secrets import KeyArgument, duration, moment, not_found, open_secrets
+from .terminal import counted, printable, say, write_rows
 
 
 @app.command()
@@ -57,7 +57,7 @@ def versions(key: KeyArgument, url: UrlOption = None, metadata: MetadataOption =
     with open_secrets(url, metadata) as (_, secrets):
         found = secrets.versions(secret_key)
     if not found:
-        raise lucent.SecretNotFoundError(f"no secret is stored under {secret_key}")
+        raise not_found(secret_key)
     rows = [
         (
             "-" if each.number is None else str(each.number),
@@ -83,8 +83,7 @@ def restore(
     with open_secrets(url, metadata) as (session, secrets):
         restored = secrets.restore(secret_key, number)
         session.commit()
-    text = f"restored version {number} of {printable(secret_key)} as version {restored}"
-    write(wrapped(text) + "\n")
+    say(f"restored version {number} of {printable(secret_key)} as version {restored}")
 
 
 @app.command()
@@ -94,7 +93,7 @@ def undelete(key: KeyArgument, url: UrlOption = None, metadata: MetadataOption =
     with open_secrets(url, metadata) as (session, secrets):
         secrets.undelete(secret_key)
         session.commit()
-    write(wrapped(f"undeleted {printable(secret_key)}") + "\n")
+    say(f"undeleted {printable(secret_key)}")
 
 
 @app.command()
@@ -106,4 +105,4 @@ def purge(url: UrlOption = None, metadata: MetadataOption = None) -> None:
     model = secrets_model(metadata)
     with opened(url, [model]) as (engine, _):
         purged = lucent.purge(engine, model=model)
-    write(f"purged {counted(purged, 'secret')}\n")
+    say(f"purged {counted(purged, 'secret')}")

@@ -32,7 +32,7 @@ from ..rotation import (
 )
 from .database import URL_VARIABLE, Selection, connected
 from .errors import CommandError, Exit, explain
-from .terminal import console, counted, printable, tell, wrapped, write, write_json, write_rows
+from .terminal import console, counted, printable, say, tell, write, write_json, write_rows
 
 _SECONDS_BETWEEN_LINES: Final = 10.0  # without a terminal to draw a bar on
 _SECONDS_BETWEEN_FRAMES: Final = 0.1
@@ -59,10 +59,11 @@ def run_rotation(
     workers: int,
     max_rate: float | None,
     as_json: bool,
+    dry_run: bool,
     **options: Any,
 ) -> Exit:
     """Rotate, show progress and the report, and return the exit code."""
-    if engine.dialect.name == "sqlite" or options["dry_run"]:
+    if engine.dialect.name == "sqlite" or dry_run:
         workers = 1  # one writer at a time; nothing to lock
     if max_rate is not None and max_rate < workers:
         raise CommandError("--max-rate must be at least 1 for each of the --workers")
@@ -79,6 +80,7 @@ def run_rotation(
                 on_progress=lambda progress: shown.update(_plus(progress, by_workers)),
                 stop_when=lambda _: interrupt.asked,
                 max_rate=max_rate,
+                dry_run=dry_run,
                 **options,
             )
         except KeyboardInterrupt:
@@ -87,7 +89,7 @@ def run_rotation(
             if not interrupt.asked:
                 raise CommandError(str(error), Exit.LEFT) from None
     if report is None:
-        raise CommandError(f"interrupted; {shown.standing(**options)}", Exit.INTERRUPTED)
+        raise CommandError(f"interrupted; {shown.standing(dry_run=dry_run)}", Exit.INTERRUPTED)
     report = replace(report, rotated=report.rotated + by_workers)
     if as_json:
         write_json(report.as_dict())
@@ -103,19 +105,15 @@ def run_rotation(
 
 def _write_report(report: RotationReport) -> None:
     done = "would be re-encrypted; nothing was written" if report.dry_run else "re-encrypted"
-    _say(f"{counted(report.rotated, 'value')} {done}; the primary is {report.key_version}")
+    say(f"{counted(report.rotated, 'value')} {done}; the primary is {report.key_version}")
     write_failures(report.failed, report.failed_count)
     other = report.remaining - report.failed_count
     if other > 0:
         left = f"{counted(other, 'value')} left under another key"
         if not report.stopped:
             left += ": a process still seals under it, or holds rows locked; run it again"
-        _say(left)
+        say(left)
     tell_left_out(report)
-
-
-def _say(sentence: str) -> None:
-    write(wrapped(sentence) + "\n")
 
 
 def tell_left_out(report: RotationReport | StatusReport | VerifyReport) -> None:
@@ -130,7 +128,7 @@ def write_failures(failed: Sequence[FailedRow], count: int) -> None:
         return
     opened = all(row.error in _REASONS for row in failed)
     fault = "did not open" if opened else "did not open or were refused by the database"
-    _say(f"{counted(count, 'value')} {fault}, left unchanged:")
+    say(f"{counted(count, 'value')} {fault}, left unchanged:")
     shown = [
         (f"{row.table}.{row.column}", ", ".join(map(str, row.primary_key)), *_why(row))
         for row in failed[:_FAILURES_SHOWN]
@@ -138,7 +136,7 @@ def write_failures(failed: Sequence[FailedRow], count: int) -> None:
     write_rows(("column", "primary key", "version", "fingerprint", "reason"), shown)
     if count <= _FAILURES_SHOWN:
         return
-    _say(f"and {count - _FAILURES_SHOWN} more; --json names up to 1,000")
+    say(f"and {count - _FAILURES_SHOWN} more; --json names up to 1,000")
     reasons = Counter((f"{row.table}.{row.column}", *_why(row)) for row in failed)
     write("by reason:\n" if len(failed) == count else f"the first {len(failed):,} by reason:\n")
     rows = [(*reason, number) for reason, number in reasons.most_common()]
@@ -234,7 +232,7 @@ class ShownProgress:
             refresh=True,
         )
 
-    def standing(self, *, dry_run: bool, **_: object) -> str:
+    def standing(self, *, dry_run: bool) -> str:
         """Say what is committed. Each batch is committed whole or not at all."""
         rotated, total = (self._last.rotated, self._last.total) if self._last else (0, 0)
         of = f" of {total}" if total else ""

@@ -26,7 +26,7 @@ from .commands import MetadataOption, UrlOption
 from .commands import app as app  # with all commands
 from .database import opened, secrets_model
 from .errors import CommandError
-from .terminal import confirm, printable, wrapped, write, write_json, write_rows, write_text
+from .terminal import confirm, printable, say, write_json, write_rows, write_text
 
 _UNITS: Final = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
@@ -134,7 +134,7 @@ def get_secret(
             write_json(value)
         return
     if info is None:  # deleted between the two statements
-        raise _not_found(secret_key)
+        raise not_found(secret_key)
     created, updated = moment(info.created_at), moment(info.updated_at)
     row = (info.key, info.key_version, created, updated, f"<redacted {_kind(value)}>")
     write_rows(("key", "version", "created", "updated", "value"), [row])
@@ -174,7 +174,7 @@ def set_secret(
         version = lucent.default_keyring().primary
         secrets.set(secret_key, _read_value(file, as_text=text), expires_at=expiry)
         session.commit()
-    write(wrapped(f"stored {printable(secret_key)} under key version {version}") + "\n")
+    say(f"stored {printable(secret_key)} under key version {version}")
 
 
 @app.command("delete")
@@ -202,8 +202,8 @@ def delete_secret(
         deleted = secrets.delete(secret_key, purge_after=delay)
         session.commit()
     if not deleted:
-        raise _not_found(secret_key)
-    write(wrapped(f"deleted {printable(secret_key)}") + "\n")
+        raise not_found(secret_key)
+    say(f"deleted {printable(secret_key)}")
 
 
 def _read_value(file: Path | None, *, as_text: bool) -> Any:
@@ -287,5 +287,6 @@ def _parse_moment(text: str) -> datetime:
     raise CommandError("--expires-at takes a time with its zone, as in 2027-01-31T12:00:00Z")
 
 
-def _not_found(key: SecretKey) -> lucent.SecretNotFoundError:
+def not_found(key: SecretKey) -> lucent.SecretNotFoundError:
+    """Return the error for a secret that is not there."""
     return lucent.SecretNotFoundError(f"no secret is stored under {key}")

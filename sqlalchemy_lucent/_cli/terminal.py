@@ -35,6 +35,11 @@ def write(text: str) -> None:
     _write(sys.stdout, text)
 
 
+def say(sentence: str) -> None:
+    """Write a sentence to standard output, in lines that fit a terminal."""
+    write(wrapped(sentence) + "\n")
+
+
 def tell(text: str) -> None:
     """Write a line that is not part of the result to standard error."""
     _write(sys.stderr, f"{text}\n")

@@ -12,12 +12,12 @@ from typing import Any, Final, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from .. import _key_tables, _sql
+from .. import _key_tables
 from .._database.reflection import translated
 from .._database.relations import relation_of
 from .._database.visibility import require_full_visibility
 from .._envelope import FORMAT_AES_256_GCM, MAX_VERSION_LENGTH
-from .._sql import is_mysql
+from .._sql import is_mysql, key_version
 from ..exceptions import RotationError
 from ..rotation.targets import TargetTable
 
@@ -91,8 +91,8 @@ def _version(
     if each.is_text:
         return sa.func.substring(sa.cast(value, sa.Text), _IN_TEXT)
     if connection.dialect.name == "postgresql":
-        return _sql.key_version(value)
-    return _sql.key_version(sa.cast(value, sa.LargeBinary))
+        return key_version(value)
+    return key_version(sa.cast(value, sa.LargeBinary))
 
 
 # In hexadecimal: the characters of a version, ":", the format, and the shortest value's rest.

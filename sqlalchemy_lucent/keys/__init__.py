@@ -8,13 +8,14 @@ the primary that the registry names.
 
 from ._async import AsyncAnnouncement, AsyncKeyRegistry
 from ._following import FollowingKeyring
-from ._holders import Announcement, KeyHolder, Readiness
+from ._holders import DEFAULT_QUIET, Announcement, KeyHolder, Readiness
 from ._leaks import LeakedValue, LeakReport
 from ._receipts import KeyReceipt, ReceiptFault, ReceiptsReport
 from ._state import KeyCheck, RegisteredKey
 from .registry import KeyRegistry
 
 __all__ = [
+    "DEFAULT_QUIET",
     "Announcement",
     "AsyncAnnouncement",
     "AsyncKeyRegistry",

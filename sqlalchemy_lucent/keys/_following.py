@@ -58,18 +58,16 @@ class FollowingKeyring:
 
     def __call__(self) -> Keyring:
         """Return the keyring as the registry has it."""
-        # No lock, which a fork might leave locked: two threads that read at once do no harm.
-        if time.monotonic() >= self._next and self._can_read():
+        # An async engine can be read only where the caller awaits. No lock, which a fork might
+        # leave locked: two threads that read at once do no harm.
+        can_read = not self._engine.dialect.is_async or in_greenlet()
+        if can_read and time.monotonic() >= self._next:
             self._next = time.monotonic() + self._interval
             self._read()
         return self._current
 
     def __repr__(self) -> str:
         return f"<FollowingKeyring {self._current!r}>"
-
-    def _can_read(self) -> bool:
-        """Say whether this place may use the database: an async engine, only where it awaits."""
-        return not self._engine.dialect.is_async or in_greenlet()
 
     def _read(self) -> None:
         table = _key_tables.keys

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import sqlalchemy as sa
 
@@ -20,7 +20,10 @@ from .._database.clock import database_time
 from ..exceptions import ConfigurationError, KeyStateError, LucentError
 from ..keyring import Keyring
 from ..rotation import is_wait
-from ._state import RegisteredKey, json_ready
+from ._state import RegisteredKey, data_of
+
+if TYPE_CHECKING:
+    from .registry import KeyRegistry
 
 DEFAULT_INTERVAL: Final = 30.0
 DEFAULT_QUIET: Final = 120.0
@@ -44,8 +47,7 @@ class KeyHolder:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the holder as data that :func:`json.dumps` takes."""
-        own = {name: json_ready(value) for name, value in vars(self).items()}
-        return {**own, "versions": list(self.versions)}
+        return data_of(self)
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,7 @@ class Readiness:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as data that :func:`json.dumps` takes."""
-        return {
-            "version": self.version,
-            "holders": [holder.as_dict() for holder in self.holders],
-            "lacking": [holder.as_dict() for holder in self.lacking],
-            "missing_kinds": list(self.missing_kinds),
-            "ok": self.ok,
-        }
+        return {**data_of(self), "ok": self.ok}
 
 
 def check_kinds(kinds: Iterable[object]) -> tuple[str, ...]:
@@ -190,16 +186,6 @@ def delete_holder(connection: sa.Connection, id_: str) -> None:
     connection.execute(sa.delete(table).where(table.c.id == id_))
 
 
-class Announcer(Protocol):
-    """The part of a registry that writes holders."""
-
-    def write_holder(self, id_: str, kind: str) -> None:
-        """Write that the process is there."""
-
-    def delete_holder(self, id_: str) -> None:
-        """Write that it has ended."""
-
-
 class Announcement:
     """Tells the registry, from a thread, that this process is there and which keys it holds.
 
@@ -208,7 +194,7 @@ class Announcement:
     is out of reach, it tries again after the interval.
     """
 
-    def __init__(self, registry: Announcer, kind: str, interval: float) -> None:
+    def __init__(self, registry: KeyRegistry, kind: str, interval: float) -> None:
         (self.kind,) = check_kinds([kind])
         self.id = uuid.uuid4().hex
         self._registry = registry

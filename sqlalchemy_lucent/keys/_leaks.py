@@ -27,7 +27,7 @@ from ..keyring import Keyring
 from ..rotation.jobs import Reseal, SealedColumn
 from ..rotation.targets import TargetTable
 from ._receipts import KeyReceipt
-from ._state import json_ready
+from ._state import data_of, json_ready
 
 _PURPOSE: Final = "leaks"
 _BATCH: Final = 500
@@ -69,17 +69,7 @@ class LeakReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as data that :func:`json.dumps` takes."""
-        return {
-            "version": self.version,
-            "since": self.since.isoformat(timespec="microseconds"),
-            "values": [
-                {**vars(value), "noted_at": value.noted_at.isoformat(timespec="microseconds")}
-                for value in self.values
-            ],
-            "rotated_away": dict(self.rotated_away),
-            "unopened": self.unopened,
-            "open": len(self.open),
-        }
+        return {**data_of(self), "open": len(self.open)}
 
 
 def note_leaked(
@@ -91,13 +81,14 @@ def note_leaked(
     """
     notes = database.read(lambda connection: _read_notes(connection, version))
     unopened = 0
-    gone = {line for line, note in notes.items() if note.outcome is None}
+    open_notes = {line: note for line, note in notes.items() if note.outcome is None}
+    gone = set(open_notes)
     changes: list[dict[str, Any]] = []
     for table in tables:
         for value in _values(database, table, keyring):
             gone.discard(value.line)
             try:
-                change = _change(value, version, notes.get(value.line), keyring)
+                change = _change(value, version, open_notes.get(value.line), keyring)
             except DecryptionError:
                 unopened += value.version == version
                 continue
@@ -150,16 +141,16 @@ def _change(
 ) -> dict[str, Any] | None:
     """Return what to write about a value, if anything.
 
+    :param note: its line, if that is open.
     :raises DecryptionError: the value does not open.
     """
-    is_open = note is not None and note.outcome is None
-    if value.version != version and not is_open:
-        return None
     primary = keyring.primary
-    if is_open:
-        assert note is not None
-        if note.mac_version not in keyring.versions:
-            return None  # nothing can tell
+    if note is None:
+        if value.version != version:
+            return None
+    elif note.mac_version not in keyring.versions:
+        return None  # nothing can tell
+    else:
         is_same = hmac.compare_digest(value.mac(keyring, note.mac_version), bytes(note.mac))
         if value.version != version and not is_same:
             return {"line": value.line, "outcome": "replaced"}

@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from .. import _key_tables
 from ..exceptions import ConfigurationError
 from ..keyring import Keyring
-from ._state import RegisteredKey, json_ready, signer_of
+from ._state import RegisteredKey, data_of, json_ready, signer_of
 
 _PURPOSE: Final = "receipts"
 _FIRST: Final = "0" * 64
@@ -64,8 +64,7 @@ class KeyReceipt:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the receipt as data that :func:`json.dumps` takes."""
-        own = {name: json_ready(value) for name, value in vars(self).items()}
-        return {**own, "body": self.details or self.body, "hash": self.hash}
+        return {**data_of(self), "body": self.details or self.body, "hash": self.hash}
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,7 @@ class ReceiptsReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as data that :func:`json.dumps` takes."""
-        faults = [vars(fault) for fault in self.faults]
-        return {"lines": self.lines, "head": self.head, "faults": faults, "ok": self.ok}
+        return {**data_of(self), "ok": self.ok}
 
 
 def append_receipt(

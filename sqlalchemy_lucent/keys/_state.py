@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from datetime import datetime
 from typing import Any, Final, Literal
 
@@ -47,7 +47,7 @@ class RegisteredKey:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the key as data that :func:`json.dumps` takes."""
-        return {name: json_ready(v) for name, v in vars(self).items() if name != "canary"}
+        return {name: value for name, value in data_of(self).items() if name != "canary"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,17 @@ class KeyCheck:
 def json_ready(value: object) -> object:
     """Return a time as text, and anything else as it is."""
     return value.isoformat(timespec="microseconds") if isinstance(value, datetime) else value
+
+
+def data_of(result: object) -> dict[str, Any]:
+    """Return the attributes of a result as data that :func:`json.dumps` takes."""
+    return {name: _data(value) for name, value in vars(result).items()}
+
+
+def _data(value: object) -> object:
+    if is_dataclass(value):
+        return data_of(value)
+    return [_data(member) for member in value] if isinstance(value, tuple) else json_ready(value)
 
 
 def read_keys(connection: sa.Connection) -> dict[str, RegisteredKey]:

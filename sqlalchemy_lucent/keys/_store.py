@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from .. import _key_tables
+from .._arguments import require_engine
 from .._database.connection import ManagedConnection
 from .._database.faults import Fault
 from .._database.reflection import translated
@@ -30,11 +31,7 @@ class Store:
     """
 
     def __init__(self, engine: sa.Engine) -> None:
-        given: object = engine
-        if not isinstance(given, sa.Engine):
-            name = type(given).__name__
-            hint = "; AsyncKeyRegistry takes it" if name == "AsyncEngine" else ""
-            raise ConfigurationError(f"a key registry takes an Engine, not {name}{hint}")
+        require_engine(engine, "a key registry", "AsyncKeyRegistry")
         self.engine = engine
 
     def read(self, what: str, work: Callable[[sa.Connection], _T]) -> _T:
@@ -61,21 +58,18 @@ class Store:
             except IntegrityError:
                 return None  # another process took a step meanwhile
 
-        def attempts(database: ManagedConnection) -> tuple[_T] | None:
+        def attempts(database: ManagedConnection) -> _T:
             for _ in range(_ATTEMPTS):
                 done = database.retry(lambda _: once(database))
                 if done is not None:
-                    return done
+                    return done[0]
                 database.sleep(_PAUSE)
-            return None
-
-        done = self.work(what, attempts)
-        if done is None:
             raise ConflictError(
                 f"{what} was not done: other processes kept changing the key registry. Call it "
                 "again"
             )
-        return done[0]
+
+        return self.work(what, attempts)
 
     def work(
         self, what: str, work: Callable[[ManagedConnection], _T], *, read_only: bool = False

@@ -136,7 +136,6 @@ class Tables:
         lock = {"lock_timeout": lock_timeout, "retries": retries}
         fences = self._fences(version, names, counts=counts, **lock)
         added: list[Fence] = []
-        fault: LucentError | None = None
         try:
             for fence in fences:
                 if not fence.exists(self._engine):
@@ -148,7 +147,7 @@ class Tables:
                 fence.validate(self._engine)
         except LucentError as error:
             fault = error
-        if fault is None:
+        else:
             return
         for fence in added:
             with suppress(LucentError):  # check() names what is left

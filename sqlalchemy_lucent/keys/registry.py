@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from ..keyring import Keyring, default_keyring
 from ..rotation import keyring_of
 from ..rotation.targets import Target
 from . import _leaks
-from ._following import FollowingKeyring
+from ._following import INTERVAL, FollowingKeyring
 from ._holders import (
     DEFAULT_INTERVAL,
     DEFAULT_QUIET,
@@ -106,9 +106,7 @@ class KeyRegistry:
         :raises WrongKeyError: this process has another key under a registered version's name.
         :raises TamperedError: a line of the registry was changed.
         """
-        keyring = keyring_of(self._keyring)
-        keys = self._keys()
-        require_same_keys(keys, keyring)
+        keyring, keys = self._own_keys()
         if all(version in keys for version in keyring.versions):
             return tuple(keys.values())
         counts = {} if keys else self._tables.counts()
@@ -255,7 +253,7 @@ class KeyRegistry:
         self._store.step(what, make_primary)
         return self._key(version)
 
-    def following(self, *, interval: float = 30.0) -> FollowingKeyring:
+    def following(self, *, interval: float = INTERVAL) -> FollowingKeyring:
         """Return what :meth:`Keyring.following` returns, with another interval."""
         seconds = check_seconds("interval", interval)
         return FollowingKeyring(self._engine, self._keyring or default_keyring(), seconds)
@@ -291,13 +289,12 @@ class KeyRegistry:
 
         :raises KeyStateError: the key is retired, which :meth:`unretire` undoes.
         """
-        known = require_key(self._keys(), version)
-        if known.state == "retired":
+        if self._key(version).state == "retired":
             raise KeyStateError(
                 f"key version {version!r} is retired: unretire() brings it back, and drops its "
                 "fence as well"
             )
-        return self._reopen(version, "unfence", ("fenced",))
+        return self._reopen(version, "unfence", "fenced")
 
     @hide_locals
     def retire(
@@ -329,12 +326,12 @@ class KeyRegistry:
 
         :raises KeyStateError: it is not retired.
         """
-        known = require_key(self._keys(), version)
+        known = self._key(version)
         if known.state not in ("retired", "draining"):
             raise KeyStateError(
                 f"key version {version!r} is {known.state}, not retired: there is nothing to undo"
             )
-        return self._reopen(version, "unretire", ("retired",))
+        return self._reopen(version, "unretire", "retired")
 
     # -- leaked ------------------------------------------------------------------------------------
 
@@ -444,20 +441,19 @@ class KeyRegistry:
         self._store.step(f"the receipt of key version {version!r}", write)
         return self._key(version)
 
-    def _reopen(self, version: str, action: str, states: Sequence[State]) -> RegisteredKey:
+    def _reopen(self, version: str, action: str, state: State) -> RegisteredKey:
         """Write that a key is draining again, then drop its fences."""
         keyring, _ = self._own_keys()
 
         def write(connection: sa.Connection) -> None:
             keys = read_keys(connection)
-            if require_key(keys, version).state not in states:
+            if require_key(keys, version).state != state:
                 return  # it was done, and the fences are left
             now = database_time(connection)
             change_state(connection, version, "draining", fenced_at=None, retired_at=None)
             append_receipt(connection, keyring, keys, action, version, now)
 
-        what = f"{action}() of key version {version!r}"
-        self._store.step(what, write)
+        self._store.step(f"{action}() of key version {version!r}", write)
         self._tables.unfence(version)
         return self._key(version)
 

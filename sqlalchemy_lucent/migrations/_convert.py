@@ -95,6 +95,7 @@ class _Conversion:
             self._stop_if_failed(self._fill())
             self._stop_if_failed(self._fill(compare=True))
             logger.info("%s is filled from %s", plan.second, plan.full_name)
+            self._finish_check(plan.second)
 
     def _look(self) -> None:
         """Read the table's columns; refuse a column that cannot be converted."""
@@ -187,10 +188,10 @@ class _Conversion:
         plan = self._plan
         return SealedCheck(self._operations, plan.table_name, column_name, plan.schema)
 
-    def _finish_check(self) -> None:
-        """Add the column's constraint, and have PostgreSQL validate it for existing rows."""
+    def _finish_check(self, column_name: str) -> None:
+        """Add a column's constraint, and have PostgreSQL validate it for existing rows."""
         if self._plan.wants_check:
-            self._check(self._plan.column_name).create()
+            self._check(column_name).create()
 
     def _add(self) -> None:
         plan = self._plan
@@ -198,9 +199,10 @@ class _Conversion:
         checks = []
         if plan.to_sealed:
             type_ = plan.sealed_type
-            type_.create_constraint = False  # it would be named after the second column
+            type_.create_constraint = False  # it comes last, under the name that the column keeps
             if plan.wants_check and self._dialect.name == "sqlite":
-                name = self._check(plan.column_name).declared().name
+                last_name = plan.column_name if plan.swap else plan.second
+                name = self._check(last_name).declared().name
                 checks.append(
                     sa.CheckConstraint(condition_of(plan.second, self._dialect), name=name)
                 )
@@ -323,7 +325,7 @@ class _Conversion:
                 _contents(plan)[0],
                 "dropped" if plan.drop else f"kept in {plan.second}",
             )
-            self._finish_check()
+            self._finish_check(plan.column_name)
             return
         if is_refused:  # a value written meanwhile: name its row
             self._stop_if_failed(self._fill(compare=True, passes=1))
@@ -358,7 +360,7 @@ class _Conversion:
             logger.info("dropped %s, which %s had replaced", plan.second, plan.full_name)
         else:
             logger.info("%s is %s already; nothing to do", plan.full_name, _contents(plan)[0])
-        self._finish_check()
+        self._finish_check(plan.column_name)
 
 
 def log_progress(verb: str, name: str, progress: RotationProgress) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 from alembic.operations import Operations
 from sqlalchemy import Column, Connection, Dialect, LargeBinary, MetaData, Table
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.schema import AddConstraint, CreateTable
+from sqlalchemy.schema import CreateTable
 
 from .._database.connection import ManagedConnection
-from .._sql import is_mariadb, is_mysql
-from ._checks import SealedCheck
+from .._sql import is_mysql
+from ._checks import SealedCheck, added, without_reading
 from ._sqlite import copied_table, without_foreign_keys
 from .operations import ConvertColumnOp
 
@@ -62,8 +62,11 @@ class Swap:
         if self._dialect.name == "sqlite":
             self._exchange_on_sqlite()
             return
+        # PostgreSQL renames a column in its constraint; MariaDB and MySQL do not.
         if not self._plan.to_sealed:
             self._check(self._plan.column_name).drop()
+        elif is_mysql(self._dialect):
+            self._check(self._plan.second).drop()
         if self._dialect.name == "postgresql":
             self._exchange_on_postgresql()
         else:
@@ -122,14 +125,10 @@ class Swap:
         else:
             changes.append(self._change(plan.column_name, plan.second, nullable=True))
         if plan.wants_check:
-            check = self._check(plan.column_name).declared()
-            compiled: Any = AddConstraint(check).compile(dialect=self._dialect)
-            changes.append(f"ADD {compiled.process(check)}")
+            changes.append(added(self._check(plan.column_name).declared(), self._dialect))
+        # Every row was just seen to meet the constraint.
         change = f"ALTER TABLE {self._table} {', '.join(changes)}"
-        if is_mariadb(self._dialect):
-            # Otherwise it copies the table for a constraint that every row was just seen to meet.
-            change = f"SET STATEMENT check_constraint_checks = 0 FOR {change}"
-        self._connection.exec_driver_sql(change)
+        self._connection.exec_driver_sql(without_reading(change, self._dialect))
 
     def _change(self, name: str, new_name: str, *, nullable: bool) -> str:
         type_, comment = self._columns[name]["type"], self._columns[name].get("comment")

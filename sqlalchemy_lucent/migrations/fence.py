@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.schema import AddConstraint, conv
+from sqlalchemy.schema import conv
 
 from .. import _sql
 from .._database.connection import (
@@ -32,7 +32,7 @@ from ..exceptions import KeyInUseError, RotationError, hide_locals
 from ..keyring import check_version
 from ..rotation import is_wait, require_unused
 from ..rotation.targets import TargetTable, survey
-from ._checks import find_check, not_encrypted
+from ._checks import added, find_check, not_encrypted, without_reading
 
 _LONGEST_NAME: Final = 63  # bytes, on PostgreSQL; MariaDB and MySQL take 64 characters
 
@@ -193,11 +193,8 @@ class Fence:
                 return
             checks = [self._constraint(name, dialect, validated=False) for name in missing]
             # One statement, so that no column is fenced without the others.
-            change = self._alter(dialect, [f"ADD {_clause(check, dialect)}" for check in checks])
-            if getattr(dialect, "is_mariadb", False):
-                # Otherwise it copies the table. validate() counts instead.
-                change = f"SET STATEMENT check_constraint_checks = 0 FOR {change}"
-            connection.exec_driver_sql(change)
+            change = self._alter(dialect, [added(check, dialect) for check in checks])
+            connection.exec_driver_sql(without_reading(change, dialect))
 
     def _validate(self, database: ManagedConnection) -> None:
         missing = self._missing(database)
@@ -335,8 +332,7 @@ class Fence:
         return check
 
     def _alter(self, dialect: sa.Dialect, changes: Sequence[str]) -> str:
-        owner = sa.Table(self._name, sa.MetaData(), schema=self._schema)
-        table = dialect.identifier_preparer.format_table(owner)
+        table = dialect.identifier_preparer.format_table(self.target.clause)
         return f"ALTER TABLE {table} {', '.join(changes)}"
 
     def _triggers(self, columns: Sequence[str], dialect: sa.Dialect) -> Iterator[str]:
@@ -378,8 +374,3 @@ def _triggers_in(connection: sa.Connection, schema: str | None) -> list[tuple[st
 
 def _unquoted(name: str) -> str:
     return (name[1:-1].replace('""', '"') if name.startswith('"') else name).lower()
-
-
-def _clause(check: sa.CheckConstraint, dialect: sa.Dialect) -> str:
-    compiled: Any = AddConstraint(check).compile(dialect=dialect)
-    return str(compiled.process(check))

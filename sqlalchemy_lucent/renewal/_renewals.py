@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import sqlalchemy as sa
 
+from .._arguments import require_engine
 from .._database.async_bridge import run_sync
 from ..events import AccessHandler
 from ..exceptions import ConfigurationError
@@ -56,11 +57,7 @@ class Renewals:
         keep: int | None = None,
         on_access: AccessHandler | None = None,
     ) -> None:
-        given: object = engine
-        if not isinstance(given, sa.Engine):
-            name = type(given).__name__
-            hint = "; AsyncRenewals takes it" if name == "AsyncEngine" else ""
-            raise ConfigurationError(f"Renewals takes an Engine, not {name}{hint}")
+        require_engine(engine, "Renewals", "AsyncRenewals")
         self._store = Store(engine, keyring, model, keep, on_access)
 
     def __repr__(self) -> str:

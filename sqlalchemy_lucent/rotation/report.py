@@ -13,7 +13,7 @@ MAX_FAILED: Final = 1000
 
 @dataclass(frozen=True)
 class FailedRow:
-    """A value that did not open and was left unchanged."""
+    """A value that did not open, or that the database did not change. It was left as it is."""
 
     table: str
     column: str
@@ -56,7 +56,7 @@ class RotationProgress:
     rotated: int
     """Values re-encrypted so far, over all tables."""
     failed: int
-    """Values in this table that did not open, in the current pass."""
+    """Values in this table that failed, in the current pass."""
     total: int
     """Values to re-encrypt when the run began, over all tables. Writers may have changed it."""
     rate: float
@@ -74,9 +74,9 @@ class RotationReport:
     rotated: int
     """Values re-encrypted by this run; in a dry run, those that would be."""
     failed: tuple[FailedRow, ...]
-    """Values that did not open: the first 1,000 of them."""
+    """Values that did not open, or that the database did not change: the first 1,000 of them."""
     failed_count: int
-    """How many values did not open."""
+    """How many values failed."""
     remaining: int
     """Values that are not under the primary key, including those that failed; in a dry run, those
     that a rotation would leave so."""
@@ -100,7 +100,7 @@ class RotationReport:
         if self.remaining:
             text += f"; {self.remaining} not under it"
         if self.failed_count:
-            text += f"; {self.failed_count} did not open"
+            text += f"; {self.failed_count} failed"
         return text
 
     def as_dict(self) -> dict[str, Any]:

@@ -293,6 +293,27 @@ def test_filling_again_without_swapping_brings_the_second_column_up_to_date(
     assert read(engine, beside) == {**VALUES, 1: {"new": 1}}
 
 
+def test_a_second_column_that_stays_refuses_plaintext_as_the_swapped_one_does(
+    engine: Engine,
+) -> None:
+    fill(engine, plain_table(sa.JSON()), VALUES)
+
+    def constraints_that_refuse(name: str) -> list[str]:
+        table = Table("users", MetaData(), Column(name, sa.LargeBinary))
+        with engine.begin() as connection, pytest.raises(DBAPIError):
+            connection.execute(table.update().values({name: b"plaintext"}))
+        found = sa.inspect(engine).get_check_constraints("users")
+        return [str(each["name"]) for each in found if "json_valid" not in each["sqltext"]]
+
+    for _ in range(2):
+        encrypt(engine, sa.JSON(), swap=False)
+        assert len(constraints_that_refuse(THROUGH)) == 1
+
+    encrypt(engine, sa.JSON())
+    assert len(constraints_that_refuse("credentials")) == 1
+    assert read(engine, sealed_table()) == VALUES
+
+
 def test_the_plaintext_can_be_kept_and_dropped_later(engine: Engine) -> None:
     plain = plain_table(sa.JSON(), nullable=False)
     fill(engine, plain, VALUES)

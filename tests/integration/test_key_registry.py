@@ -11,13 +11,14 @@ from alembic.autogenerate import compare_metadata
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 import sqlalchemy_lucent.migrations as lucent_migrations
 from sqlalchemy_lucent import (
     AsyncKeyRegistry,
     ConfigurationError,
+    ConflictError,
     KeyInUseError,
     KeyRegistry,
     Keyring,
@@ -30,6 +31,7 @@ from sqlalchemy_lucent import (
     arotate,
     rotate,
 )
+from sqlalchemy_lucent.keys import _store
 from sqlalchemy_lucent.migrations.fence import Fence
 from sqlalchemy_lucent.rotation.targets import resolve_targets
 from tests.conftest import KEY_1, KEY_2, KEY_3
@@ -116,6 +118,23 @@ def test_the_registry_takes_an_engine(engine: Engine) -> None:
         KeyRegistry(connection)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="takes an AsyncEngine, not Engine"):
         AsyncKeyRegistry(engine)  # type: ignore[arg-type]
+
+
+def test_a_step_that_others_overtake_each_time_ends(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_store, "_PAUSE", 0)
+    create(engine)
+    attempts = []
+
+    def overtaken(connection: sa.Connection) -> None:
+        attempts.append(connection)
+        raise IntegrityError("INSERT", None, Exception())
+
+    with pytest.raises(ConflictError, match="the test was not done: other processes kept"):
+        _store.Store(engine).step("the test", overtaken)
+    assert len(attempts) == 20
+    assert registry(engine).register()
 
 
 # -- check -----------------------------------------------------------------------------------------

@@ -436,6 +436,56 @@ def test_it_is_added_to_a_filled_table_and_dropped(engine: Engine, operate: Oper
         assert connection.scalar(sa.select(table.c.creds).where(table.c.id == 1)) == VALUE
 
 
+@pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+def test_plaintext_written_while_it_is_added_keeps_it_from_being_added(
+    engine: Engine, operate: Operate
+) -> None:
+    users(EncryptedJSON(create_constraint=False)).create(engine)
+    other = sa.create_engine(engine.url)
+    is_written = False
+
+    def write(*arguments: Any) -> None:
+        nonlocal is_written
+        if "ADD CONSTRAINT" in arguments[2] and not is_written:
+            is_written = True
+            insert_raw(other, PLAINTEXT)
+
+    def create(op: Operations) -> None:
+        sa.event.listen(op.get_bind(), "before_cursor_execute", write)
+        lucent_migrations.create_sealed_check("users", "creds", operations=op)
+
+    with pytest.raises(RotationError):
+        operate(create)
+    assert is_written
+    with pytest.raises(RotationError):  # killed after the constraint was there, and run again
+        operate(lambda op: lucent_migrations.create_sealed_check("users", "creds", operations=op))
+
+    with other.begin() as connection:
+        connection.execute(sa.text("DELETE FROM users"))
+    other.dispose()
+    operate(lambda op: lucent_migrations.create_sealed_check("users", "creds", operations=op))
+    assert_refuses_plaintext(engine)
+
+
+@pytest.mark.parametrize("url", ["mysql"], indirect=True)
+def test_a_constraint_that_mariadb_has_not_read_rows_for_is_counted_for(
+    engine: Engine, operate: Operate
+) -> None:
+    users(EncryptedJSON(create_constraint=False)).create(engine)
+    if not getattr(engine.dialect, "is_mariadb", False):
+        pytest.skip("MySQL reads the rows itself")
+    insert_raw(engine, PLAINTEXT)
+    killed_before_the_count = users().constraints
+    (check,) = (c for c in killed_before_the_count if isinstance(c, sa.CheckConstraint))
+    with engine.begin() as connection:
+        connection.exec_driver_sql("SET check_constraint_checks = 0")
+        connection.execute(sa.schema.AddConstraint(check))
+        connection.exec_driver_sql("SET check_constraint_checks = 1")
+
+    with pytest.raises(RotationError, match="1 values"):
+        operate(lambda op: lucent_migrations.create_sealed_check("users", "creds", operations=op))
+
+
 def test_rows_that_are_not_sealed_keep_it_from_being_added(
     engine: Engine, operate: Operate
 ) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from sqlalchemy_lucent._cli.database import find_url, where
+from sqlalchemy_lucent._cli.database import connected, find_url, where
 from sqlalchemy_lucent._cli.errors import CommandError
 from sqlalchemy_lucent._cli.terminal import counted, printable
 
@@ -38,6 +39,23 @@ def an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_url_is_taken_with_a_synchronous_driver(given: str, expected: str) -> None:
     assert find_url(given).render_as_string(hide_password=False) == expected
+
+
+@pytest.mark.parametrize(
+    "name, module, advice",
+    [
+        ("mysql+mysqldb", "MySQLdb", ": pip install mysqlclient"),
+        ("postgresql+pg8000", "pg8000", ""),
+    ],
+)
+def test_a_driver_that_is_missing_is_named_with_its_package(
+    name: str, module: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(CommandError) as raised, connected(f"{name}://u@h/db"):
+        pass
+    assert str(raised.value).startswith(f"the driver of {name} is not installed (")
+    assert str(raised.value).endswith(f"){advice}")
 
 
 @pytest.mark.parametrize("key", ['"sqlalchemy.url"', "sqlalchemy.url"])

@@ -59,7 +59,7 @@ def test_a_rotation_is_ok_when_nothing_remains(remaining: int, ok: bool) -> None
     [
         (RotationReport("v2", 1, (), 0, 0), ["ok", "1 value", "v2"]),
         (RotationReport("v2", 5, (), 0, 3), ["not ok", "5 values", "3"]),
-        (RotationReport("v2", 5, (failed("pk-7"),), 1, 1), ["not ok", "1 did not open"]),
+        (RotationReport("v2", 5, (failed("pk-7"),), 1, 1), ["not ok", "1 failed"]),
         (RotationReport("v2", 5, (), 0, 0, dry_run=True), ["dry run", "5 values"]),
         (VerifyReport(2, (), 0), ["ok", "2 values"]),
         (VerifyReport(2, (failed("pk-7"),), 1), ["not ok", "2 values", "1 did not open"]),
