@@ -3,10 +3,12 @@
 In text, the server sends bytes as hexadecimal digits: twice as many, and both sides convert them.
 psycopg can ask for binary results, but only for all columns of a result at once. So a statement's
 first result is read as text, and shows the types of its columns. If psycopg reads all of them to
-the same values in both formats, later ones are read in binary. Each of these is checked before a
-row is read from it: if a type was altered, or the search path leads to another table, the SELECT is
-executed once more, as text, and stays with it. So what a write returns is always read as text, and
-so is a SELECT that calls a function, but for those of a rotation.
+the same values in both formats, later results are read in binary. Each of these is checked before a
+row is read from it. If a type was altered, or the search path leads to another table, the SELECT is
+executed again as text, now and from then on.
+
+A statement that has an effect must not be executed twice. So what a write returns is always read as
+text. So is a SELECT that calls a function, except a rotation's, whose functions have no effect.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ into something else. ormsgpack, which shares orjson's design, can be told to ref
 a document is packed by ormsgpack too, to learn that it has only JSON's own types, and the packed
 bytes are dropped. That costs about as much as writing the document, a quarter of reading it back
 and comparing. What ormsgpack refuses is tried again with a function that returns the plain value of
-a subclass, such as MutableDict. What is refused again is walked through in Python, which finds
-the fault or writes integers past 64 bits; parts that the libraries take are passed over.
+a subclass, such as MutableDict. If that is refused too, Python walks through the document, to find
+the fault or to write integers past 64 bits. It passes over parts that the libraries take.
 
 msgspec reads, because orjson reads an integer past 64 bits as a float.
 """
@@ -64,7 +64,7 @@ _may_be_infinite_or_nan = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]").search
 
 _LESS, _AMPERSAND, _PERCENT, _BACKSLASH = PRINT_MARKS
 
-# Names of their own: an attribute of a module would be looked up for each value.
+# Global names, because an attribute of a module would be looked up for each value.
 _pack, _write = ormsgpack.packb, orjson.dumps
 decode = msgspec.json.Decoder().decode
 DECODE_ERRORS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -254,8 +254,8 @@ def _unwrapped_fast(value: object) -> JSONValue:
 def _unwrapped(value: object) -> JSONValue:
     """Return an instance of a subclass, such as a MutableDict, as JSON's own type.
 
-    Its own methods give the order, as OrderedDict's do; they are not believed if they return
-    anything else than its contents.
+    Its own methods give the order, as OrderedDict's do. If they return anything but its contents,
+    the value is refused.
     """
     if isinstance(value, dict):
         members = dict(value)
@@ -388,7 +388,7 @@ def member_step(position: int) -> str:
 def same_value(left: JSONValue, right: JSONValue) -> bool:
     """Compare with types: ``1``, ``1.0`` and ``True`` differ, and so do ``0.0`` and ``-0.0``.
 
-    `left` was read from JSON. `right` may be of any type, whose own methods are not believed.
+    `left` was read from JSON. `right` may be of any type, so its own methods are not trusted.
     """
     if isinstance(left, dict) and isinstance(right, dict):
         return dict.keys(left) == dict.keys(right) and all(

@@ -108,7 +108,7 @@ class ColumnCodec:
         del data  # an error reporter would send it, and it may be plaintext
         raise fault
 
-    # A column's rules for NULL do not depend on its schema.
+    # NULL has the same rules with a schema as without one.
 
     def _dump_typed(self, value: Any) -> bytes:
         assert self.schema is not None

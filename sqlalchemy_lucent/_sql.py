@@ -11,15 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
 
-from sqlalchemy import (
-    BinaryExpression,
-    Boolean,
-    ColumnElement,
-    CompoundSelect,
-    Dialect,
-    Select,
-    String,
-)
+import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import elements
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -30,16 +22,26 @@ from ._envelope import FORMAT_AES_256_GCM, KEY_ID_SIZE, MAX_VERSION_LENGTH, vers
 from .exceptions import UnsupportedOperationError
 
 
-def is_mysql(dialect: Dialect) -> bool:
+def is_mysql(dialect: sa.Dialect) -> bool:
     """Say whether `dialect` is MySQL or MariaDB; SQLAlchemy has one dialect for both names."""
     return dialect.name in ("mysql", "mariadb")
+
+
+def is_mariadb(dialect: sa.Dialect) -> bool:
+    """Say whether the server of `dialect` is MariaDB, which is known once it was connected to."""
+    return bool(getattr(dialect, "is_mariadb", False))
+
+
+def is_psycopg(dialect: sa.Dialect) -> bool:
+    """Say whether `dialect` is PostgreSQL over psycopg 3, with or without asyncio."""
+    return dialect.name == "postgresql" and dialect.driver in ("psycopg", "psycopg_async")
 
 
 class key_version(FunctionElement[str]):  # noqa: N801  (named as it is used: a SQL function)
     """The key version that a sealed value begins with; NULL if the value is not sealed."""
 
     name = "lucent_key_version"
-    type = String(MAX_VERSION_LENGTH)
+    type = sa.String(MAX_VERSION_LENGTH)
     inherit_cache = True
 
 
@@ -47,7 +49,7 @@ class key_id(FunctionElement[str]):  # noqa: N801
     """The key id of a sealed value as 8 lower-case hex digits; NULL if it is not sealed."""
 
     name = "lucent_key_id"
-    type = String(2 * KEY_ID_SIZE)
+    type = sa.String(2 * KEY_ID_SIZE)
     inherit_cache = True
 
 
@@ -59,32 +61,32 @@ class is_sealed(FunctionElement[bool]):  # noqa: N801
     """
 
     name = "lucent_is_sealed"
-    type = Boolean()
+    type = sa.Boolean()
     inherit_cache = True
 
 
 class lacks_version(FunctionElement[bool]):  # noqa: N801
     """Whether a value does not begin with a key version and a colon; NULL for NULL.
 
-    For constraints: whatever the format after the colon is, a later one too. SQLite compares the
-    bytes of a text as well, because reading a value takes it for its bytes.
+    For constraints, which hold for later formats too: what follows the colon does not matter. On
+    SQLite, a text counts as its bytes, as it does when a value is read.
     """
 
     name = "lucent_lacks_version"
-    type = Boolean()
+    type = sa.Boolean()
     inherit_cache = False  # its SQL has the version in it
 
-    def __init__(self, value: ColumnElement[Any], version: str) -> None:
+    def __init__(self, value: sa.ColumnElement[Any], version: str) -> None:
         super().__init__(value)
         self.prefix = version_prefix(version)
 
 
-class RefusedComparison(BinaryExpression[bool]):
+class RefusedComparison(sa.BinaryExpression[bool]):
     """A sealed column compared with a column: an expression that has a truth value, and no SQL.
 
     SQLAlchemy itself looks for columns in lists and dicts, where Python compares them with ``==``
-    and asks the result for its truth. So this one case is refused when it is compiled, while every
-    other is refused when it is built.
+    and asks the result for its truth. So this one case is refused when it is compiled. Every other
+    is refused when it is built.
     """
 
     inherit_cache = True
@@ -257,8 +259,8 @@ def columns_of_members(query: Any) -> Iterator[list[Any]]:
     """Yield the columns of a query, or those of each member of a UNION."""
     if isinstance(query, SelectStatementGrouping):
         query = query.element
-    if isinstance(query, CompoundSelect):
+    if isinstance(query, sa.CompoundSelect):
         for member in query.selects:
             yield from columns_of_members(member)
     else:
-        yield list(query.inner_columns if isinstance(query, Select) else query.selected_columns)
+        yield list(query.inner_columns if isinstance(query, sa.Select) else query.selected_columns)

@@ -54,7 +54,7 @@ def watch(dialect: Dialect) -> None:
 
     for execution in ("do_execute", "do_executemany", "do_execute_no_params"):
         event.listen(dialect, execution, refuse_statement)
-    if dialect.name == "postgresql" and dialect.driver in ("psycopg", "psycopg_async"):
+    if _sql.is_psycopg(dialect):
         from ._binary_results import read_in_binary  # with that driver only
 
         read_in_binary(dialect)
@@ -144,8 +144,8 @@ def _fault_of_source(source: Any, type_: SealedType) -> str | None:
 
 
 def _fault_of_statement(context: Any, compiled: Any) -> str | None:
-    """Say which value a statement gives to a sealed column whose type does not bind it, or that its
-    UNION mixes values of several columns.
+    """Say what is wrong with a statement: it gives a sealed column a value that the column's type
+    does not bind, or its UNION mixes values of several columns.
     """
     statement = compiled.statement
     statement = getattr(statement, "element", statement)  # what from_statement() was given

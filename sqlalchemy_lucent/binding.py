@@ -240,7 +240,7 @@ def _stored_row(state: InstanceState[Any], key: str) -> list[RowPart]:
 
 @hide_locals
 def _open(key: str, given: list[Any]) -> Any:
-    """Open the value of an object; take both out of `given`."""
+    """Open the value of an object; take both out of `given`, so that no frame has them."""
     sealed, target = given.pop(), given.pop()
     state = cast("InstanceState[Any]", inspect(target))
     try:

@@ -211,7 +211,9 @@ def lifecycle_tables(table: Table) -> LifecycleTables | None:
         table.metadata.tables.get(f"{table.schema}.{name}" if table.schema else name)
         for name in _lifecycle_names(table.name)
     )
-    return None if versions is None or states is None else LifecycleTables(versions, states)
+    if versions is None or states is None or not is_versions_table(versions):
+        return None  # an application may have tables of such names
+    return LifecycleTables(versions, states)
 
 
 def is_versions_table(table: Table) -> bool:

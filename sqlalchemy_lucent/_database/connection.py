@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, text
@@ -24,7 +24,7 @@ DEFAULT_RETRIES: Final = 12
 DEFAULT_LOCK_TIMEOUT: Final = 1.0
 """Seconds that a change of a table waits for its lock. Others queue behind it meanwhile."""
 
-_FIRST_PAUSE: Final = 0.05  # seconds; doubled at each attempt, with jitter
+_FIRST_PAUSE: Final = 0.05  # seconds; doubled at each attempt
 _LONGEST_PAUSE: Final = 4.0
 
 _T = TypeVar("_T")
@@ -49,19 +49,24 @@ _SET_SESSION: Final = text("SET SESSION sql_mode = :sql_mode, SESSION sql_safe_u
 
 
 def check_retries(retries: object) -> int:
-    """Return a number of further attempts.
+    """Return `retries`, a number of further attempts.
 
-    :raises RotationError: it is none.
+    :raises RotationError: it is something else.
     """
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
         raise RotationError("retries is a whole number, 0 or more")
     return retries
 
 
+def back_off(attempt: int) -> float:
+    """Return the seconds to wait after an attempt; the first has number 0."""
+    return min(_FIRST_PAUSE * 2.0 ** min(attempt, 10), _LONGEST_PAUSE)
+
+
 class ManagedConnection:
     """A connection that is replaced when it is lost, with short explicit transactions and retries.
 
-    It is in AUTOCOMMIT mode, because it may be Alembic's, inside its autocommit block, where
+    It is in AUTOCOMMIT mode, because it may be the connection of Alembic's autocommit block. There,
     SQLAlchemy's own transaction commits nothing.
 
     :param bind: an engine, whose connection is replaced when it is lost; or a connection, which is
@@ -138,24 +143,14 @@ class ManagedConnection:
     def spare(self) -> Iterator[ManagedConnection | None]:
         """Another connection of the engine, for another thread; ``None`` if it has none to spare.
 
-        A pool has one only within its size. What may overflow is for the application.
+        It takes none beyond the pool's size: the overflow is for the application.
         """
-        bind, own = self._bind, None
-        if isinstance(bind, Engine) and not self.dialect.is_async and bind.dialect.name != "sqlite":
-            pool = bind.pool
-            is_within = isinstance(pool, QueuePool) and pool.checkedout() < pool.size()
-            if is_within or isinstance(pool, NullPool):
-                own = ManagedConnection(bind, retries=0)
-        try:
-            if own is not None:
-                own.__enter__()
-        except (Fault, RotationError):
-            own = None
-        try:
+        own = None
+        with ExitStack() as stack:
+            if _has_to_spare(self._bind):
+                with suppress(Fault, RotationError):
+                    own = stack.enter_context(ManagedConnection(self._bind, retries=0))
             yield own
-        finally:
-            if own is not None:
-                own.__exit__()
 
     def sleep(self, seconds: float) -> None:
         """Wait; with an async driver, while the event loop goes on."""
@@ -176,11 +171,11 @@ class ManagedConnection:
                 fault, is_retried = self._fault(error)
             if attempt == (self._retries if retries is None else retries) or not is_retried:
                 raise fault
-            # A whole batch may never get through under contention; half of it does sooner.
+            # Under contention, a whole batch may never get through. Half of it may.
             limit = max(1, limit // 2)
             # Without any connection so far, the address may be wrong: say so soon.
             longest = _LONGEST_PAUSE if self._was_connected else _LONGEST_PAUSE / 8
-            pause = min(_FIRST_PAUSE * 2**attempt, longest)
+            pause = min(back_off(attempt), longest)
             self.sleep(pause * random.uniform(0.5, 1))  # noqa: S311  (jitter)
             attempt += 1
 
@@ -256,8 +251,8 @@ class ManagedConnection:
         self._in_callers_transaction = is_open
         if is_open:
             return
-        # SQLAlchemy's own statement goes first: it detects a dead pooled connection and invalidates
-        # those that are as old. Changing the mode is a round trip of the driver's on MySQL.
+        # First a statement by SQLAlchemy, which then detects a dead connection of the pool and
+        # invalidates those as old as it. On MySQL, the driver changes the mode by itself.
         session = self._session(connection)
         if self._has_engine:
             # A server-side cursor would need a transaction, and every batch is read whole.
@@ -289,7 +284,7 @@ class ManagedConnection:
             connection.execute(_SET_SESSION, {"sql_mode": strict, "safe": 0})
 
     def _restore(self, connection: Connection) -> None:
-        # Whatever fails here fails for the next user too, and does not undo what was done.
+        # What fails here fails for the next user as well, and what was done stays done.
         with suppress(*self._errors):
             # The session of a lost connection is gone.
             if self._restored_session is not None and not connection.invalidated:
@@ -357,6 +352,14 @@ class ManagedConnection:
                 wait_for(driver.execute(statement))
             else:
                 connection.exec_driver_sql(statement)
+
+
+def _has_to_spare(bind: Engine | Connection) -> bool:
+    if not isinstance(bind, Engine) or bind.dialect.is_async or bind.dialect.name == "sqlite":
+        return False
+    pool = bind.pool
+    is_within = isinstance(pool, QueuePool) and pool.checkedout() < pool.size()
+    return is_within or isinstance(pool, NullPool)
 
 
 def _roll_back(connection: Connection) -> None:

@@ -48,8 +48,8 @@ _REFUSING_MYSQL_CODES: Final = frozenset(
     | {1264, 1265, 1292, 1300, 1366, 1367, 1406, 3140}
 )
 
-# Errors whose messages quote names of the schema or a trigger's own words. All others may quote a
-# value.
+# Errors whose messages quote only names of the schema or a trigger's own words. The others may
+# quote a value.
 _MYSQL_CODES_WITH_NAMES: Final = frozenset(
     {1044, 1045, 1048, 1049, 1054, 1130, 1142, 1143, 1146, 1227, 1264, 1290, 1364, 1370, 1406}
     | {1451, 1452, 1644, 1665, 1698, 1792, 1836, 1927, 3819, 4025, _TOO_LARGE}
@@ -95,8 +95,8 @@ class Fault(Exception):  # noqa: N818  (callers get a `RotationError` with its m
 def errors_of(dialect: Dialect) -> tuple[type[Exception], ...]:
     """Return the errors that the database or its driver may raise.
 
-    SQLAlchemy wraps neither those of a round trip outside of a statement, nor those of the network
-    or asyncpg while connecting.
+    SQLAlchemy does not wrap the errors of a round trip outside of a statement, nor those of the
+    network or asyncpg while connecting.
     """
     dbapi: Any = dialect.loaded_dbapi
     raised: list[type[Exception]] = [StatementError, PoolTimeoutError, PendingRollbackError]
@@ -150,7 +150,7 @@ def refuses_a_row(error: DBAPIError, dialect: Dialect) -> bool:
 
 
 def breaks_off(error: BaseException, dialect: Dialect) -> bool:
-    """Say whether the server still waits for the rest of a statement: of a packet too large."""
+    """Say whether a packet was too large, and the server still waits for the rest of it."""
     return isinstance(error, DBAPIError) and _code(error, dialect) == _TOO_LARGE
 
 
@@ -210,7 +210,7 @@ def _code(error: Exception, dialect: Dialect) -> str | int | None:
 
 
 def _may_show_anything(error: Exception, dialect: Dialect) -> bool:
-    """Say whether the message is not the database's, but a type's or a driver's.
+    """Say whether the message comes from a type or a driver, and not from the database.
 
     A driver that cannot read its arguments may repeat a password.
     """

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import Column, Connection, MetaData, Table, inspect
+import sqlalchemy as sa
 from sqlalchemy.types import NullType, TypeEngine
 
 from .._row import type_as_bound
 from ..exceptions import RotationError
-
-BoundTypes = Mapping[str, TypeEngine[Any] | None]
-"""The type of each binding column by its name; ``None`` has the database tell it."""
 
 
 def dotted(*names: str | None) -> str:
@@ -20,7 +17,7 @@ def dotted(*names: str | None) -> str:
     return ".".join(name for name in names if name)
 
 
-def translated(connection: Connection, schema: str | None) -> str | None:
+def translated(connection: sa.Connection, schema: str | None) -> str | None:
     """Return the schema that the connection's ``schema_translate_map`` makes of `schema`.
 
     :raises RotationError: the map would translate the result again.
@@ -37,14 +34,14 @@ def translated(connection: Connection, schema: str | None) -> str | None:
 
 
 def reflect_columns(
-    connection: Connection, table_name: str, schema: str | None, needed: Iterable[str]
+    connection: sa.Connection, table_name: str, schema: str | None, needed: Iterable[str]
 ) -> Mapping[str, Any]:
     """Return the columns of a table by name, as SQLAlchemy's inspector describes them.
 
     :param needed: the columns that the table must have.
     :raises RotationError: the table or one of these columns is missing.
     """
-    inspector = inspect(connection)
+    inspector = sa.inspect(connection)
     name = dotted(schema, table_name)
     if not inspector.has_table(table_name, schema=schema):
         raise RotationError(f"there is no table {name} in this database")
@@ -56,18 +53,19 @@ def reflect_columns(
 
 
 def reflect_table(
-    connection: Connection,
+    connection: sa.Connection,
     table_name: str,
     schema: str | None,
     column_name: str,
-    bound_types: BoundTypes,
-) -> tuple[Mapping[str, Any], Table]:
+    bound_types: Mapping[str, TypeEngine[Any] | None],
+) -> tuple[Mapping[str, Any], sa.Table]:
     """Return all columns of a table by name, and the table with those that identify a row.
 
+    :param bound_types: the type of each binding column by name; ``None`` has the database tell it.
     :raises RotationError: the table, its primary key or one of the named columns is missing.
     """
     columns = reflect_columns(connection, table_name, schema, [column_name, *bound_types])
-    key = inspect(connection).get_pk_constraint(table_name, schema=schema)["constrained_columns"]
+    key = sa.inspect(connection).get_pk_constraint(table_name, schema=schema)["constrained_columns"]
     if not key:
         raise no_primary_key(dotted(schema, table_name))
 
@@ -78,11 +76,19 @@ def reflect_table(
         # SQLite keeps values of any type in any column, so read a key as it is stored.
         return NullType() if connection.dialect.name == "sqlite" else type_
 
-    identity: list[Column[Any]] = [
-        Column(name, type_of(name), primary_key=name in key)
+    identity: list[sa.Column[Any]] = [
+        sa.Column(name, type_of(name), primary_key=name in key)
         for name in dict.fromkeys([*key, *bound_types])
     ]
-    return columns, Table(table_name, MetaData(), *identity, schema=schema)
+    return columns, sa.Table(table_name, sa.MetaData(), *identity, schema=schema)
+
+
+def has_row(
+    connection: sa.Connection, owner: sa.FromClause, *conditions: sa.ColumnElement[bool]
+) -> bool:
+    """Say whether a table has a row that meets `conditions`."""
+    statement = sa.select(sa.literal(1)).select_from(owner).where(*conditions).limit(1)
+    return connection.execute(statement).first() is not None
 
 
 def no_primary_key(table: str) -> RotationError:

@@ -1,7 +1,7 @@
 """What a name means in the database: a table, or a view and the tables beneath it.
 
-Only tables are rotated. An update of a view may go elsewhere or nowhere, and its ``WHERE`` may hide
-rows that need a key.
+Only tables are rotated. An update of a view may change another table or nothing, and the view's
+``WHERE`` may hide rows that need a key.
 """
 
 from __future__ import annotations

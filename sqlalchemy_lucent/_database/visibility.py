@@ -10,7 +10,7 @@ from typing import Final
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from .._sql import is_mysql
+from .._sql import is_mariadb, is_mysql
 from ..exceptions import RotationError
 from .relations import regclass
 
@@ -73,7 +73,7 @@ def _fault_on_mysql(connection: Connection) -> str | None:
         fault = _read_only(setting, value)
         if fault is not None:
             return fault
-    every = "ALL REPLICAS" if getattr(connection.dialect, "is_mariadb", False) else "REPLICA"
+    every = "ALL REPLICAS" if is_mariadb(connection.dialect) else "REPLICA"
     try:
         channels = connection.exec_driver_sql(f"SHOW {every} STATUS").mappings().all()
     except DBAPIError as error:
@@ -89,8 +89,8 @@ def _fault_on_mysql(connection: Connection) -> str | None:
 def _fault_on_sqlite(connection: Connection) -> str | None:
     if connection.exec_driver_sql("PRAGMA query_only").scalar():
         return _read_only("PRAGMA query_only", "ON")
-    # EXPLAIN begins nothing. The program has no transaction that writes if the file was opened
-    # read-only.
+    # EXPLAIN only shows the program of the statement, and begins nothing. If the file was opened
+    # read-only, the program's transaction does not write.
     program = connection.exec_driver_sql("EXPLAIN BEGIN IMMEDIATE").all()
     if any(opcode == "Transaction" and not writes for _, opcode, _, writes, *_ in program):
         return _read_only("the file", "opened to be read only")

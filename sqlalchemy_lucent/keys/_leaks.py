@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
 from typing import Any, Final, Literal
 
 import sqlalchemy as sa
@@ -123,9 +122,8 @@ class _Value:
 
 def _values(database: ManagedConnection, table: TargetTable, keyring: Keyring) -> Iterator[_Value]:
     job = Reseal(table, keyring, database.dialect, stale_only=False)
-    database.read(job.rows.check_keys)
     has_owner = "owner_id" in table.clause.c
-    for row in chain.from_iterable(job.rows.batches(database.read)):
+    for row in job.rows.every(database.read):
         key = [str(json_ready(part)) for part in job.rows.key_of(row)]
         owner = str(row.owner_id) if has_owner else None
         for column in job.sealed:

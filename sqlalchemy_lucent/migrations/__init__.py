@@ -24,28 +24,18 @@ from __future__ import annotations
 from . import _run as _run
 from ._autogenerate import LINT_PLUGIN_NAME, PLUGIN_NAME, setup
 from ._render import render_item
-from .key_tables import (
-    CreateLucentKeysOp,
-    DropLucentKeysOp,
-    create_lucent_keys,
-    drop_lucent_keys,
-)
 from .operations import (
     BoundTo,
-    CreateLucentSecretsOp,
     CreateSealedCheckOp,
     DecryptColumnOp,
-    DropLucentSecretsOp,
     DropSealedCheckOp,
     EncryptColumnOp,
     FenceKeyVersionOp,
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
     UnfenceKeyVersionOp,
-    create_lucent_secrets,
     create_sealed_check,
     decrypt_column,
-    drop_lucent_secrets,
     drop_sealed_check,
     encrypt_column,
     fence_key_version,
@@ -53,10 +43,18 @@ from .operations import (
     rotate_encrypted_column,
     unfence_key_version,
 )
-from .secret_tables import (
+from .tables import (
+    CreateLucentKeysOp,
+    CreateLucentSecretsOp,
     DowngradeLucentSecretsOp,
+    DropLucentKeysOp,
+    DropLucentSecretsOp,
     UpgradeLucentSecretsOp,
+    create_lucent_keys,
+    create_lucent_secrets,
     downgrade_lucent_secrets,
+    drop_lucent_keys,
+    drop_lucent_secrets,
     upgrade_lucent_secrets,
 )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, Final
 
+import sqlalchemy as sa
 from alembic.autogenerate.api import AutogenContext
 from alembic.operations.ops import (
     AddColumnOp,
@@ -23,32 +23,20 @@ from alembic.operations.ops import (
 )
 from alembic.runtime.plugins import Plugin
 from alembic.util import DispatchPriority, PriorityDispatchResult
-from sqlalchemy import (
-    JSON,
-    Column,
-    Connection,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-    Uuid,
-    inspect,
-)
-from sqlalchemy import table as table_clause
 from sqlalchemy.exc import NoSuchTableError, UnreflectableTableError
 from sqlalchemy.types import _Binary
 
 from .. import _sql
+from .._database.reflection import has_row
 from .._database.relations import relation_of
 from .._row import tells_its_values
 from ..keyring import default_keyring
 from ..models import lifecycle_tables
 from ..rotation import needs_rotation
 from ..rotation.jobs import Rebind
-from ..rotation.rows import read_on
 from ..rotation.targets import resolve_targets
 from ..types import EncryptedJSON, has_check
-from ._checks import find_check, has_row
+from ._checks import find_check, logger
 from ._run import is_empty
 from .operations import (
     BoundTo,
@@ -61,9 +49,7 @@ from .operations import (
     RebindEncryptedColumnOp,
     RotateEncryptedColumnOp,
 )
-from .secret_tables import UpgradeLucentSecretsOp
-
-logger = logging.getLogger("alembic.runtime.migration.lucent")
+from .tables import UpgradeLucentSecretsOp
 
 PLUGIN_NAME = "sqlalchemy_lucent.autogenerate"
 """The name to select in ``autogenerate_plugins``, or to exclude there with ``~``."""
@@ -121,10 +107,10 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
     return PriorityDispatchResult.CONTINUE
 
 
-def _included_columns(autogen_context: AutogenContext) -> Iterator[Column[Any]]:
+def _included_columns(autogen_context: AutogenContext) -> Iterator[sa.Column[Any]]:
     """Give the columns that the environment's filters include.
 
-    As in Alembic, a filter gets the object of the database with the one of the models.
+    As in Alembic, a filter gets the models' object and the database's.
     """
     assert autogen_context.connection is not None
     inspector = autogen_context.inspector
@@ -137,7 +123,7 @@ def _included_columns(autogen_context: AutogenContext) -> Iterator[Column[Any]]:
             and autogen_context.run_name_filters(table.name, "table", {"schema_name": schema})
         ):
             continue
-        found = Table(table.name, MetaData(), schema=schema)
+        found = sa.Table(table.name, sa.MetaData(), schema=schema)
         with suppress(NoSuchTableError, UnreflectableTableError):
             inspector.reflect_table(found, None, resolve_fks=False)
         existing = found if len(found.columns) else None
@@ -153,7 +139,7 @@ def _included_columns(autogen_context: AutogenContext) -> Iterator[Column[Any]]:
                 yield column
 
 
-def _is_in_a_table(connection: Connection, column: Column[Any]) -> bool:
+def _is_in_a_table(connection: sa.Connection, column: sa.Column[Any]) -> bool:
     (target,) = resolve_targets(column, connection)
     found = relation_of(connection, target.clause.name, target.clause.schema)
     if found is not None and found.is_table:
@@ -172,7 +158,7 @@ def _modifications(upgrade_ops: UpgradeOps) -> Iterator[ModifyTableOps]:
                 upgrade_ops.ops.remove(table_ops)
 
 
-def _free_columns_of_checks(connection: Connection, upgrade_ops: UpgradeOps) -> None:
+def _free_columns_of_checks(connection: sa.Connection, upgrade_ops: UpgradeOps) -> None:
     """Drop a CHECK before its column, where batch mode copies a SQLite table.
 
     Batch mode reflects the constraint as text, and would write it into a table without the column.
@@ -182,7 +168,7 @@ def _free_columns_of_checks(connection: Connection, upgrade_ops: UpgradeOps) -> 
         for operation in table_ops.ops:
             if isinstance(operation, DropColumnOp):
                 dropped = operation.column_name
-                if find_check(inspect(connection), name, dropped, schema):
+                if find_check(sa.inspect(connection), name, dropped, schema):
                     upgrade_ops.ops.insert(0, DropSealedCheckOp(name, dropped, schema=schema))
             elif isinstance(operation, AddColumnOp) and has_check(
                 operation.column, connection.dialect
@@ -193,13 +179,13 @@ def _free_columns_of_checks(connection: Connection, upgrade_ops: UpgradeOps) -> 
 
 
 def _missing_checks(
-    connection: Connection, columns: Iterable[Column[Any]]
+    connection: sa.Connection, columns: Iterable[sa.Column[Any]]
 ) -> Iterator[CreateSealedCheckOp]:
     """Offer the CHECK constraint where the table was made before there was one."""
     for column in columns:
         table = column.table
         if has_check(column, connection.dialect) and not find_check(
-            inspect(connection), table.name, column.name, table.schema
+            sa.inspect(connection), table.name, column.name, table.schema
         ):
             logger.info("Detected that %s takes values that are not sealed", column)
             yield CreateSealedCheckOp(table.name, column.name, schema=table.schema)
@@ -210,26 +196,21 @@ def _name_upgrades(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> 
 
     They are dropped by one that refuses to drop versions.
     """
-    secrets = {
-        (table.schema, table.name): tables
-        for table in autogen_context.sorted_tables
-        if (tables := lifecycle_tables(table)) is not None
-    }
     created = {
-        (op.schema, op.table_name): op for op in upgrade_ops.ops if isinstance(op, CreateTableOp)
+        (op.schema, op.table_name) for op in upgrade_ops.ops if isinstance(op, CreateTableOp)
     }
-    for (schema, name), tables in secrets.items():
-        found = [created.get((table.schema, table.name)) for table in tables]
-        if all(found):
-            place = min(upgrade_ops.ops.index(op) for op in found if op is not None)
-            upgrade_ops.ops[place] = UpgradeLucentSecretsOp(name, schema=schema)
-            indexes = {(op.schema, op.table_name) for op in found if op is not None}
-            upgrade_ops.ops[:] = [
+    for table in autogen_context.sorted_tables:
+        names = {(each.schema, each.name) for each in lifecycle_tables(table) or ()}
+        if names and names <= created:
+            replaced = [
                 op
                 for op in upgrade_ops.ops
-                if op not in found
-                and not (isinstance(op, ModifyTableOps) and (op.schema, op.table_name) in indexes)
+                if isinstance(op, (CreateTableOp, ModifyTableOps))  # their indexes
+                and (op.schema, op.table_name) in names
             ]
+            upgrade = UpgradeLucentSecretsOp(table.name, schema=table.schema)
+            upgrade_ops.ops.insert(upgrade_ops.ops.index(replaced[0]), upgrade)
+            upgrade_ops.ops[:] = [op for op in upgrade_ops.ops if op not in replaced]
 
 
 def _warn_of_renames(upgrade_ops: UpgradeOps) -> None:
@@ -258,11 +239,13 @@ def _warn_of_renames(upgrade_ops: UpgradeOps) -> None:
                 logger.warning(template, full, "added", " or ".join(names), fix, full, old)
 
 
-def _may_replace(old: Column[Any], new: Column[Any]) -> bool:
+def _may_replace(old: sa.Column[Any], new: sa.Column[Any]) -> bool:
     return isinstance(new.type, EncryptedJSON) and isinstance(old.type, _Binary)
 
 
-def _take_conversions(connection: Connection, upgrade_ops: UpgradeOps) -> Iterator[ConvertColumnOp]:
+def _take_conversions(
+    connection: sa.Connection, upgrade_ops: UpgradeOps
+) -> Iterator[ConvertColumnOp]:
     """Take the type changes from or to `EncryptedJSON` out of `upgrade_ops`."""
     for table_ops in _modifications(upgrade_ops):
         for operation in list(table_ops.ops):
@@ -287,7 +270,7 @@ def _take_drops(
     """
     assert autogen_context.dialect is not None
     dialect = autogen_context.dialect
-    index_if_exists = dialect.name != "mysql" or getattr(dialect, "is_mariadb", False)
+    index_if_exists = not _sql.is_mysql(dialect) or _sql.is_mariadb(dialect)
     constraint_if_exists = dialect.name == "postgresql" and not autogen_context.opts.get(
         "render_as_batch"
     )
@@ -312,7 +295,7 @@ def _take_drops(
         yield from indexes  # not in a batch, which does not take `if_exists`
 
 
-def _conversion_for(connection: Connection, operation: AlterColumnOp) -> ConvertColumnOp | None:
+def _conversion_for(connection: sa.Connection, operation: AlterColumnOp) -> ConvertColumnOp | None:
     old, new = operation.existing_type, operation.modify_type
     name, schema = operation.column_name, operation.schema
     if old is not None and isinstance(new, EncryptedJSON) and not isinstance(old, _Binary):
@@ -326,16 +309,16 @@ def _conversion_for(connection: Connection, operation: AlterColumnOp) -> Convert
             bound_to=new.bound_to,
             create_constraint=new.create_constraint,
         )
-    if isinstance(new, (JSON, String)) and isinstance(old, _Binary):
-        value: Column[Any] = Column(name, LargeBinary)
-        owner = table_clause(operation.table_name, value, schema=schema)
+    if isinstance(new, (sa.JSON, sa.String)) and isinstance(old, _Binary):
+        value: sa.Column[Any] = sa.Column(name, sa.LargeBinary)
+        owner = sa.table(operation.table_name, value, schema=schema)
         if has_row(connection, owner, _sql.key_version(value).is_not(None)):
             logger.info("Detected that %s.%s is to be decrypted", operation.table_name, name)
             return DecryptColumnOp(operation.table_name, name, existing_type=new, schema=schema)
     return None
 
 
-def _work_on_values(connection: Connection, column: Column[Any]) -> Iterator[ColumnOp]:
+def _work_on_values(connection: sa.Connection, column: sa.Column[Any]) -> Iterator[ColumnOp]:
     """Give the operation that the values of a column need, if any."""
     type_ = column.type
     assert isinstance(type_, EncryptedJSON)
@@ -352,7 +335,10 @@ def _work_on_values(connection: Connection, column: Column[Any]) -> Iterator[Col
         )
         return
     job = Rebind(target, default_keyring(), connection.dialect)
-    read = read_on(connection)
+
+    def read(work: Any) -> Any:
+        return work(connection)
+
     # While a column accepts earlier contexts, open all values, not only the first: when none of
     # them needs an earlier context, the user removes `accept_contexts`.
     earlier = job.earlier_context(read) if type_.accept_contexts else None
@@ -373,7 +359,7 @@ def _work_on_values(connection: Connection, column: Column[Any]) -> Iterator[Col
         )
 
 
-def _bound_to_with_types(column: Column[Any]) -> BoundTo:
+def _bound_to_with_types(column: sa.Column[Any]) -> BoundTo:
     """Return the names, with the types if the database cannot tell how values look in Python."""
     type_ = column.type
     assert isinstance(type_, EncryptedJSON)
@@ -381,7 +367,7 @@ def _bound_to_with_types(column: Column[Any]) -> BoundTo:
     if all(
         type(c.type).__mro__[0].__module__.startswith("sqlalchemy.")
         and tells_its_values(c.type)
-        and not isinstance(c.type, Uuid)
+        and not isinstance(c.type, sa.Uuid)
         for c in bound
     ):
         return [c.name for c in bound]
@@ -398,7 +384,9 @@ _LOOKS_SECRET: Final = re.compile(
 def _warn_of_plain_secrets(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -> Any:
     """Warn of columns that are named like secrets and hold JSON, text or bytes as they are."""
     for column in _included_columns(autogen_context):
-        if isinstance(column.type, (JSON, String, _Binary)) and _LOOKS_SECRET.search(column.name):
+        if isinstance(column.type, (sa.JSON, sa.String, _Binary)) and _LOOKS_SECRET.search(
+            column.name
+        ):
             logger.warning(
                 "%s looks like a secret and is stored as it is (%s); "
                 "consider EncryptedJSON and op.encrypt_column()",

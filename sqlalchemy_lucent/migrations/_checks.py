@@ -68,7 +68,7 @@ class SealedCheck(NamedTuple):
         if not is_binary(type_):
             raise not_encrypted(self.full_name, type_)
         found = self.find()
-        adds_unread = getattr(connection.dialect, "is_mariadb", False)
+        adds_unread = _sql.is_mariadb(connection.dialect)
         is_valid = found and not found.get("dialect_options", {}).get("not_valid")
         if not is_valid or adds_unread:  # killed before it counted, in an earlier run
             self._refuse_unsealed(connection)
@@ -130,7 +130,7 @@ class SealedCheck(NamedTuple):
             )
 
     def _copied(self, loses: str | None = None) -> AbstractContextManager[BatchOperations]:
-        """Give a batch that changes SQLite's table by a copy, which has to lack `loses` only."""
+        """Give a batch that changes a SQLite table by a copy, which may lack only `loses`."""
         return copied_table(
             self.operations,
             self.table_name,
@@ -179,14 +179,6 @@ def find_check(
     return None
 
 
-def has_row(
-    connection: sa.Connection, owner: sa.FromClause, *conditions: sa.ColumnElement[bool]
-) -> bool:
-    """Say whether a table has a row that meets `conditions`."""
-    statement = sa.select(sa.literal(1)).select_from(owner).where(*conditions).limit(1)
-    return connection.execute(statement).first() is not None
-
-
 def added(check: sa.CheckConstraint, dialect: sa.Dialect) -> str:
     """Return the clause of an ALTER TABLE that adds a constraint."""
     compiled: Any = AddConstraint(check).compile(dialect=dialect)
@@ -198,7 +190,7 @@ def without_reading(change: str, dialect: sa.Dialect) -> str:
 
     The caller counts the rows that do not meet it.
     """
-    if getattr(dialect, "is_mariadb", False):
+    if _sql.is_mariadb(dialect):
         return f"SET STATEMENT check_constraint_checks = 0 FOR {change}"
     return change
 

@@ -13,7 +13,6 @@ No progress is recorded between the steps: the columns themselves tell which of 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from functools import cache, partial
@@ -22,26 +21,24 @@ from typing import Any, Final, Literal
 import sqlalchemy as sa
 from alembic.operations import Operations
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.types import TypeEngine, _Binary
+from sqlalchemy.types import _Binary
 
 from .. import _sql
 from .._database.connection import ManagedConnection
 from .._database.faults import describe, refuses_a_row
-from .._database.reflection import reflect_table
+from .._database.reflection import has_row, reflect_table
 from ..exceptions import RotationError
 from ..keyring import default_keyring
-from ..rotation import RotationProgress, run_in_transaction, run_jobs
+from ..rotation import RotationProgress, check_rows, run_in_transaction, run_jobs
 from ..rotation.jobs import Backfill
 from ..rotation.plain import PlainColumn
 from ..rotation.report import FailedRow, Failures
 from ..rotation.rows import Rows
 from ..rotation.targets import resolve_targets
-from ._checks import SealedCheck, condition_of, has_row
+from ._checks import SealedCheck, condition_of, logger
 from ._dependents import dependents
 from ._swap import Swap
 from .operations import ConvertColumnOp
-
-logger = logging.getLogger("alembic.runtime.migration.lucent")
 
 Content = Literal["plain", "sealed"]
 
@@ -117,8 +114,7 @@ class _Conversion:
                 "pass reader= with writer=: each written value is read again and compared before "
                 "the sealed values are dropped"
             )
-        if plan.batch_size < 1:
-            raise RotationError("batch_size is a whole number of rows, 1 or more")
+        check_rows("batch_size", plan.batch_size)
         key = tuple(self._owner.primary_key.columns)
         Rows(self._owner.fullname, self._owner, key, self._dialect).check_keys(self._connection)
 
@@ -131,7 +127,9 @@ class _Conversion:
         value: sa.ColumnElement[Any] = sa.column(name)
         has = self._any(value.is_not(None))
         has_unsealed = self._any(value.is_not(None), _sql.key_version(value).is_(None))
-        plain_is_binary = isinstance(_implemented(plan.plain_type, self._dialect), _Binary)
+        implementation = plan.plain_type.dialect_impl(self._dialect)
+        implementation = getattr(implementation, "impl_instance", implementation)  # of a decorator
+        plain_is_binary = isinstance(implementation, _Binary)
         if has_unsealed and not plain_is_binary:
             raise RotationError(
                 f"{self._owner.fullname}.{name} is a binary column and holds values that are not "
@@ -244,7 +242,7 @@ class _Conversion:
     ) -> Failures:
         """Fill the second column in committed batches. A column without values needs no key.
 
-        Unless this is `final`, a row that is not filled is no failure: it may be new.
+        :param final: whether a row that is not filled is a failure. Otherwise, it may be new.
         """
         plan = self._plan
         failures = Failures()
@@ -280,8 +278,8 @@ class _Conversion:
 
         Only PostgreSQL can tell: ``xmin`` is the transaction that wrote a row. If every transaction
         up to that one had ended before the first row was read, the comparison saw the row as it is
-        now. For the rows just filled, that takes the end of every older transaction. Wait for it,
-        but no longer than `patience` seconds. On other databases, :meth:`_reconcile` compares all.
+        now. For the rows just filled, every older transaction has to end: wait for that, but no
+        longer than `patience` seconds. On other databases, :meth:`_reconcile` compares all rows.
         """
         if self._dialect.name != "postgresql":
             return None
@@ -340,8 +338,8 @@ class _Conversion:
         job = self._job(compare=True, written_since=written_since)
         pending = job.rows.count(self._connection, job.rows.pending)
         rows_read, failures = run_in_transaction(self._connection, job, self._plan.batch_size)
-        # Nobody writes now, so a row that was skipped or read twice means that the primary key
-        # has no reliable order; and the swap would lose the value of a skipped row.
+        # Nobody writes now. So if a row was skipped or read twice, the primary key has no reliable
+        # order, and the swap would lose the value of a skipped row.
         if rows_read != pending:
             raise RotationError(
                 f"table {self._owner.fullname} cannot be paged by its primary key, as with an "
@@ -383,9 +381,3 @@ def log_failures(name: str, what: str, failed: Sequence[FailedRow], count: int) 
 def _contents(plan: ConvertColumnOp) -> tuple[Content, Content]:
     """Return what the column will hold, and what the other one will."""
     return ("sealed", "plain") if plan.to_sealed else ("plain", "sealed")
-
-
-def _implemented(type_: TypeEngine[Any], dialect: sa.Dialect) -> object:
-    """Return the database's type of a decorator."""
-    impl = type_.dialect_impl(dialect)
-    return getattr(impl, "impl_instance", impl)

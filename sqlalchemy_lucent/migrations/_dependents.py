@@ -9,6 +9,9 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, TextClause, inspect, text
 
+from .._database.relations import regclass
+from .._sql import is_mariadb
+
 
 def dependents(
     connection: Connection,
@@ -16,7 +19,7 @@ def dependents(
     schema: str | None,
     column_name: str,
     *,
-    ours: str | None = None,
+    ours: str | None,
 ) -> list[str]:
     """Return what depends on a column, each by kind and name.
 
@@ -50,8 +53,7 @@ def _constraints(
 # 18's NOT NULL. Dropping a parent's column drops it in the tables that inherit it.
 _DEPENDS_ON_COLUMN: Final = text("""
 WITH RECURSIVE family (relation) AS (
-    SELECT CAST(to_regclass(coalesce(quote_ident(CAST(:schema AS text)) || '.', '')
-        || quote_ident(CAST(:table AS text))) AS oid)
+    SELECT CAST(to_regclass(:relation) AS oid)
     UNION SELECT inhrelid FROM pg_inherits JOIN family ON inhparent = relation
 )
 SELECT DISTINCT pg_describe_object(d.classid, d.objid, d.objsubid) FROM family
@@ -68,12 +70,12 @@ ORDER BY 1
 _TRIGGER_FUNCTIONS: Final = text("""
 SELECT t.tgname, p.prosrc, encode(t.tgargs, 'escape') FROM pg_trigger AS t
 JOIN pg_proc AS p ON p.oid = t.tgfoid
-WHERE NOT t.tgisinternal AND t.tgrelid = to_regclass(
-    coalesce(quote_ident(CAST(:schema AS text)) || '.', '') || quote_ident(CAST(:table AS text)))
+WHERE NOT t.tgisinternal AND t.tgrelid = to_regclass(:relation)
 """)
 
 
 def _on_postgresql(connection: Connection, names: Mapping[str, Any]) -> Iterator[str]:
+    names = {**names, "relation": regclass(connection, names["table"], names["schema"])}
     yield from connection.scalars(_DEPENDS_ON_COLUMN, names)
     for trigger, body, arguments in connection.execute(_TRIGGER_FUNCTIONS, names):
         # Its arguments may name columns. A NUL ends each argument.
@@ -117,11 +119,11 @@ _MYSQL_TRIGGERS: Final = text(
 
 
 def _on_mysql(connection: Connection, names: Mapping[str, Any]) -> Iterator[str]:
-    is_mariadb = bool(getattr(connection.dialect, "is_mariadb", False))
+    on_mariadb = is_mariadb(connection.dialect)
     table, column = names["table"].lower(), names["column"].lower()
 
     def rows(statement: TextClause) -> Sequence[Any]:
-        return connection.execute(statement, {"is_mariadb": is_mariadb, **names}).all()
+        return connection.execute(statement, {"is_mariadb": on_mariadb, **names}).all()
 
     for name, generation, default in rows(_MYSQL_COLUMNS):
         if name.lower() == column:
@@ -130,13 +132,13 @@ def _on_mysql(connection: Connection, names: Mapping[str, Any]) -> Iterator[str]
             yield f"generated column {name}"
         if column in _tokens(default, escapes=True):
             yield f"default of column {name}"
-    for name, clause, of_column in rows(_MARIADB_CHECKS if is_mariadb else _MYSQL_CHECKS):
+    for name, clause, of_column in rows(_MARIADB_CHECKS if on_mariadb else _MYSQL_CHECKS):
         found = _tokens(f"CHECK ({clause})", escapes=True)
         # MariaDB's JSON type is text with such a check, dropped with the column.
         is_dropped_with_it = name == names["ours"] or (of_column and _says_json(found, column))
         if column in found and not is_dropped_with_it:
             yield f"check constraint {name}"
-    for name, clause in () if is_mariadb else rows(_MYSQL_INDEXES):
+    for name, clause in () if on_mariadb else rows(_MYSQL_INDEXES):
         if column in _tokens(clause, escapes=True):
             yield f"index {name}"
     for name, clause in rows(_MYSQL_VIEWS):
@@ -202,7 +204,7 @@ def _parts(created: list[str]) -> Iterator[list[str]]:
 
 
 def _has_star(tokens: list[str]) -> bool:
-    """Say whether a star selects every column, and is no product and no ``count(*)``."""
+    """Say whether a star selects every column; those of products and ``count(*)`` do not."""
     ahead = {one for one, other in pairwise(tokens) if other == "*"}
     return not ahead.isdisjoint({"select", "distinct", "all", ",", "."})
 

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from copy import copy
 from functools import partial
 from typing import Any, TypeVar
 
+import sqlalchemy as sa
 from alembic.operations import Operations, ops, toimpl
 from alembic.operations.batch import BatchOperationsImpl
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import (
-    CheckConstraint,
-    Column,
-    ColumnElement,
-    Connection,
-    MetaData,
-    func,
-    select,
-)
-from sqlalchemy import column as column_clause
-from sqlalchemy import table as table_clause
 from sqlalchemy.types import TypeEngine, to_instance
 
 from .. import _sql
 from .._database.faults import Fault, errors_of, fault_of
-from .._database.reflection import dotted, reflect_table, translated
+from .._database.reflection import dotted, has_row, reflect_table, translated
 from .._database.relations import is_binary
 from .._database.visibility import require_full_visibility
 from .._key_tables import key_tables
@@ -39,16 +28,13 @@ from ..rotation import RotationReport, needs_rotation, rotate, run_jobs
 from ..rotation.jobs import Rebind
 from ..rotation.targets import TargetColumn, TargetTable, resolve_targets
 from ..types import EncryptedJSON
-from ._checks import SealedCheck, has_row, not_encrypted
+from ._checks import SealedCheck, logger, not_encrypted
 from ._convert import convert_column, log_failures, log_progress
 from .fence import Fence, fence_triggers
-from .key_tables import CreateLucentKeysOp, DropLucentKeysOp
 from .operations import (
     ColumnOp,
     ConvertColumnOp,
-    CreateLucentSecretsOp,
     CreateSealedCheckOp,
-    DropLucentSecretsOp,
     DropSealedCheckOp,
     FenceKeyVersionOp,
     FenceOp,
@@ -58,14 +44,19 @@ from .operations import (
     UnfenceKeyVersionOp,
     ValuesOp,
 )
-from .secret_tables import DowngradeLucentSecretsOp, UpgradeLucentSecretsOp
-
-logger = logging.getLogger("alembic.runtime.migration.lucent")
+from .tables import (
+    CreateLucentKeysOp,
+    CreateLucentSecretsOp,
+    DowngradeLucentSecretsOp,
+    DropLucentKeysOp,
+    DropLucentSecretsOp,
+    UpgradeLucentSecretsOp,
+)
 
 
 @Operations.implementation_for(CreateLucentSecretsOp)
 def _create_lucent_secrets(operations: Operations, operation: CreateLucentSecretsOp) -> None:
-    table = secrets_table(MetaData(), operation.table_name, schema=operation.schema)
+    table = secrets_table(sa.MetaData(), operation.table_name, schema=operation.schema)
     operations.impl.create_table(table)
 
 
@@ -74,7 +65,7 @@ def _drop_lucent_secrets(operations: Operations, operation: DropLucentSecretsOp)
     name = operation.table_name
     if not operation.force:
         _require_empty(operations, operation, name, "secrets, which cannot be restored")
-    operations.impl.drop_table(secrets_table(MetaData(), name, schema=operation.schema))
+    operations.impl.drop_table(secrets_table(sa.MetaData(), name, schema=operation.schema))
 
 
 def _require_empty(operations: Operations, operation: LucentOp, name: str, contents: str) -> None:
@@ -87,7 +78,7 @@ def _require_empty(operations: Operations, operation: LucentOp, name: str, conte
     connection = operations.get_bind()
     schema = translated(connection, operation.schema)
     require_full_visibility(connection, name, schema)
-    counted = select(func.count()).select_from(table_clause(name, schema=schema))
+    counted = sa.select(sa.func.count()).select_from(sa.table(name, schema=schema))
     count = connection.scalar(counted)
     if count:
         raise RotationError(
@@ -97,13 +88,13 @@ def _require_empty(operations: Operations, operation: LucentOp, name: str, conte
 
 @Operations.implementation_for(CreateLucentKeysOp)
 def _create_lucent_keys(operations: Operations, operation: CreateLucentKeysOp) -> None:
-    for table in key_tables(MetaData(), schema=operation.schema):
+    for table in key_tables(sa.MetaData(), schema=operation.schema):
         operations.impl.create_table(table)
 
 
 @Operations.implementation_for(DropLucentKeysOp)
 def _drop_lucent_keys(operations: Operations, operation: DropLucentKeysOp) -> None:
-    tables = key_tables(MetaData(), schema=operation.schema)
+    tables = key_tables(sa.MetaData(), schema=operation.schema)
     if not operation.force:
         contents = "receipts, which prove what was done to keys"
         _require_empty(operations, operation, "lucent_key_receipts", contents)
@@ -113,13 +104,13 @@ def _drop_lucent_keys(operations: Operations, operation: DropLucentKeysOp) -> No
 
 @Operations.implementation_for(UpgradeLucentSecretsOp)
 def _upgrade_lucent_secrets(operations: Operations, operation: UpgradeLucentSecretsOp) -> None:
-    for table in upgrade_tables(MetaData(), operation.table_name, schema=operation.schema):
+    for table in upgrade_tables(sa.MetaData(), operation.table_name, schema=operation.schema):
         operations.impl.create_table(table)
 
 
 @Operations.implementation_for(DowngradeLucentSecretsOp)
 def _downgrade_lucent_secrets(operations: Operations, operation: DowngradeLucentSecretsOp) -> None:
-    tables = upgrade_tables(MetaData(), operation.table_name, schema=operation.schema)
+    tables = upgrade_tables(sa.MetaData(), operation.table_name, schema=operation.schema)
     if not operation.force:
         contents = "versions of secrets, which cannot be restored"
         _require_empty(operations, operation, tables.versions.name, contents)
@@ -273,17 +264,17 @@ def _drop_fence(operations: Operations, operation: UnfenceKeyVersionOp) -> None:
     _fence(connection, operation).drop(connection)
 
 
-def _fence(connection: Connection, operation: FenceOp) -> Fence:
+def _fence(connection: sa.Connection, operation: FenceOp) -> Fence:
     name = operation.column_name
     _, table = reflect_table(connection, operation.table_name, operation.schema, name, {})
-    table.append_column(Column(name, EncryptedJSON()))
+    table.append_column(sa.Column(name, EncryptedJSON()))
     (target,) = resolve_targets(table, connection)
     return Fence(
         target, operation.version, lock_timeout=operation.lock_timeout, retries=operation.retries
     )
 
 
-def _fence_as_sql(operations: Operations, operation: FenceOp) -> list[CheckConstraint]:
+def _fence_as_sql(operations: Operations, operation: FenceOp) -> list[sa.CheckConstraint]:
     dialect = operations.migration_context.dialect
     if dialect.name == "sqlite":
         raise RotationError(
@@ -291,7 +282,7 @@ def _fence_as_sql(operations: Operations, operation: FenceOp) -> list[CheckConst
             "SQLite, where a fence is made of triggers, which do not look at the values that are "
             "there. Run the migration online"
         )
-    owner = table_clause(operation.table_name, schema=operation.schema)
+    owner = sa.table(operation.table_name, schema=operation.schema)
     column = TargetColumn(operation.column_name, EncryptedJSON(), ())
     target = TargetTable(operation.full_name, owner, (), (column,))
     return Fence(target, operation.version).constraints(dialect, validated=True)
@@ -335,7 +326,9 @@ def _autocommit_block(context: MigrationContext) -> Iterator[None]:
         raise cause
 
 
-def _finish(report: RotationReport, name: str, connection: Connection, column: Column[Any]) -> None:
+def _finish(
+    report: RotationReport, name: str, connection: sa.Connection, column: sa.Column[Any]
+) -> None:
     """Log the values that do not open; fail if any value is left to do."""
     log_failures(name, "does not open", report.failed, report.failed_count)
     if report.ok:
@@ -346,7 +339,7 @@ def _finish(report: RotationReport, name: str, connection: Connection, column: C
         "not stamped. Mend these rows, then run it again"
     )
     if {row.error for row in report.failed} == {"TamperedError"}:
-        values = connection.scalar(select(func.count(column)).select_from(column.table))
+        values = connection.scalar(sa.select(sa.func.count(column)).select_from(column.table))
         if values == report.failed_count:
             cause = (
                 "and none of the column opens, though the keyring has their keys. Pass bound_to= "
@@ -358,22 +351,22 @@ def _finish(report: RotationReport, name: str, connection: Connection, column: C
     )
 
 
-def is_empty(connection: Connection, column: Column[Any]) -> bool:
+def is_empty(connection: sa.Connection, column: sa.Column[Any]) -> bool:
     """Say whether the column has no value, and so needs no key."""
     owner = column.table
     require_full_visibility(connection, owner.name, owner.schema)
     return not has_row(connection, owner, column.is_not(None))
 
 
-def _is_plain(connection: Connection, operation: ColumnOp, type_: TypeEngine[Any]) -> bool:
-    """Say whether the column never held a sealed value, as far as its type tells."""
+def _is_plain(connection: sa.Connection, operation: ColumnOp, type_: TypeEngine[Any]) -> bool:
+    """Say whether a column holds no sealed value, by its type or, on SQLite, by its values."""
     if is_binary(type_):
         return False
     if connection.dialect.name != "sqlite":
         return True
     # SQLite keeps values of any type in any column.
-    value: ColumnElement[Any] = column_clause(operation.column_name)
-    owner = table_clause(operation.table_name, schema=operation.schema)
+    value: sa.ColumnElement[Any] = sa.column(operation.column_name)
+    owner = sa.table(operation.table_name, schema=operation.schema)
     has_sealed = has_row(connection, owner, _sql.key_version(value).is_not(None))
     return not has_sealed and has_row(connection, owner, value.is_not(None))
 
@@ -393,8 +386,8 @@ def _refuse_where_batches_cannot_commit(context: MigrationContext, what: str) ->
 
 
 def _reflect(
-    connection: Connection, operation: ValuesOp, accept_contexts: Iterable[str]
-) -> Column[Any]:
+    connection: sa.Connection, operation: ValuesOp, accept_contexts: Iterable[str]
+) -> sa.Column[Any]:
     """Return the column with the operation's type, in its table as the database has it."""
     name = operation.column_name
     columns, table = reflect_table(
@@ -408,20 +401,18 @@ def _reflect(
         accept_contexts=accept_contexts,
         bound_to=tuple(operation.bound_to),
     )
-    table.append_column(Column(name, sealed_type))
+    table.append_column(sa.Column(name, sealed_type))
     return table.c[name]
 
 
 # -- operations of Alembic -------------------------------------------------------------------------
 
-_AlembicImplementation = Callable[[Operations, Any], None]
 
-
-def _keeping_fences(implementation: _AlembicImplementation) -> _AlembicImplementation:
+def _keeping_fences(implementation: _Implementation[Any]) -> _Implementation[Any]:
     """Have `implementation` refuse batch mode's copy of a SQLite table that has a fence.
 
-    The copy would lack it, because Alembic copies no triggers. In batch mode, an operation is only
-    noted until the block ends, so nothing was done yet.
+    The copy would lack the fence, because Alembic copies no triggers. Batch mode only notes an
+    operation until the block ends, so nothing has been done when this refuses.
     """
 
     def carry_out(operations: Operations, operation: Any) -> None:

@@ -97,4 +97,4 @@ _CLAUSES: Final = re.compile(
     r"|GENERATED|REFERENCES|DEFERRABLE)\b",
     re.IGNORECASE,
 )
-"""The clauses of a CREATE TABLE that a copy made from what was reflected may lack."""
+"""Clauses of a CREATE TABLE that may be missing in a copy, which is made by reflection."""

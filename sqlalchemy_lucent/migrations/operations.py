@@ -53,6 +53,10 @@ class LucentOp(MigrateOperation):
         shown = [f.name for f in fields(self) if not f.kw_only or f.default is MISSING]
         return (self.name, self.schema, *(getattr(self, name) for name in shown))
 
+    def _as(self, operation: Callable[..., _Op], **changes: Any) -> _Op:
+        """Return another operation with the arguments of this one, but for `changes`."""
+        return operation(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
+
 
 @dataclass(eq=False)
 class ColumnOp(LucentOp):
@@ -112,7 +116,7 @@ def registered(operation: type[_Op]) -> type[_Op]:
 
 
 def typed(operation: Callable[_P, LucentOp]) -> Callable[_P, None]:
-    """Return a function with the operation's signature and documentation that runs it."""
+    """Return a function that runs the operation, with its signature and documentation."""
 
     def function(*args: _P.args, **kw: _P.kwargs) -> None:
         # Without `operations`, run it in the current migration, as `alembic.op` does.
@@ -131,53 +135,6 @@ def typed(operation: Callable[_P, LucentOp]) -> Callable[_P, None]:
     function.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": "None"}
     function.__signature__ = inspect.Signature(parameters, return_annotation="None")  # type: ignore[attr-defined]
     return function
-
-
-@registered
-@dataclass(eq=False)
-class CreateLucentSecretsOp(LucentOp):
-    """Create the table of scoped secrets, as ``op.create_lucent_secrets()``.
-
-    ::
-
-        def upgrade() -> None:
-            op.create_lucent_secrets()
-
-    Pass `table_name` for a model of your own made with :class:`LucentSecretMixin`.
-    """
-
-    name = "create_lucent_secrets"
-
-    table_name: str = "lucent_secrets"
-
-    def reverse(self) -> DropLucentSecretsOp:
-        """Return the operation that drops the table if it is empty."""
-        return DropLucentSecretsOp(self.table_name, schema=self.schema)
-
-
-@registered
-@dataclass(eq=False)
-class DropLucentSecretsOp(LucentOp):
-    """Drop the table of scoped secrets, as ``op.drop_lucent_secrets()``.
-
-    ::
-
-        def downgrade() -> None:
-            op.drop_lucent_secrets()
-
-    :param force: drop it even if it holds secrets.
-    :raises RotationError: it holds secrets, or may hold some (offline), and `force` is not set.
-    """
-
-    name = "drop_lucent_secrets"
-
-    table_name: str = "lucent_secrets"
-    _: KW_ONLY
-    force: bool = False
-
-    def reverse(self) -> CreateLucentSecretsOp:
-        """Return the operation that creates the table."""
-        return CreateLucentSecretsOp(self.table_name, schema=self.schema)
 
 
 @registered
@@ -203,7 +160,7 @@ class CreateSealedCheckOp(ColumnOp):
 
     def reverse(self) -> DropSealedCheckOp:
         """Return the operation that drops the constraint."""
-        return DropSealedCheckOp(self.table_name, self.column_name, schema=self.schema)
+        return self._as(DropSealedCheckOp)
 
 
 @registered
@@ -215,7 +172,7 @@ class DropSealedCheckOp(ColumnOp):
 
     def reverse(self) -> CreateSealedCheckOp:
         """Return the operation that adds the constraint."""
-        return CreateSealedCheckOp(self.table_name, self.column_name, schema=self.schema)
+        return self._as(CreateSealedCheckOp)
 
 
 @dataclass(eq=False)
@@ -226,12 +183,6 @@ class FenceOp(ColumnOp):
     _: KW_ONLY
     lock_timeout: float = DEFAULT_LOCK_TIMEOUT
     retries: int = DEFAULT_RETRIES
-
-    def _reversed(self, operation: type[_Fence]) -> _Fence:
-        return operation(**{field.name: getattr(self, field.name) for field in fields(self)})
-
-
-_Fence = TypeVar("_Fence", bound=FenceOp)
 
 
 @registered
@@ -265,7 +216,7 @@ class FenceKeyVersionOp(FenceOp):
 
     def reverse(self) -> UnfenceKeyVersionOp:
         """Return the operation that drops the fence."""
-        return self._reversed(UnfenceKeyVersionOp)
+        return self._as(UnfenceKeyVersionOp)
 
 
 @registered
@@ -277,7 +228,7 @@ class UnfenceKeyVersionOp(FenceOp):
 
     def reverse(self) -> FenceKeyVersionOp:
         """Return the operation that adds the fence."""
-        return self._reversed(FenceKeyVersionOp)
+        return self._as(FenceKeyVersionOp)
 
 
 @registered
@@ -370,8 +321,7 @@ class ConvertColumnOp(ValuesOp):
 
     def _undone_by(self, operation: Callable[..., _Op]) -> _Op:
         # Whatever part of the way this went, the reverse goes back to where it began.
-        arguments = {f.name: getattr(self, f.name) for f in fields(self)}
-        return operation(**{**arguments, "swap": True, "drop": True})
+        return self._as(operation, swap=True, drop=True)
 
 
 @registered
@@ -487,8 +437,6 @@ class RebindEncryptedColumnOp(ValuesOp):
         return replace(self, from_context=self.own_context, context=self.from_context)
 
 
-create_lucent_secrets = typed(CreateLucentSecretsOp)
-drop_lucent_secrets = typed(DropLucentSecretsOp)
 create_sealed_check = typed(CreateSealedCheckOp)
 drop_sealed_check = typed(DropSealedCheckOp)
 fence_key_version = typed(FenceKeyVersionOp)

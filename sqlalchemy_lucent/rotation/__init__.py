@@ -1,13 +1,12 @@
 """Rotation: re-encrypt under the primary key, count values per key, prove that every value opens.
 
-``_rotate`` has the entry points, ``_status`` counts and verifies. ``targets`` finds the columns,
-``rows`` reads their rows, ``jobs`` computes new values, ``_updates`` writes them, and ``_run``
-repeats that in batches, at the pace of ``throttle``. ``plain`` reads and writes plaintext columns.
+``targets`` finds the columns, ``rows`` reads their rows, ``jobs`` computes new values, ``_updates``
+writes them, and ``_run`` repeats that in batches, at the pace of ``throttle``. ``_status`` counts
+and verifies. ``plain`` reads and writes plaintext columns.
 """
 
-from ._options import DEFAULT_BATCH_SIZE, is_wait, keyring_of, names_of
-from ._rotate import arotate, rotate
-from ._run import run_in_transaction, run_jobs
+from ._options import DEFAULT_BATCH_SIZE, check_rows, is_wait, keyring_of, names_of
+from ._run import arotate, rotate, run_in_transaction, run_jobs
 from ._status import (
     aretire_check,
     astatus,
@@ -40,6 +39,7 @@ __all__ = [
     "arotate",
     "astatus",
     "averify",
+    "check_rows",
     "count_version",
     "is_wait",
     "keyring_of",

@@ -26,11 +26,11 @@ class _Turn:
 
 
 class ReadAhead:
-    """Does batches from a primary key on, to the end of the table or a fault.
+    """Does batches after a primary key, until the table ends or a fault occurs.
 
     :param do_batch: does the batch after a key on one of the connections, and passes the turn on.
-    :param account: called with each batch, in order, in the thread of :meth:`run`; a true result
-        ends it there.
+    :param account: called with each batch, in order, in the thread of :meth:`run`. A true result
+        ends the run.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class ReadAhead:
         account: Callable[[Batch], object],
     ) -> None:
         self.after: PrimaryKey | None = after
-        """The key to go on after; that of the batch with the fault, if there was one."""
+        """The key to go on after. After a fault, the batch with the fault is done again."""
         self._do_batch = do_batch
         self._account = account
         self._next: SimpleQueue[_Turn | None] = SimpleQueue()
-        self._taken: deque[_Turn] = deque()  # and not accounted for
+        self._taken: deque[_Turn] = deque()  # those not accounted for
         self._pass_on(after)
 
     def run(self, own: ManagedConnection, spare: ManagedConnection) -> int:
@@ -64,11 +64,11 @@ class ReadAhead:
         try:
             while (turn := self._next.get()) is not None:
                 self._taken.append(turn)
-                if at_turn():  # no other batch begins meanwhile
+                if at_turn():  # while this turn is held, no other batch begins
                     return
                 try:
                     turn.batch = self._do_batch(database, turn.after, self._pass_on)
-                except Exception:  # noqa: BLE001  (who goes on from here meets it again)
+                except Exception:  # noqa: BLE001  (the run does this batch again)
                     return
         finally:
             self._pass_on(None)

@@ -1,4 +1,4 @@
-"""What a primary key needs to be found again: types that leave it as it is, and its characters."""
+"""What lets a primary key find its row: a type that leaves it as it is, and its characters."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def check_character_sets(connection: sa.Connection, name: str, clause: TableClau
     """Refuse keys that the connection cannot read without loss.
 
     MySQL and MariaDB send a question mark for each character that the connection's character set
-    lacks. No row would be found by such a key, and no value that is bound to it would open.
+    lacks. Such a key would find no row, and a value that is bound to it would not open.
 
     :raises RotationError: the connection's character set lacks characters of a column's.
     """
     if not is_mysql(connection.dialect):
         return
     names = {"name": str(clause.name), "schema": clause.schema}
-    has, *sets = connection.execute(_CONNECTION_SETS).one()
+    sets = connection.execute(_CONNECTION_SETS).one()
     lossy = [
         f"{column} ({set_})"
         for column, set_ in connection.execute(_CHARACTER_SETS, names)
-        if column in clause.c
-        and any(known is not None and not _holds(known, set_) for known in (has, *sets))
+        # utf8mb4 has every character, and every set has those of ASCII.
+        if column in clause.c and set_ != "ascii" and {*sets} - {None, "utf8mb4", set_}
     ]
     if lossy:
         raise RotationError(
-            f"the connection's character set is {has}, which lacks characters of {name}."
+            f"the connection's character set is {sets[0]}, which lacks characters of {name}."
             f"{', '.join(lossy)}, by which rows are found. Connect with charset=utf8mb4"
         )
 
@@ -68,8 +68,3 @@ _CHARACTER_SETS: Final = sa.text(
     " WHERE table_name = :name AND table_schema = coalesce(:schema, database())"
     " AND character_set_name IS NOT NULL"
 )
-
-
-def _holds(connection_set: str, column_set: str) -> bool:
-    """Say whether the connection's character set has every character of the column's."""
-    return connection_set == "utf8mb4" or column_set in (connection_set, "ascii")

@@ -14,11 +14,10 @@ from ..keyring import Keyring, default_keyring
 from .report import RotationProgress
 
 DEFAULT_BATCH_SIZE: Final = 1000
-"""Rows per transaction: small enough to hold locks for milliseconds, large enough that the
-commits do not dominate."""
+"""Rows per transaction: few enough to hold locks for milliseconds only, and many enough that
+commits take little of the time."""
 
-
-LONGEST_WAIT: Final = 604_800
+_LONGEST_WAIT: Final = 604_800
 """Seconds. Python's own waits overflow somewhere beyond it."""
 
 
@@ -43,8 +42,7 @@ class RotationOptions:
         return not (is_throttled or self.dry_run or self.on_error == "raise")
 
     def __post_init__(self) -> None:
-        if not is_number(self.batch_size, int) or self.batch_size < 1:
-            raise RotationError("batch_size is a whole number of rows, 1 or more")
+        check_rows("batch_size", self.batch_size)
         check_retries(self.retries)
         if self.batch_time is not None and not (is_number(self.batch_time) and self.batch_time > 0):
             raise RotationError("batch_time is a number of seconds above 0")
@@ -69,21 +67,29 @@ class RotationOptions:
                 )
 
 
-def is_number(value: object, kind: type[int | float] | None = None) -> bool:
-    """Say whether `value` is a finite number, of `kind` if given; a bool is none."""
-    kinds = (int, float) if kind is None else kind
-    return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < math.inf
+def check_rows(name: str, number: object) -> None:
+    """Check an argument called `name`, which is a number of rows.
+
+    :raises RotationError: it is not a whole number, or below 1.
+    """
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise RotationError(f"{name} is a whole number of rows, 1 or more")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Say whether `value` is a finite number, and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def is_wait(value: object) -> TypeGuard[float]:
     """Say whether `value` is a number of seconds from 0 to a week, which any clock can wait."""
-    return is_number(value) and isinstance(value, (int, float)) and 0 <= value <= LONGEST_WAIT
+    return is_number(value) and 0 <= value <= _LONGEST_WAIT
 
 
 def names_of(name: str, given: object) -> tuple[str, ...]:
-    """Return the names that an argument called `name` was given; one may stand by itself.
+    """Return the names in `given`, an argument called `name`: one name, or several.
 
-    :raises RotationError: it is none, or has none.
+    :raises RotationError: it is something else.
     """
     if isinstance(given, str):
         return (given,)
@@ -95,7 +101,7 @@ def names_of(name: str, given: object) -> tuple[str, ...]:
 
 
 def keyring_of(keyring: Keyring | Callable[[], Keyring] | None) -> Keyring:
-    """Return the keyring that is meant.
+    """Return `keyring`, or what it returns; the default keyring for ``None``.
 
     :raises RotationError: it is neither a keyring nor a function that returns one.
     """

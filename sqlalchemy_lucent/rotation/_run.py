@@ -1,30 +1,31 @@
-"""Run jobs: batch after batch, pass after pass, until nothing is left to do.
+"""``rotate`` and other runs: batch after batch, pass after pass, until nothing is left to do.
 
-A batch is the whole idea, and :func:`do_batch` has it: in one short transaction lock and read rows,
-compute their changes, and write these by compare-and-swap.
+The core is one batch, :func:`do_batch`: in one short transaction, lock and read rows, compute their
+changes, and write these by compare-and-swap.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import Final, Literal
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from .._database.connection import ManagedConnection
+from .._database.async_bridge import awaited
+from .._database.connection import DEFAULT_RETRIES, ManagedConnection, back_off
 from .._database.faults import Fault, describe, refuses_a_row
-from ..exceptions import RotationError
+from ..exceptions import RotationError, hide_locals
 from ..keyring import Keyring
 from ._ahead import PassOn, ReadAhead
-from ._options import RotationOptions
+from ._options import DEFAULT_BATCH_SIZE, RotationOptions, keyring_of
 from .jobs import Batch, Job, Reseal
 from .report import FailedRow, Failures, RotationProgress, RotationReport
 from .rows import BatchBounds, PrimaryKey
-from .targets import TargetTable, survey
+from .targets import Target, TargetTable, resolve_targets, survey
 from .throttle import BATCH_BYTES, Throttle
 
 MAX_PASSES: Final = 20
@@ -33,14 +34,82 @@ was lost, a row that somebody holds locked, or a process whose primary is still 
 stale rows before the cursor."""
 
 _MAX_REFUSED: Final = 1000
-"""Rows in a row that the database may refuse to change. If it refuses more, it refuses the rotation
-itself, and each row costs ten transactions."""
-
-_FIRST_PAUSE: Final = 0.05  # seconds between passes over a table; doubled at each
-_LONGEST_PAUSE: Final = 4.0
-
+"""Consecutive rows that the database may refuse to change. If it refuses more, it refuses the
+rotation itself, and each row costs ten transactions."""
 
 _END: Final = Batch(0, 0, 0, (), None)
+
+
+@hide_locals
+def rotate(
+    bind: Engine | Connection,
+    targets: Target | Iterable[Target] | None = None,
+    *,
+    keyring: Keyring | Callable[[], Keyring] | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_time: float | None = None,
+    max_rate: float | None = None,
+    pause: float = 0.0,
+    retries: int = DEFAULT_RETRIES,
+    on_error: Literal["report", "raise"] = "report",
+    on_progress: Callable[[RotationProgress], object] | None = None,
+    stop_when: Callable[[RotationProgress], object] | None = None,
+    dry_run: bool = False,
+) -> RotationReport:
+    """Re-encrypt every value that is not under the primary key, in batches, online.
+
+    Each batch is a short transaction of its own, so a run may be killed at any instant and the
+    next one goes on. A value is replaced only while the row still holds what was read: a
+    concurrent writer always wins. A value that does not open is left as it is.
+
+    Several rotators may run at once, in one process or many. Each skips the rows that another has
+    locked, so they share the work. On SQLite, which has one writer at a time, they take turns.
+
+    :param bind: an engine, or a connection that is in no transaction. A run on an engine goes on
+        with another connection when its own is lost. It reads ahead on a second one if the pool
+        has one to spare and no other option slows the run down; not on SQLite.
+    :param targets: what to rotate: a MetaData, registry, Declarative base, mapped class, Table,
+        Column or an iterable of them; the metadata of :class:`LucentBase` if left out.
+    :param keyring: opens with all its keys, seals with its primary; the default keyring if left
+        out. One keyring serves the whole run. May be a function that returns it.
+    :param batch_size: rows per transaction at most, 1 or more. A table begins with 100, and a
+        batch has 16 MiB of values at most, or one row.
+    :param batch_time: seconds that a transaction should take. The number of rows adapts to it,
+        from `batch_size` on.
+    :param max_rate: rows per second at most, 1 or more.
+    :param pause: seconds to wait after each batch.
+    :param retries: further attempts at a batch that failed for a passing reason (a deadlock, a
+        lock or statement timeout, a lost connection), each with half the rows.
+    :param on_error: ``"report"`` goes on when a value does not open, or the database refuses to
+        change its row; ``"raise"`` ends the run with a :exc:`RotationError` and rolls the current
+        batch back.
+    :param on_progress: called after each batch, and before each further pass over a table.
+    :param stop_when: called when `on_progress` is; a true result ends the run there, and the
+        report says what remains.
+    :param dry_run: open and seal everything in memory, and write nothing.
+    :raises RotationError: nothing to rotate was found, an argument is wrong, the connection is in
+        a transaction, the database refuses (the message says what was done until then), or
+        (``"raise"``) a value does not open.
+    """
+    options = RotationOptions(
+        batch_size=batch_size,
+        batch_time=batch_time,
+        max_rate=max_rate,
+        pause=pause,
+        retries=retries,
+        on_error=on_error,
+        on_progress=on_progress,
+        stop_when=stop_when,
+        dry_run=dry_run,
+    )
+    own = keyring_of(keyring)
+    database = ManagedConnection(bind, retries=options.retries)
+    tables = resolve_targets(targets, bind)
+    run = Run(database, own, options)
+    return database.run(lambda: run.rotate_tables(tables), run.describe)
+
+
+arotate = awaited(rotate)
 
 
 def run_jobs(
@@ -176,8 +245,8 @@ class Run:
         for number in range(self._passes):
             if number:
                 # What is left changes at the pace of those who write it, or hold it locked.
-                self._database.sleep(min(_FIRST_PAUSE * 2**number, _LONGEST_PAUSE))
-                self._report_progress(job, failures)  # perhaps no batch had a row to report
+                self._database.sleep(back_off(number))
+                self._report_progress(job, failures)  # a pass without a row has reported nothing
                 remaining = job.count_left(self._database.read)  # others may have done it
                 if self._stopped or remaining <= failures.count:
                     break
@@ -218,7 +287,7 @@ class Run:
     def _read_ahead(self, job: Job, failures: Failures, after: PrimaryKey) -> PrimaryKey | None:
         """Go on with a second connection, if the engine has one; return the key to go on after.
 
-        At a fault, that is the key before it: the run meets the fault again, and deals with it.
+        After a fault, that is the key before it: the run meets the fault again and deals with it.
         """
         if not self._may_read_ahead:
             return after
@@ -246,7 +315,7 @@ class Run:
         return database.retry(once, self._throttle.limit, retries=0)
 
     def _batch(self, job: Job, after: PrimaryKey | None, limit: int) -> Batch:
-        """Do the next `limit` rows; a row that the database refuses to change, by itself."""
+        """Do the next `limit` rows. If the database refuses to change a row, single it out."""
         with self._database.reading() as connection:
             bounds = job.rows.find_bounds(connection, after, limit)
         if bounds is None:

@@ -14,14 +14,14 @@ from ..keyring import Keyring
 from .targets import TargetColumn
 
 Change = tuple[bytes | None, Any]
-"""How a value began that is to be replaced (``None`` for NULL), and the new value."""
+"""The first bytes of the old value (``None`` for NULL), and the new value."""
 
 
 class Changed:
-    """What became of one column of some rows: the numbers of the changed rows, and lists beside it.
+    """What became of one column of some rows: the numbers of the changed rows, and their values.
 
-    Lists of bytes rather than an object per row, because the garbage collector looks into each of
-    those, which costs as much as the rest of the bookkeeping.
+    These are lists of bytes, not one object per row. The garbage collector would look into every
+    object, which costs as much as the rest of the bookkeeping.
     """
 
     __slots__ = ("failed", "new", "numbers", "old")
@@ -96,17 +96,17 @@ class SealedColumn:
         value = self.value(row)
         return None if value is None else self._open(value, self.row_context(row))
 
-    def opens(self, row: Sequence[Any]) -> bool:
-        """Say whether there is a value, which opens; raise a `DecryptionError` if it does not."""
-        return self.open(row) is not None
+    def seal(self, document: bytes, row: Sequence[Any]) -> bytes:
+        """Return what to store for a new document."""
+        return self._seal(document, self.row_context(row))
 
     def is_stale(self, row: Sequence[Any]) -> bool:
-        """Say whether there is a value, which is not under the primary key."""
+        """Say whether there is a value that is not under the primary key."""
         value = self.value(row)
         return value is not None and not value.startswith(self.header)
 
     def reseal(self, rows: Sequence[Row[Any]]) -> Changed:
-        """Seal the values of `rows` under the primary key, but those that are already."""
+        """Seal the values of `rows` under the primary key, except those that already are."""
         changed = Changed()
         # A loop of its own: a function called for each row would cost a tenth of all the work.
         position, header, open_, seal = self._position, self.header, self._open, self._seal
@@ -131,7 +131,7 @@ class SealedColumn:
         return changed
 
     def rebind(self, rows: Sequence[Row[Any]]) -> Changed:
-        """Seal the values of `rows` in the first context, but those that are already."""
+        """Seal the values of `rows` in the first context, except those that already are."""
         return change_each(rows, self._rebind)
 
     def _rebind(self, row: Sequence[Any]) -> Change | None:

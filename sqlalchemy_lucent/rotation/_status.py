@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,7 +26,7 @@ from sqlalchemy import (
 from .._database.async_bridge import awaited, sleep
 from .._database.connection import ManagedConnection
 from .._envelope import VERSION_PATTERN
-from .._sql import key_id, key_version
+from .._sql import is_mariadb, key_id, key_version
 from ..exceptions import (
     ConfigurationError,
     DecryptionError,
@@ -36,7 +35,7 @@ from ..exceptions import (
     hide_locals,
 )
 from ..keyring import Keyring, default_keyring
-from ._options import is_wait, keyring_of, names_of
+from ._options import check_rows, is_wait, keyring_of, names_of
 from .jobs import Reseal
 from .report import Failures, StatusReport, StatusRow, VerifyReport
 from .rows import BatchBounds, Rows
@@ -170,31 +169,31 @@ def retire_check(
 ) -> None:
     """Raise while any value is sealed under `version`, whatever key that was.
 
-    It counts the versions that values name, and opens none: who may write to the database may
-    write another version in front of a value, which then does not open. With `keyring`, it opens
-    every value too, without the key of `version`.
+    It counts the versions that values name, and opens no value. Anyone who can write to the
+    database can put another version in front of a value, which then does not open. With `keyring`,
+    the check also opens every value, without the key of `version`.
 
-    A count sees what is committed. A transaction that is open meanwhile may have sealed a value
-    under `version` and commit it right afterwards: with `settle`, it looks, waits, and looks
-    again. Choose it longer than the longest transaction of a process that had `version` as its
-    primary, and run the check when no process has.
+    A count sees only what is committed. A transaction that is still open may have sealed a value
+    under `version`, and commit it right afterwards. With `settle`, the check looks, waits, and
+    looks again. Let it wait longer than the longest transaction of a process that had `version` as
+    its primary. Run the check when no process has that primary any more.
 
     :param bind: an engine, or a connection that is in no transaction; of the primary server.
-    :param version: the key version that is to go. The keyring has it (`keyring`, or else the
-        default one), unless a value does: one that nobody knows is misspelt.
-    :param targets: as for :func:`rotate`. A column that is not among them is not looked at: name
-        every MetaData that the key was used for.
+    :param version: the key version to retire. If neither the keyring (`keyring`, or else the
+        default one) nor a value has it, it is refused as misspelt.
+    :param targets: as for :func:`rotate`. Name every MetaData that the key was used for: other
+        columns are not looked at.
     :param settle: seconds between two looks; 0 looks once.
     :param keyring: the keyring to open with, or a function that returns it. `version` is not its
         primary.
-    :param exclude: names of views and foreign tables among `targets`, as ``left_out`` of a report
-        has them, that show no value sealed under `version`. Otherwise the check passes over a view
-        only if every binary column of the tables that it reads is a target.
+    :param exclude: names of views and foreign tables among `targets` that show no value sealed
+        under `version`, as in ``left_out`` of a report. Without it, the check accepts a view only
+        if every binary column of the tables that it reads is a target.
     :raises KeyInUseError: how many values need the version, per column, are sealed with its key
         under another name, or (with `keyring`) do not open without it.
     :raises RotationError: `targets` has no encrypted column, one of its tables is missing or may
-        show less than there is, the server is a replica or read-only, nothing knows `version`, or
-        an argument is wrong.
+        hide rows, the server is a replica or read-only, `version` is unknown, or an argument is
+        wrong.
     """
     if not isinstance(version, str) or not VERSION_PATTERN.fullmatch(version):
         raise RotationError("retire_check() takes a key version, such as 'v1'")
@@ -291,8 +290,8 @@ def require_unused(
 
 
 def _count_history(database: ManagedConnection, table: TargetTable, version: str) -> int:
-    """Count the rows that MariaDB keeps as the history of a table, with a value under `version`."""
-    if not getattr(database.dialect, "is_mariadb", False):
+    """Count the rows in a table's history, which MariaDB keeps, with a value under `version`."""
+    if not is_mariadb(database.dialect):
         return 0
     names = {"name": str(table.clause.name), "schema": table.clause.schema}
     if not database.read(lambda connection: connection.scalar(_IS_VERSIONED, names)):
@@ -326,10 +325,10 @@ def _count_version(
 ) -> int:
     """Count the values of a column under `version`, all at one moment.
 
-    An index on the key version answers at once. Only SQLite without an index, in rollback-journal
-    mode, where readers keep writers waiting, counts a large table by ranges.
+    An index on the key version answers at once. Without one, readers keep writers waiting on
+    SQLite in rollback-journal mode: there, a large table is counted by ranges.
 
-    :raises RotationError: others wrote all the time, so that a row may have moved between ranges.
+    :raises RotationError: others wrote all the time, so a row may have moved between ranges.
     """
     condition = database.read(partial(_has_version, rows, found, version))
     whole = partial(rows.count, condition=condition)
@@ -356,7 +355,7 @@ def _has_version(
 ) -> ColumnElement[bool]:
     known: ColumnElement[str] = key_version(rows.clause.c[found.name])
     if found.version_column is not None:
-        # Trust the column only if the database computes it; otherwise anybody may have written it.
+        # Trust the column only if the database computes it. Otherwise anyone may have written it.
         columns = inspect(connection).get_columns(str(rows.clause.name), rows.clause.schema)
         computed = {c["name"]: c["computed"]["sqltext"] for c in columns if "computed" in c}
         if found.name in computed.get(found.version_column, ""):
@@ -394,13 +393,11 @@ def verify(
     :param targets: as for :func:`rotate`.
     :param keyring: the keyring to open with, or a function that returns it; the default one if
         left out.
-    :param sample: look at the first so many rows of each table only, in primary-key order.
+    :param sample: look only at this many rows of each table, the first by primary key.
     :raises RotationError: `targets` has no encrypted column, or `sample` is below 1.
     """
-    if sample is not None and (
-        isinstance(sample, bool) or not isinstance(sample, int) or sample < 1
-    ):
-        raise RotationError("sample is a whole number of rows, 1 or more")
+    if sample is not None:
+        check_rows("sample", sample)
     own = keyring_of(keyring)
 
     def work(database: ManagedConnection, known: Survey) -> VerifyReport:
@@ -408,12 +405,10 @@ def verify(
         opened = 0
         for table in known.tables:
             job = Reseal(table, own, database.dialect, stale_only=False)
-            database.read(job.rows.check_keys)
-            rows = job.rows.batches(database.read, sample)
-            for row in itertools.chain.from_iterable(rows):
+            for row in job.rows.every(database.read, sample):
                 for each in job.sealed:
                     try:
-                        opened += each.opens(row)
+                        opened += each.open(row) is not None
                     except (DecryptionError, ConfigurationError) as error:
                         failures.add([job.failure(row, each.name, error)])
         return VerifyReport(opened, tuple(failures.named), failures.count, known.left_out)

@@ -16,16 +16,16 @@ import sqlalchemy as sa
 from sqlalchemy.sql.expression import ColumnClause
 from sqlalchemy.types import TypeEngine, _Binary
 
-from .._sql import is_mysql
+from .._sql import is_mariadb, is_mysql, is_psycopg
 from .rows import Rows
 
 
 @dataclass(slots=True, repr=False)
 class Changes:
-    """New values for the same columns of some rows, and how the old ones began; a list per column.
+    """New values for the same columns of some rows, and the first bytes of the old ones.
 
-    ``None`` is NULL. The rows are in the order of their primary keys. Lists of bytes rather than an
-    object per row, because the garbage collector does not look into them.
+    There is a list per column, with the rows in the order of their primary keys. ``None`` is NULL.
+    These are lists of bytes, not one object per row, which the garbage collector would look into.
     """
 
     names: tuple[str, ...]
@@ -56,8 +56,8 @@ def writer_for(
 ) -> Writer:
     """Return the fastest form that the table allows on this database.
 
-    :param types: the types of columns that are not sealed. Of their old values, nothing is compared
-        but whether they are NULL: their rows must be locked.
+    :param types: the types of columns that are not sealed. Their old values are compared for being
+        NULL only, so their rows must be locked.
     """
     dialect = connection.dialect
     if is_mysql(dialect):
@@ -69,23 +69,22 @@ def writer_for(
         if can_join and not types:
             packet = connection.scalar(sa.text("SELECT @@max_allowed_packet"))
             primary = {name.lower() for name in connection.scalars(_PRIMARY_KEY, names)}
-            rows_first = bool(getattr(dialect, "is_mariadb", False)) and primary == {
-                part.name.lower() for part in rows.primary_key
-            }
-            return JoinWriter(rows, pinned, packet, rows_first=rows_first)
+            by_primary_key = primary == {part.name.lower() for part in rows.primary_key}
+            return JoinWriter(
+                rows, pinned, packet, rows_first=by_primary_key and is_mariadb(dialect)
+            )
         return RowWriter(rows, pinned, types)
     # PostgreSQL has no arrays of arrays of different lengths.
     has_array = any(isinstance(type_, sa.ARRAY) for type_ in rows.key_types)
     if dialect.name == "postgresql" and not types and not has_array:
-        in_psycopg = dialect.driver in ("psycopg", "psycopg_async")
-        return BinaryArrayWriter(rows) if in_psycopg else ArrayWriter(rows)
+        return BinaryArrayWriter(rows) if is_psycopg(dialect) else ArrayWriter(rows)
     return RowWriter(rows, types=types)
 
 
 def check_rights(connection: sa.Connection, rows: Rows, names: Sequence[str]) -> None:
     """Fail now, by an error of the database, if this user may not update these columns.
 
-    It has the statement explained, which fires no trigger and does not wait for a lock of a row.
+    It runs EXPLAIN, which fires no trigger and waits for no row lock.
     """
     if connection.dialect.name == "sqlite":
         return
@@ -111,9 +110,9 @@ _PRIMARY_KEY: Final = sa.text(
 def _compares_alike(type_: TypeEngine[Any], dialect: sa.Dialect) -> bool:
     """Say whether MySQL uses the index to join a column of `type_` with a derived table.
 
-    Where the connection's collation is not the column's, it fails or reads the whole table. Nor
-    may the column's character set be smaller than the connection's, unless all of its characters
-    have the same bytes in both.
+    If the connection has another collation than the column, MySQL fails or reads the whole table.
+    The same goes for a column with a smaller character set than the connection, unless all of its
+    characters have the same bytes in both.
     """
     implementation = type_.dialect_impl(dialect)
     if isinstance(implementation, sa.String):
@@ -132,7 +131,7 @@ def _bind(
 
 
 def _sizes(old: Sequence[bytes | None]) -> list[int]:
-    """Return how many bytes of each value to compare: of NULL, one has to be missing."""
+    """Return how many bytes of each value to compare; 1 for NULL, whose prefix is NULL too."""
     return [1 if prefix is None else len(prefix) for prefix in old]
 
 

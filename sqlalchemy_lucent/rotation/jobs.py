@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
@@ -15,7 +14,6 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import TypeEngine
 
 from .._envelope import LONGEST_PREFIX, as_bytes, parse
-from .._row import encode_row
 from ..exceptions import (
     DecryptionError,
     LucentError,
@@ -65,7 +63,7 @@ class Job(ABC):
     """What is to be done with one table. A run reads its rows, applies it to them, and writes.
 
     :param target: the table and its sealed columns.
-    :param values: what to read of a row beside its primary key and the binding columns.
+    :param values: what to read of a row besides its primary key and the binding columns.
     :param pending: which rows to read.
     :param sizes: how many bytes the values have, as SQL.
     """
@@ -132,7 +130,7 @@ class Job(ABC):
     def write(
         self, connection: sa.Connection, bounds: BatchBounds, outcome: Outcome
     ) -> tuple[int, list[FailedRow]]:
-        """Write the changes; return how many values were written, and what failed by it."""
+        """Write the changes; return how many values were written, and what failed."""
         assert self._writer is not None
         try:
             written = sum(self._writer.write(connection, each) for each in outcome.changes)
@@ -164,7 +162,7 @@ class Job(ABC):
     def refused(
         self, connection: sa.Connection, bounds: BatchBounds, error: DBAPIError, reason: str
     ) -> tuple[Sequence[sa.Row[Any]], list[FailedRow]]:
-        """Return the rows within `bounds`, which the database does not let change, as failures."""
+        """Return the rows within `bounds`, which the database refuses to change, as failures."""
         # Without its values: the driver may have failed to read them.
         rows = self.rows.read(connection, bounds, lock=True, keys_only=True)
         names = list(self.changers)
@@ -240,7 +238,8 @@ class Reseal(Job):
             dialect,
             [_sealed_value(value, dialect) for value in values],
             sa.or_(*self.stale) if stale_only else has_value,
-            # The length of bytes is known without reading them, also where they are out of the row.
+            # The database knows the length without reading the bytes, even if it stores them
+            # outside of the row.
             [sa.func.length(value) for value in values],
         )
         names = [*self._names, *headers]
@@ -285,7 +284,7 @@ class Reseal(Job):
 class Rebind(Reseal):
     """Seal values of an earlier context in the column's own, and under the primary key.
 
-    Only opening a value tells its context: each pass opens all of them.
+    Only opening a value tells its context, so each pass opens all of them.
     """
 
     def __init__(self, target: TargetTable, keyring: Keyring, dialect: sa.Dialect) -> None:
@@ -309,9 +308,7 @@ class Rebind(Reseal):
 
     def contexts(self, read: Read, sample: int | None = None) -> Iterator[str | None]:
         """Give the context that each value opens in, or each of the first `sample` values."""
-        read(self.rows.check_keys)
-        rows = itertools.chain.from_iterable(self.rows.batches(read, sample))
-        return (self._context_of(row) for row in rows)
+        return map(self._context_of, self.rows.every(read, sample))
 
     def _context_of(self, row: Sequence[Any]) -> str | None:
         data, row_context = self._sealed.value(row), self._sealed.row_context(row)
@@ -331,8 +328,8 @@ class Backfill(Job):
     :param plain: the plaintext one.
     :param keyring: gives the keyring when the first value needs it.
     :param to_sealed: whether the plaintext is the source.
-    :param compare: look at every row rather than at those that are not filled yet, and fill again
-        what no longer agrees with its source: a writer may know of the source only.
+    :param compare: look at every row, not only at those that are not filled yet. Fill again what no
+        longer agrees with its source: a writer may know of the source only.
     :param written_since: with `compare`, the condition that a row is to be looked at.
     """
 
@@ -344,13 +341,13 @@ class Backfill(Job):
         dialect: sa.Dialect,
         *,
         to_sealed: bool,
-        compare: bool = False,
-        written_since: sa.ColumnElement[bool] | None = None,
+        compare: bool,
+        written_since: sa.ColumnElement[bool] | None,
     ) -> None:
-        (self._sealed,) = target.columns
+        (self._target,) = target.columns
         if plain.name not in target.clause.c:
             target.clause.append_column(sa.column(plain.name))
-        sealed_value, plain_value = target.clause.c[self._sealed.name], target.clause.c[plain.name]
+        sealed_value, plain_value = target.clause.c[self._target.name], target.clause.c[plain.name]
         source, filled = (plain_value, sealed_value) if to_sealed else (sealed_value, plain_value)
         self.unfilled = sa.and_(source.is_not(None), filled.is_(None))
         pending: sa.ColumnElement[bool] = self.unfilled
@@ -364,10 +361,9 @@ class Backfill(Job):
             [plain.expression(), _sealed_value(sealed_value, dialect)],
             pending,
             [plain.size() if to_sealed else sa.func.length(sealed_value)],
-            # A row that is not filled yet is found again; one that was passed over is not.
+            # The next pass fills a row that this one skipped. A comparison would miss the row.
             skips_locked=not compare,
         )
-        self._positions = [self._names.index(name) for name in self._sealed.bound_to]
         self._plain = plain
         self._keyring = keyring
         self._to_sealed = to_sealed
@@ -412,8 +408,7 @@ class Backfill(Job):
     def _convert(self, row: Sequence[Any]) -> Any:
         plain, sealed = row[-2:]
         if self._to_sealed and plain is not None:
-            keys = self._keyring().for_context(self._sealed.type.contexts[0])
-            return keys.seal(self._plain.read(plain), self._row_context(row))
+            return self._sealed.seal(self._plain.read(plain), row)
         if not self._to_sealed and sealed is not None:
             return self._plain.write(self._open(row))
         return None
@@ -428,12 +423,14 @@ class Backfill(Job):
             return False  # converting it again tells whether its source is at fault
 
     def _open(self, row: Sequence[Any]) -> bytes:
-        keys = self._keyring().for_context(*self._sealed.type.contexts)
-        return keys.open(row[-1], self._row_context(row))
+        document = self._sealed.open(row)
+        assert document is not None
+        return document
 
-    def _row_context(self, row: Sequence[Any]) -> bytes:
-        parts = [row[position] for position in self._positions]
-        return encode_row(parts, self._sealed.type.bound_to)
+    @cached_property
+    def _sealed(self) -> SealedColumn:
+        names = [*self._names, self._plain.name, self._target.name]
+        return SealedColumn(self._target, self._keyring(), names)
 
 
 def _sealed_value(value: sa.ColumnElement[Any], dialect: sa.Dialect) -> sa.ColumnElement[Any]:

@@ -23,7 +23,7 @@ Writer = Callable[[JSONValue], Any]
 
 
 class ConversionError(LucentError):
-    """A value could not be read from a plaintext column, or would not be what it was in one."""
+    """A value could not be read from a plaintext column, or would change if written to one."""
 
 
 class _Unread:
@@ -52,7 +52,7 @@ class _Unread:
 class _DeferredRead(TypeDecorator[Any]):
     """Another type, whose values are fetched as :class:`_Unread`.
 
-    A value that its type cannot read then fails by itself, and not with its batch.
+    So a value that its type cannot read fails alone, and not with its batch.
     """
 
     impl = NullType
@@ -105,8 +105,8 @@ class PlainColumn:
         type_: TypeEngine[Any],
         codec: Codec,
         dialect: sa.Dialect,
-        reader: Reader | None = None,
-        writer: Writer | None = None,
+        reader: Reader | None,
+        writer: Writer | None,
     ) -> None:
         self.name = name
         self.type = type_ = type_._variant_mapping.get(dialect.name, type_)

@@ -1,5 +1,6 @@
-"""Read the rows of one table in primary-key order: everything that pages through a table does so
-here, whatever its primary key is.
+"""Read the rows of one table in primary-key order, whatever its primary key is.
+
+Everything that pages through a table does so here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.sql.expression import ColumnClause, TableClause
 
+from .._database.reflection import has_row
 from .._database.visibility import require_full_visibility
 from .._pagination import as_sort_value, row_after, sort_columns
 from .._sql import is_mysql
@@ -23,11 +25,9 @@ from .throttle import BATCH_BYTES
 
 PrimaryKey = tuple[Any, ...]
 
-ROW_LOCKING: Final = frozenset({"postgresql", "mysql", "mariadb"})
-
 MAX_LOOKAHEAD: Final = 50
-"""Times its own number of rows that a batch may search where few rows are pending: the rows that it
-locks stay locked until the search ends."""
+"""Where few rows are pending, a batch searches up to this many times its own number of rows. There
+is a limit because the rows that it locks stay locked until the search ends."""
 
 BATCH_ROWS: Final = 1000
 """Rows that are read at once where nothing is written."""
@@ -61,7 +61,7 @@ class BatchBounds(NamedTuple):
 EVERYTHING: Final = BatchBounds()
 
 NULL_KEYS: Final = BatchBounds((), ())
-"""The rows with NULL in their primary key, which is neither before nor after another."""
+"""The rows with NULL in their primary key. NULL is neither before nor after another key."""
 
 
 class Read(Protocol):
@@ -69,15 +69,6 @@ class Read(Protocol):
 
     def __call__(self, work: Callable[[sa.Connection], _T], /) -> _T:
         """Return what `work` returns."""
-
-
-def read_on(connection: sa.Connection) -> Read:
-    """Return a :class:`Read` that reads on `connection`, whatever transaction it is in."""
-
-    def read(work: Callable[[sa.Connection], _T], /) -> _T:
-        return work(connection)
-
-    return read
 
 
 class Rows:
@@ -140,10 +131,7 @@ class Rows:
         """
         self.find_order(connection)
         check_character_sets(connection, self.name, self.clause)
-        statement = (
-            sa.select(sa.literal(1)).select_from(self.clause).where(self._has_null_key).limit(1)
-        )
-        if connection.execute(statement).first() is not None:
+        if has_row(connection, self.clause, self._has_null_key):
             dates = " (the date 0000-00-00 counts as NULL)" if is_mysql(self.dialect) else ""
             raise RotationError(
                 f"table {self.name} has a row with NULL in its primary key{dates}; give such rows "
@@ -172,7 +160,6 @@ class Rows:
         max_bytes: int | None = BATCH_BYTES,
     ) -> BatchBounds | None:
         """Return the bounds of a batch of at most `limit` rows after `after`; ``None`` at the end.
-
 
         Its values have at most `max_bytes` bytes, unless one row has more. This locks nothing and
         reads no value but its length. Without bounds, a batch would search the whole table for
@@ -234,23 +221,25 @@ class Rows:
         elif 2 * found < limit:
             self._lookahead = min(2 * self._lookahead, MAX_LOOKAHEAD)
 
-    def batches(
-        self, read: Read, sample: int | None = None, limit: int = BATCH_ROWS
-    ) -> Iterator[Sequence[sa.Row[Any]]]:
-        """Give all pending rows, or the first `sample` of them, in constant memory.
+    def every(self, read: Read, sample: int | None = None) -> Iterator[sa.Row[Any]]:
+        """Check the keys, and give all pending rows, or the first `sample` of them.
 
-        A batch is everything between two keys, however many rows that is. So every row is in one,
-        even if the key is not unique, or the database does not find a row by it.
+        They are read in batches, so memory stays constant. A batch is everything between two keys,
+        however many rows that is. So every row is in a batch, even if the key is not unique, or the
+        database does not find the row by its key.
+
+        :raises RotationError: see :meth:`check_keys`.
         """
+        read(self.check_keys)
         after: PrimaryKey | None = None
         left = sample
         while left is None or left > 0:
-            size = limit if left is None else min(left, limit)
+            size = BATCH_ROWS if left is None else min(left, BATCH_ROWS)
             found = read(partial(self._read_next, after=after, limit=size))
             if found is None:
                 return
             bounds, rows = found
-            yield rows[:left]
+            yield from rows[:left]
             after = self.next_after(bounds, rows)
             self._look_ahead(len(rows), size)
             if after is None:
@@ -357,9 +346,9 @@ class Rows:
             statement = statement.where(self.pending, *self._within(bounds)).order_by(*self._order)
             if bounds.limit is not None:
                 statement = statement.limit(sa.bindparam("lucent_limit"))
-            if lock and self.dialect.name in ROW_LOCKING:
-                # `key_share` is PostgreSQL's lock that lets others insert rows with a foreign key
-                # to this one.
+            if lock:
+                # SQLite has none, and SQLAlchemy leaves it out there. `key_share` is PostgreSQL's
+                # lock that lets others insert rows with a foreign key to this one.
                 statement = statement.with_for_update(
                     skip_locked=self._skips_locked, key_share=True
                 )
@@ -417,7 +406,7 @@ class Rows:
         raise fault
 
     def unreadable(self, fault: type[BaseException]) -> RotationError:
-        """Return the error for a row whose key or binding column holds what its type does not."""
+        """Return the error for a row with a key or bound value that its column's type refuses."""
         return RotationError(
             f"a row of table {self.name} cannot be read ({fault.__name__}): a value of its primary "
             "key, or of a column that values are bound to, does not fit the column's type, or is "

@@ -46,7 +46,7 @@ class TargetTable:
     """A table with the encrypted columns to work on.
 
     `clause` is a bare copy of the table. Its sealed columns have no type, so they hold what the
-    driver gives; and it has no ``onupdate``, so an UPDATE sets only the columns that it names.
+    driver gives. It has no ``onupdate``, so an UPDATE sets only the columns that it names.
     """
 
     name: str
@@ -54,7 +54,7 @@ class TargetTable:
     primary_key: tuple[ColumnClause[Any], ...]
     columns: tuple[TargetColumn, ...]
     may_be_missing: bool = False
-    """Whether a database may do without it: it has the versions of a table of secrets."""
+    """Whether it may be missing in the database: it has the versions of a table of secrets."""
 
 
 def resolve_targets(
@@ -172,7 +172,7 @@ def _with_versions(tables: list[Table]) -> list[Table]:
     for owner in tables:
         every[owner] = None
         beside = lifecycle_tables(owner)
-        if beside is not None and is_versions_table(beside.versions):
+        if beside is not None:
             every[beside.versions] = None
     return list(every)
 

@@ -28,6 +28,7 @@ from sqlalchemy_lucent import (
     status,
     verify,
 )
+from sqlalchemy_lucent._database.connection import back_off
 from sqlalchemy_lucent.migrations import (
     decrypt_column,
     encrypt_column,
@@ -47,6 +48,10 @@ DRIVERS = {
     "pymysql": ("mysql", "mysql+pymysql"),
     "asyncmy": ("mysql", "mysql+asyncmy"),
 }
+
+
+def test_the_waits_between_attempts_grow_to_4_seconds_and_no_further() -> None:
+    assert [back_off(attempt) for attempt in (0, 1, 6, 7, 100_000)] == [0.05, 0.1, 3.2, 4.0, 4.0]
 
 
 def check(bind: Engine, version: str = "v9", settle: float = 0.0, **_: Any) -> bool:

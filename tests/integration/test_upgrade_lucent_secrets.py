@@ -123,6 +123,15 @@ def test_a_model_of_ones_own_is_named(engine: Engine) -> None:
         assert secrets.require(KEY, version=1) == 1
 
 
+@comparators
+def test_tables_of_others_that_are_named_like_them_are_created_as_they_are(engine: Engine) -> None:
+    others = sa.MetaData()
+    for name in ("orders", "order_versions", "order_states"):
+        sa.Table(name, others, sa.Column("id", sa.Integer, primary_key=True))
+    upgrade, _ = generated(engine, others)
+    assert upgrade.count("op.") == upgrade.count("op.create_table(") == 3
+
+
 def test_force_drops_versions(engine: Engine) -> None:
     LucentBase.metadata.create_all(engine)
     with Session(engine) as session:
