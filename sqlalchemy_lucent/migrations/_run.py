@@ -275,8 +275,7 @@ def _fence(connection: sa.Connection, operation: FenceOp) -> Fence:
 
 
 def _fence_as_sql(operations: Operations, operation: FenceOp) -> list[sa.CheckConstraint]:
-    dialect = operations.migration_context.dialect
-    if dialect.name == "sqlite":
+    if operations.migration_context.dialect.name == "sqlite":
         raise RotationError(
             f"{operation.name} of {operation.full_name} cannot be written as SQL (--sql) for "
             "SQLite, where a fence is made of triggers, which do not look at the values that are "
@@ -285,7 +284,7 @@ def _fence_as_sql(operations: Operations, operation: FenceOp) -> list[sa.CheckCo
     owner = sa.table(operation.table_name, schema=operation.schema)
     column = TargetColumn(operation.column_name, EncryptedJSON(), ())
     target = TargetTable(operation.full_name, owner, (), (column,))
-    return Fence(target, operation.version).constraints(dialect, validated=True)
+    return Fence(target, operation.version).constraints()
 
 
 def _check(operations: Operations, operation: ColumnOp) -> SealedCheck:

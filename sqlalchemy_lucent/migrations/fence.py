@@ -127,12 +127,9 @@ class Fence:
             return self._find_triggers(connection)
         return self._find_constraints(inspector)
 
-    def constraints(self, dialect: sa.Dialect, *, validated: bool) -> list[sa.CheckConstraint]:
-        """Return the constraints for DDL, one for each column.
-
-        :param validated: ``False`` has PostgreSQL add them without reading the rows.
-        """
-        return [self._constraint(name, dialect, validated) for name in self._columns]
+    def constraints(self) -> list[sa.CheckConstraint]:
+        """Return the constraints for DDL, one for each column."""
+        return [self._constraint(name, validated=True) for name in self._columns]
 
     def name_of(self, column: str) -> str:
         """Return the name that the fence of a column is given."""
@@ -191,7 +188,7 @@ class Fence:
                 for statement in self._triggers(missing, dialect):
                     connection.exec_driver_sql(statement)
                 return
-            checks = [self._constraint(name, dialect, validated=False) for name in missing]
+            checks = [self._constraint(name, validated=False) for name in missing]
             # One statement, so that no column is fenced without the others.
             change = self._alter(dialect, [added(check, dialect) for check in checks])
             connection.exec_driver_sql(without_reading(change, dialect))
@@ -324,7 +321,8 @@ class Fence:
 
     # -- DDL ---------------------------------------------------------------------------------------
 
-    def _constraint(self, column: str, dialect: sa.Dialect, validated: bool) -> sa.CheckConstraint:
+    def _constraint(self, column: str, *, validated: bool) -> sa.CheckConstraint:
+        """Return a constraint. Unless it is `validated`, PostgreSQL adds it without reading rows."""
         condition = _sql.lacks_version(sa.column(column), self.version)
         check = sa.CheckConstraint(condition, name=conv(self.name_of(column)))
         check.dialect_options["postgresql"]["not_valid"] = not validated

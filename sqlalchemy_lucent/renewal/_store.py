@@ -18,6 +18,7 @@ from .._database.faults import Fault
 from .._lifecycle import check_moment, describes, required_tables, run, time_of
 from .._payloads import open_payload, read_payload
 from .._sealing import Sealed
+from .._sql import is_psycopg
 from .._upsert import KEY_PARAMETERS, has_key
 from .._versions import SecretHistory, State
 from ..events import AccessHandler, Action, SecretAccess
@@ -173,7 +174,7 @@ class Store:
         # One statement needs no BEGIN and ROLLBACK, which are round trips of their own. asyncpg
         # needs them behind a pooler; drivers of MySQL would need as many to change the mode.
         self._reader = engine
-        if engine.dialect.driver in ("psycopg", "psycopg_async"):
+        if is_psycopg(engine.dialect):
             self._reader = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._keyring = keyring
         self._kept = keep
