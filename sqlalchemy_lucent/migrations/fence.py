@@ -322,7 +322,7 @@ class Fence:
     # -- DDL ---------------------------------------------------------------------------------------
 
     def _constraint(self, column: str, *, validated: bool) -> sa.CheckConstraint:
-        """Return a constraint. Unless it is `validated`, PostgreSQL adds it without reading rows."""
+        """Return a constraint; unless `validated`, PostgreSQL adds it without reading the rows."""
         condition = _sql.lacks_version(sa.column(column), self.version)
         check = sa.CheckConstraint(condition, name=conv(self.name_of(column)))
         check.dialect_options["postgresql"]["not_valid"] = not validated
