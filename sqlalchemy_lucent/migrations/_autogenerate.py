@@ -93,7 +93,7 @@ def _compare_columns(autogen_context: AutogenContext, upgrade_ops: UpgradeOps) -
     if not upgrade_ops.is_empty():
         tables = autogen_context.sorted_tables
         if any(isinstance(column.type, EncryptedJSON) for each in tables for column in each.c):
-            logger.info("the schema differs; run autogenerate again afterwards for rotations")
+            logger.info("rotations need their own revision: run autogenerate after the upgrade")
         return PriorityDispatchResult.CONTINUE
     sealed = [
         column
