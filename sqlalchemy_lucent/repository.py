@@ -241,7 +241,6 @@ class LucentSecrets:
         stage: Stage | None = None,
     ) -> _T: ...
 
-    @hide_locals
     def require(
         self,
         key: _Key,
@@ -263,11 +262,11 @@ class LucentSecrets:
             fault, never the value.
         """
         key = SecretKey.of(key)
+        if as_ is not None:
+            return _load_as(as_, self.require(key, version=version, stage=stage))
         if version is None and stage is None:
-            value = self._read(key, self._load_required(key))
-        else:
-            value = self._read_version(key, version, stage)
-        return value if as_ is None else Schema(as_).load(value)
+            return self._read(key, self._load_required(key))
+        return self._read_version(key, version, stage)
 
     def exists(self, key: _Key) -> bool:
         """Say whether a secret is stored under `key`, without opening it."""
@@ -1104,6 +1103,11 @@ class AsyncLucentSecrets:
     ) -> Any:
         """See :meth:`LucentSecrets.require`."""
         return await self._require(key, as_=as_, version=version, stage=stage)
+
+
+@hide_locals
+def _load_as(type_: type[_T], value: Any) -> _T:
+    return Schema(type_).load(value)
 
 
 # As they are when this is imported: a program may replace them in the class, too.
