@@ -670,10 +670,29 @@ def test_bytes_copied_to_another_row_column_or_table_do_not_open(session: Sessio
     session.rollback()
 
 
-def test_column_changed_beneath_the_orm_makes_the_value_unreadable(session: Session) -> None:
-    session.add(Integration(tenant_id="a", credentials={"n": 1}))
+INTEGRATIONS: Any = Integration.__table__
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda session, row: session.execute(text("UPDATE integrations SET tenant_id = 'b'")),
+        lambda session, row: session.execute(update(Integration).values(tenant_id="b")),
+        lambda session, row: session.execute(update(INTEGRATIONS).values(tenant_id="b")),
+        lambda session, row: session.bulk_update_mappings(
+            Integration, [{"id": row, "tenant_id": "b"}]
+        ),
+    ],
+    ids=["text", "orm-update", "core-update", "bulk-mappings"],
+)
+def test_column_changed_by_a_statement_makes_the_value_unreadable(
+    session: Session, change: Callable[[Session, uuid.UUID], object]
+) -> None:
+    integration = Integration(tenant_id="a", credentials={"n": 1})
+    session.add(integration)
     session.commit()
-    session.execute(text("UPDATE integrations SET tenant_id = 'b'"))
+    change(session, integration.id)
+    session.commit()
     with pytest.raises(TamperedError):
         assert session.scalars(select(Integration)).one().credentials
 
