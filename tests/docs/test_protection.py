@@ -256,6 +256,16 @@ def test_plaintext_in_the_column_is_not_taken_for_a_value(engine: Engine) -> Non
             session.get_one(Integration, 1)
 
 
+def test_plaintext_behind_a_format_byte_is_found_by_verify_alone(session: Session) -> None:
+    overwrite(session, "integrations", "first", b"v1:\x01" + b"planted " * 8)
+    session.commit()
+    engine = session.get_bind()
+    assert isinstance(engine, Engine)
+    assert all(row.key_version for row in status(engine, Integration).rows)
+    failed = verify(engine, Integration).failed
+    assert [row.column for row in failed] == ["first", "first"]
+
+
 def test_bytes_of_another_row_open_in_a_plain_column(session: Session) -> None:
     session.get_one(Integration, 2).first = {"token": "of row 2"}
     session.commit()
