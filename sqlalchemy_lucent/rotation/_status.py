@@ -258,8 +258,8 @@ def _raise_if_needed(
         raise KeyInUseError(
             f"{report.failed_count} values do not open without key version {version!r}, whatever "
             f"version they name; the first is {first.table}.{first.column} in the row with primary "
-            f"key {first.primary_key!r} ({first.error}). verify() names the first 1,000: correct or "
-            "delete them before the key is retired"
+            f"key {first.primary_key!r} ({first.error}). verify() names the first 1,000: correct "
+            "or delete them before the key is retired"
         )
 
 
