@@ -263,7 +263,8 @@ class LucentSecrets:
         """
         key = SecretKey.of(key)
         if as_ is not None:
-            return _load_as(as_, self.require(key, version=version, stage=stage))
+            # Not `self.require`, which a subclass may have replaced.
+            return _load_as(as_, LucentSecrets.require(self, key, version=version, stage=stage))
         if version is None and stage is None:
             return self._read(key, self._load_required(key))
         return self._read_version(key, version, stage)
