@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, Literal, ParamSpec, T
 
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement, CursorResult, Executable, LargeBinary, inspect
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Mapper, Session, scoped_session
 
 from . import _lifecycle, _upsert
@@ -263,7 +264,8 @@ class LucentSecrets:
         """
         key = SecretKey.of(key)
         if as_ is not None:
-            return _load_as(as_, self.require(key, version=version, stage=stage))
+            # Not `self.require`, which a subclass may have replaced.
+            return _load_as(as_, LucentSecrets.require(self, key, version=version, stage=stage))
         if version is None and stage is None:
             return self._read(key, self._load_required(key))
         return self._read_version(key, version, stage)
@@ -1005,8 +1007,20 @@ class LucentSecrets:
             driver_connection: Any = connection.connection.driver_connection
             if not driver_connection.in_transaction:
                 connection.exec_driver_sql("BEGIN")
-        with self._session.begin_nested():
-            yield
+        cause: BaseException | None = None
+        try:
+            with self._session.begin_nested():
+                try:
+                    yield
+                except BaseException as error:
+                    cause = error
+                    raise
+        except DBAPIError as error:
+            # At a deadlock, MySQL ends the transaction. The savepoint is gone with it, and going
+            # back to it is an error that would hide the cause.
+            cause = cause or error
+        if cause is not None:
+            raise cause
 
 
 def _awaited(

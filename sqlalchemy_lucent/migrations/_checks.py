@@ -83,7 +83,7 @@ class SealedCheck(NamedTuple):
                 self._keep_if_sealed(connection)
             logger.info("%s refuses values that are not sealed from now on", self.full_name)
             return
-        self._refuse_unsealed(connection)  # written since the first look
+        self._keep_if_sealed(connection)
         raise RotationError(
             f"the database refused the CHECK constraint of {self.full_name}: {fault}. Run it again "
             "to go on"
@@ -108,7 +108,11 @@ class SealedCheck(NamedTuple):
             connection.exec_driver_sql(f"ALTER TABLE {table} VALIDATE CONSTRAINT {quoted}")
 
     def _keep_if_sealed(self, connection: sa.Connection) -> None:
-        """Drop the constraint again if the database has not read what was written before it."""
+        """Drop the constraint again if plaintext was written since the first look.
+
+        MariaDB has not read it, and PostgreSQL keeps a constraint that it could not validate. Both
+        would refuse updates of these rows.
+        """
         try:
             self._refuse_unsealed(connection)
         except RotationError:

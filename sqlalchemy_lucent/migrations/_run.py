@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from alembic.operations import Operations, ops, toimpl
 from alembic.operations.batch import BatchOperationsImpl
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy.schema import conv
 from sqlalchemy.types import TypeEngine, to_instance
 
 from .. import _sql
@@ -207,7 +208,7 @@ Operations.implementation_for(ConvertColumnOp)(_in_batches(convert_column))
 
 @Operations.implementation_for(CreateSealedCheckOp)
 def _create_sealed_check(operations: Operations, operation: CreateSealedCheckOp) -> None:
-    if _is_written_as_sql(operations):
+    if _is_written_as_sql(operations, operation):
         operations.impl.add_constraint(_check(operations, operation).declared())
     else:
         _in_batches(lambda *arguments: _check(*arguments).create())(operations, operation)
@@ -215,11 +216,10 @@ def _create_sealed_check(operations: Operations, operation: CreateSealedCheckOp)
 
 @Operations.implementation_for(DropSealedCheckOp)
 def _drop_sealed_check(operations: Operations, operation: DropSealedCheckOp) -> None:
-    if _is_written_as_sql(operations):
-        name = str(_check(operations, operation).declared().name)
-        operations.drop_constraint(
-            name, operation.table_name, type_="check", schema=operation.schema
-        )
+    if _is_written_as_sql(operations, operation):
+        name = conv(str(_check(operations, operation).declared().name))
+        table_name, schema = operation.table_name, operation.schema
+        operations.invoke(ops.DropConstraintOp(name, table_name, "check", schema=schema))
     else:
         _in_batches(lambda *arguments: _check(*arguments).drop())(operations, operation)
 
@@ -237,9 +237,7 @@ def _fence_key_version(operations: Operations, operation: FenceKeyVersionOp) -> 
 def _unfence_key_version(operations: Operations, operation: UnfenceKeyVersionOp) -> None:
     if operations.migration_context.as_sql:
         for check in _fence_as_sql(operations, operation):
-            operations.drop_constraint(
-                str(check.name), operation.table_name, type_="check", schema=operation.schema
-            )
+            operations.impl.drop_constraint(check)
     else:
         _in_batches(_drop_fence)(operations, operation)
 
@@ -291,9 +289,14 @@ def _check(operations: Operations, operation: ColumnOp) -> SealedCheck:
     return SealedCheck(operations, operation.table_name, operation.column_name, operation.schema)
 
 
-def _is_written_as_sql(operations: Operations) -> bool:
+def _is_written_as_sql(operations: Operations, operation: ColumnOp) -> bool:
     context = operations.migration_context
-    return context.as_sql and context.dialect.name != "sqlite"  # which copies the table
+    if context.as_sql and context.dialect.name == "sqlite":
+        raise RotationError(
+            f"{operation.name} of {operation.full_name} cannot be written as SQL (--sql) for "
+            "SQLite, where it copies the table. Run the migration online"
+        )
+    return context.as_sql
 
 
 @contextmanager
@@ -420,7 +423,8 @@ def _keeping_fences(implementation: _Implementation[Any]) -> _Implementation[Any
         if not isinstance(batch, BatchOperationsImpl) or not batch._should_recreate():
             return
         connection = batch.impl.connection
-        if batch.dialect.name != "sqlite" or connection is None:
+        is_offline = operations.migration_context.as_sql
+        if batch.dialect.name != "sqlite" or connection is None or is_offline:
             return
         for name, owner in fence_triggers(connection, translated(connection, batch.schema)):
             if owner.lower() == batch.table_name.lower():

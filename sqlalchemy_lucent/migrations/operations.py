@@ -66,9 +66,13 @@ class ColumnOp(LucentOp):
 
     @classmethod
     def invoke_in_batch(cls, operations: BatchOperations, *args: Any, **kw: Any) -> None:
-        """Run the operation on the table of a batch, at once: a batch defers its own to its end."""
-        batch, at_once = operations.impl, Operations(operations.migration_context)
-        at_once.invoke(cls(batch.table_name, *args, schema=batch.schema, **kw))
+        """Run the operation on the table of a batch, at once: a batch defers its own to its end.
+
+        SQL (``--sql``) is written in order.
+        """
+        batch, context = operations.impl, operations.migration_context
+        run_on = operations if context.as_sql else Operations(context)
+        run_on.invoke(cls(batch.table_name, *args, schema=batch.schema, **kw))
 
     @property
     def full_name(self) -> str:

@@ -245,3 +245,33 @@ def test_one_task_of_many_creates_a_secret_that_must_not_exist(
         assert len(await stored_async(engine)) == 1
 
     run_crowded(work)
+
+
+@pytest.mark.parametrize("url", ["mysql"], indirect=True)
+@pytest.mark.parametrize("keep", [None, 2])
+def test_a_deadlock_of_audited_writers_is_raised_as_one(crowded: Engine, keep: int | None) -> None:
+    keys = KEY, SecretKey("user", "u2", "google", "oauth")
+    barrier = threading.Barrier(len(keys))
+    codes: list[int] = []
+
+    def write_both(first: SecretKey, second: SecretKey) -> None:
+        with Session(crowded) as session:
+            secrets = LucentSecrets(session, keep=keep, on_access=lambda *_: None)
+            secrets.set(first, 2)
+            barrier.wait()
+            try:
+                secrets.delete(second)
+            except OperationalError as error:
+                codes.append(error.orig.args[0] if error.orig else 0)
+            else:
+                session.commit()
+
+    with Session(crowded) as session:
+        LucentSecrets(session, keep=keep).set_many(dict.fromkeys(keys, 1))
+        session.commit()
+    threads = [threading.Thread(target=write_both, args=each) for each in (keys, keys[::-1])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [MYSQL_DEADLOCK]

@@ -296,6 +296,16 @@ def test_require_returns_the_type_that_is_asked_for(
     assert secrets.require(KEY, as_=dict[str, str]) == {"email": "a@b"}
 
 
+def test_a_subclass_may_require_a_type_by_default(session: Session, keyring: Keyring) -> None:
+    class Credentials(LucentSecrets):
+        def require(self, key: Any, *, as_: Any = dict[str, str], **which: Any) -> Any:
+            return super().require(key, as_=as_, **which)
+
+    credentials = Credentials(session, keyring=keyring)
+    credentials.set(KEY, {"email": "a@b"})
+    assert credentials.require(KEY) == {"email": "a@b"}
+
+
 class Kept(pydantic.BaseModel):
     token: pydantic.SecretStr
 

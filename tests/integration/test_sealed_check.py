@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import random
 import traceback
@@ -478,7 +479,8 @@ def test_plaintext_written_while_it_is_added_keeps_it_from_being_added(
     with pytest.raises(RotationError):
         operate(create)
     assert is_written
-    with pytest.raises(RotationError):  # killed after the constraint was there, and run again
+    assert checks(engine) == []
+    with pytest.raises(RotationError):
         operate(lambda op: lucent_migrations.create_sealed_check("users", "creds", operations=op))
 
     with other.begin() as connection:
@@ -488,23 +490,34 @@ def test_plaintext_written_while_it_is_added_keeps_it_from_being_added(
     assert_refuses_plaintext(engine)
 
 
-@pytest.mark.parametrize("url", ["mysql"], indirect=True)
-def test_a_constraint_that_mariadb_has_not_read_rows_for_is_counted_for(
+@pytest.mark.parametrize("url", ["postgresql", "mysql"], indirect=True)
+def test_a_constraint_that_no_rows_were_read_for_is_counted_for(
     engine: Engine, operate: Operate
 ) -> None:
     users(EncryptedJSON(create_constraint=False)).create(engine)
-    if not getattr(engine.dialect, "is_mariadb", False):
+    if engine.dialect.name == "mysql" and not getattr(engine.dialect, "is_mariadb", False):
         pytest.skip("MySQL reads the rows itself")
     insert_raw(engine, PLAINTEXT)
     killed_before_the_count = users().constraints
     (check,) = (c for c in killed_before_the_count if isinstance(c, sa.CheckConstraint))
+    check.dialect_options["postgresql"]["not_valid"] = True
     with engine.begin() as connection:
-        connection.exec_driver_sql("SET check_constraint_checks = 0")
+        if engine.dialect.name == "mysql":
+            connection.exec_driver_sql("SET check_constraint_checks = 0")
         connection.execute(sa.schema.AddConstraint(check))
-        connection.exec_driver_sql("SET check_constraint_checks = 1")
+        if engine.dialect.name == "mysql":
+            connection.exec_driver_sql("SET check_constraint_checks = 1")
+
+    def create(op: Operations) -> None:
+        lucent_migrations.create_sealed_check("users", "creds", operations=op)
 
     with pytest.raises(RotationError, match="1 values"):
-        operate(lambda op: lucent_migrations.create_sealed_check("users", "creds", operations=op))
+        operate(create)
+    with engine.begin() as connection:
+        connection.execute(sa.text("DELETE FROM users"))
+    operate(create)
+    (found,) = sa.inspect(engine).get_check_constraints("users")
+    assert not found.get("dialect_options", {}).get("not_valid")
 
 
 def test_rows_that_are_not_sealed_keep_it_from_being_added(
@@ -547,28 +560,81 @@ def test_a_copy_on_sqlite_that_would_lose_something_is_refused(databases: Any) -
         engine.dispose()
 
 
-def test_it_is_written_as_sql_offline() -> None:
-    lines: list[str] = []
+def offline(dialect: str, work: Callable[[Operations], object]) -> list[str]:
+    """Return the statements that are written under a naming convention."""
+    convention = {"ck": "chk_%(table_name)s_%(constraint_name)s"}
+    written = io.StringIO()
     context = MigrationContext.configure(
-        dialect_name="postgresql",
-        opts={"as_sql": True, "output_buffer": _Buffer(lines), "target_metadata": MetaData()},
+        dialect_name=dialect,
+        opts={
+            "as_sql": True,
+            "output_buffer": written,
+            "target_metadata": MetaData(naming_convention=convention),
+        },
     )
-    lucent_migrations.create_sealed_check("users", "creds", operations=Operations(context))
-    lucent_migrations.drop_sealed_check("users", "creds", operations=Operations(context))
-    text = "".join(lines)
-    assert "ADD CONSTRAINT ck_users_creds_sealed CHECK" in text
-    assert "DROP CONSTRAINT ck_users_creds_sealed" in text
+    work(Operations(context))
+    return [line for line in written.getvalue().splitlines() if line]
 
 
-class _Buffer:
-    def __init__(self, lines: list[str]) -> None:
-        self._lines = lines
+def as_it_is(op: Operations) -> None:
+    method: Any = op
+    method.create_sealed_check("users", "creds", schema="s")
+    method.fence_key_version("users", "creds", "v1", schema="s")
+    method.unfence_key_version("users", "creds", "v1", schema="s")
+    method.drop_sealed_check("users", "creds", schema="s")
 
-    def write(self, text: str) -> None:
-        self._lines.append(text)
 
-    def flush(self) -> None:
-        pass
+def in_a_batch(op: Operations) -> None:
+    with op.batch_alter_table("users", schema="s") as batch:
+        method: Any = batch
+        method.create_sealed_check("creds")
+        method.fence_key_version("creds", "v1")
+        method.unfence_key_version("creds", "v1")
+        method.drop_sealed_check("creds")
+
+
+@pytest.mark.parametrize("work", [as_it_is, in_a_batch])
+@pytest.mark.parametrize(
+    "dialect, drop",
+    [("postgresql", "CONSTRAINT"), ("mysql", "CHECK"), ("mariadb", "CONSTRAINT")],
+)
+def test_it_is_written_as_sql_offline(
+    dialect: str, drop: str, work: Callable[[Operations], object]
+) -> None:
+    beginnings = (
+        "ADD CONSTRAINT chk_users_creds_sealed CHECK",
+        "ADD CONSTRAINT lucent_fence_v1_users_creds CHECK",
+        f"DROP {drop} lucent_fence_v1_users_creds;",
+        f"DROP {drop} chk_users_creds_sealed;",
+    )
+    for line, expected in zip(offline(dialect, work), beginnings, strict=True):
+        assert line.startswith(f"ALTER TABLE s.users {expected}")
+
+
+@pytest.mark.parametrize("work", [as_it_is, in_a_batch])
+def test_it_is_not_written_as_sql_for_sqlite(work: Callable[[Operations], object]) -> None:
+    with pytest.raises(RotationError, match=r"create_sealed_check of s\.users\.creds.*copies"):
+        offline("sqlite", work)
+
+
+def test_offline_a_batch_is_written_in_order() -> None:
+    def work(op: Operations) -> None:
+        with op.batch_alter_table("users") as batch:
+            batch.add_column(Column("creds", EncryptedJSON(create_constraint=False)))
+            method: Any = batch
+            method.create_sealed_check("creds")
+
+    first, second = offline("postgresql", work)
+    assert "ADD COLUMN creds" in first
+    assert "ADD CONSTRAINT chk_users_creds_sealed" in second
+
+
+def test_offline_a_batch_copies_a_table_of_sqlite() -> None:
+    def work(op: Operations) -> None:
+        with op.batch_alter_table("users", copy_from=users(sa.LargeBinary())) as batch:
+            batch.alter_column("email", nullable=False)
+
+    assert offline("sqlite", work)[-1] == "ALTER TABLE _alembic_tmp_users RENAME TO users;"
 
 
 @pytest.mark.parametrize("drop", [True, False], ids=["dropped", "kept"])
