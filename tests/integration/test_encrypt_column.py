@@ -307,7 +307,8 @@ def test_a_second_column_that_stays_refuses_plaintext_as_the_swapped_one_does(
 
     for _ in range(2):
         encrypt(engine, sa.JSON(), swap=False)
-        assert len(constraints_that_refuse(THROUGH)) == 1
+        if engine.dialect.name != "mysql":  # where it would keep writers out
+            assert len(constraints_that_refuse(THROUGH)) == 1
 
     encrypt(engine, sa.JSON())
     assert len(constraints_that_refuse("credentials")) == 1
